@@ -1,0 +1,39 @@
+"""One transformer layer: attention and feed-forward, each behind an RMSNorm and beside a residual.
+
+Shapes: N packed tokens, C model width, K experts per token.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from policy.attention import AttentionPlan, LatentAttention
+from policy.config import PolicyConfig
+from policy.moe import FeedForward, MixtureOfExperts
+from policy.rope import Rotation
+
+
+class Block(nn.Module):
+    """Pre-norm layer; its feed-forward is dense or a mixture of experts by `config.is_moe_layer(layer)`."""
+
+    def __init__(self, config: PolicyConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = LatentAttention(config, layer)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp: FeedForward | MixtureOfExperts
+        if config.is_moe_layer(layer):
+            self.mlp = MixtureOfExperts(config)
+        else:
+            self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self, x_NC: Tensor, rotation: Rotation, plan: AttentionPlan, given_experts_NK: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output [N, C] and, for a mixture of experts, the experts that were chosen [N, K]."""
+        x_NC = x_NC + self.self_attn(self.input_layernorm(x_NC), rotation, plan)
+        inner_NC = self.post_attention_layernorm(x_NC)
+        if isinstance(self.mlp, MixtureOfExperts):
+            out_NC, experts_NK = self.mlp(inner_NC, given_experts_NK)
+            return x_NC + out_NC, experts_NK
+        return x_NC + self.mlp(inner_NC), None

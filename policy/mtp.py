@@ -1,0 +1,37 @@
+"""Multi-token prediction (DeepSeek-V3, section 2.2): a module that, from the trunk's hidden state at a token and the next
+token, predicts the token after that. One block of its own; embedding and head are shared with the trunk.
+
+Module k stands in the checkpoint as `model.layers.{num_hidden_layers + k}`.
+
+Shapes: N packed tokens, C model width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from policy.attention import AttentionPlan
+from policy.block import Block
+from policy.config import PolicyConfig
+from policy.rope import Rotation
+
+
+class MultiTokenPredictor(nn.Module):
+    """h' = block(eh_proj[norm(embedding of the next token); norm(h)]) (equations 21 to 23)."""
+
+    def __init__(self, config: PolicyConfig, layer: int) -> None:
+        super().__init__()
+        self.enorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hnorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.block = Block(config, layer)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, hidden_NC: Tensor, next_embedding_NC: Tensor, rotation: Rotation, plan: AttentionPlan
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states for the token after next [N, C], ready for the head, and the experts that were chosen [N, K]."""
+        joined_NC = self.eh_proj(torch.cat((self.enorm(next_embedding_NC), self.hnorm(hidden_NC)), dim=-1))
+        out_NC, experts_NK = self.block(joined_NC, rotation, plan)
+        return self.norm(out_NC), experts_NK
