@@ -1,0 +1,6 @@
+"""Samplers: groups of completions from prompts, with the log-probability of every token."""
+
+from rollouts.engine import Engine, EngineConfig, make_engine
+from rollouts.types import Completion, SamplingError, SamplingParams
+
+__all__ = ["Completion", "Engine", "EngineConfig", "SamplingError", "SamplingParams", "make_engine"]

@@ -1,0 +1,81 @@
+"""From logits to tokens: temperature, truncation, and a random stream of each sequence's own.
+
+Randomness is counter-based: the number used for a token is a hash of the sequence's seed and the token's index, so a draw
+depends neither on the batch nor on what was drawn before.
+
+Shapes: B sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rollouts.types import SamplingParams
+
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampled:
+    """One token for each sequence."""
+
+    token_ids_B: Tensor
+    """int64."""
+    logprobs_B: Tensor
+    """Nats, fp32, under the distribution drawn from; 0 where greedy, which draws from a point mass."""
+    finite_B: Tensor
+    """False where the logits were not all numbers; the token there means nothing."""
+
+
+def sample(logits_BV: Tensor, seeds_B: np.ndarray, counters_B: np.ndarray, params: SamplingParams) -> Sampled:
+    """Draw one token per row by inverting the cumulative distribution at that row's own uniform number.
+
+    `seeds_B` (uint64) names each row's stream and `counters_B` the token's index in it.
+    """
+    finite_B = logits_BV.isfinite().all(dim=-1)
+    if params.temperature == 0:
+        token_ids_B = logits_BV.argmax(dim=-1)
+        return Sampled(token_ids_B=token_ids_B, logprobs_B=torch.zeros_like(logits_BV[:, 0]), finite_B=finite_B)
+    log_all_BV = truncate(logits_BV / params.temperature, params).log_softmax(dim=-1)
+    cumulative_BV = log_all_BV.double().exp().cumsum(dim=-1)
+    uniform_B = torch.from_numpy(uniforms(seeds_B, counters_B)).to(logits_BV.device)
+    # Scaled by the total, which rounding leaves a hair off 1, so that no draw falls beyond the last possible token.
+    token_ids_B = torch.searchsorted(cumulative_BV, uniform_B[:, None] * cumulative_BV[:, -1:], right=True).squeeze(1)
+    token_ids_B = token_ids_B.clamp_(max=logits_BV.shape[-1] - 1)
+    logprobs_B = log_all_BV.gather(1, token_ids_B[:, None]).squeeze(1)
+    return Sampled(token_ids_B=token_ids_B, logprobs_B=logprobs_B, finite_B=finite_B)
+
+
+def truncate(logits_BV: Tensor, params: SamplingParams) -> Tensor:
+    """Logits with -inf outside top-k, then min-p, then top-p of what is left; at least the likeliest token stays."""
+    if 0 < params.top_k < logits_BV.shape[-1]:
+        kth = logits_BV.topk(params.top_k, dim=-1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < kth, float("-inf"))
+    if params.min_p > 0:
+        least = logits_BV.max(dim=-1, keepdim=True).values + float(np.log(params.min_p))
+        logits_BV = logits_BV.masked_fill(logits_BV < least, float("-inf"))
+    if params.top_p < 1:
+        ordered, order = logits_BV.sort(dim=-1, descending=True)
+        probability = ordered.softmax(dim=-1)
+        beyond = probability.cumsum(dim=-1) - probability >= params.top_p
+        logits_BV = logits_BV.masked_fill(beyond.scatter(1, order, beyond), float("-inf"))
+    return logits_BV
+
+
+def uniforms(seeds_B: np.ndarray, counters_B: np.ndarray) -> np.ndarray:
+    """Uniform numbers in [0, 1), float64: SplitMix64's output function at (seed, counter) (Steele et al., 2014)."""
+    mixed = mix(seeds_B, counters_B)
+    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def mix(seed: np.ndarray | int, index: np.ndarray | int) -> np.ndarray:
+    """A 64-bit hash of two numbers, uint64: also how the seeds of prompts and completions are derived."""
+    with np.errstate(over="ignore"):
+        z = np.asarray(seed).astype(np.uint64) + (np.asarray(index).astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
+        return np.asarray(z ^ (z >> np.uint64(31)))

@@ -1,0 +1,181 @@
+"""Which sequences run next: prompts wait, sequences start as blocks allow, leave when finished, step back when blocks run out.
+
+The running batch is kept as arrays, one row a sequence, so that a decoding step costs no Python work per sequence.
+
+Shapes: B running sequences.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from rollouts.block_manager import BlockManager
+from rollouts.sequence import Prefill, Sequence
+
+
+class RunningBatch:
+    """State of the sequences being decoded; rows are compact, newest last."""
+
+    def __init__(self, capacity: int, max_blocks: int, max_new: int) -> None:
+        self.sequences: list[Sequence] = []
+        self.last_token = np.zeros(capacity, dtype=np.int64)
+        """Sampled but not yet in the cache."""
+        self.length = np.zeros(capacity, dtype=np.int64)
+        """Tokens in the cache, which is the position of `last_token`."""
+        self.count = np.zeros(capacity, dtype=np.int64)
+        """Tokens sampled so far."""
+        self.seed = np.zeros(capacity, dtype=np.uint64)
+        self.num_blocks = np.zeros(capacity, dtype=np.int64)
+        self.block_table = np.zeros((capacity, max_blocks), dtype=np.int64)
+        self.token_ids = np.zeros((capacity, max_new), dtype=np.int64)
+        self.logprobs = np.zeros((capacity, max_new), dtype=np.float32)
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def blocks_of(self, row: int) -> np.ndarray:
+        """Block ids that a row holds."""
+        held: np.ndarray = self.block_table[row, : self.num_blocks[row]]
+        return held
+
+    def add(self, sequence: Sequence, length: int, blocks: np.ndarray) -> int:
+        """A new last row; returns its index."""
+        row = len(self.sequences)
+        self.sequences.append(sequence)
+        self.length[row], self.count[row], self.seed[row] = length, len(sequence.token_ids), sequence.seed
+        self.num_blocks[row] = len(blocks)
+        self.block_table[row, : len(blocks)] = blocks
+        self.token_ids[row, : len(sequence.token_ids)] = sequence.token_ids
+        self.logprobs[row, : len(sequence.token_ids)] = sequence.logprobs
+        return row
+
+    def push_tokens(self, rows: np.ndarray, token_ids: np.ndarray, logprobs: np.ndarray) -> None:
+        """Record one sampled token for each of these rows."""
+        self.token_ids[rows, self.count[rows]] = token_ids
+        self.logprobs[rows, self.count[rows]] = logprobs
+        self.last_token[rows] = token_ids
+        self.count[rows] += 1
+
+    def keep(self, mask: np.ndarray) -> None:
+        """Drop the rows where `mask` is false; the others close up, in order."""
+        kept = int(mask.sum())
+        for array in (
+            self.last_token, self.length, self.count, self.seed, self.num_blocks,
+            self.block_table, self.token_ids, self.logprobs,
+        ):  # fmt: skip
+            array[:kept] = array[: len(mask)][mask]
+        self.sequences = [sequence for sequence, stays in zip(self.sequences, mask, strict=True) if stays]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Admission:
+    """What starts now."""
+
+    to_prefill: list[Prefill]
+    """Prompts to be computed first; their blocks are allocated."""
+    starts: list[tuple[int, Prefill]]
+    """Rows that were added, each with the prompt it continues."""
+    copies: list[tuple[int, int]]
+    """(source, target) blocks to copy once the prompts are computed: each sequence gets its own last, partly filled one."""
+
+
+class Scheduler:
+    """First come, first served; the last to start is the first to step back."""
+
+    def __init__(self, blocks: BlockManager, running: RunningBatch, *, max_num_seqs: int, max_prefill_tokens: int):
+        self.blocks, self.running = blocks, running
+        self.max_num_seqs, self.max_prefill_tokens = max_num_seqs, max_prefill_tokens
+        self.waiting: deque[Prefill] = deque()
+        self.num_preemptions = 0
+
+    def admit(self) -> Admission:
+        """Start as many waiting sequences as rows and blocks allow, in order."""
+        admission = Admission(to_prefill=[], starts=[], copies=[])
+        budget = self.max_prefill_tokens
+        while self.waiting and len(self.running) < self.max_num_seqs:
+            prefill = self.waiting[0]
+            if prefill.blocks is None:
+                first = not admission.to_prefill
+                if (len(prefill.token_ids) > budget and not first) or not self._fits(prefill):
+                    break
+                budget -= len(prefill.token_ids)
+                prefill.blocks = self.blocks.allocate(self.blocks.blocks_for(len(prefill.token_ids)))
+                admission.to_prefill.append(prefill)
+            while prefill.sequences and len(self.running) < self.max_num_seqs and self._start(prefill, admission):
+                pass
+            if prefill.sequences:
+                break
+            self.waiting.popleft()
+        return admission
+
+    def make_room(self) -> None:
+        """Give every running sequence a block for its next token; where none is left, the newest steps back and waits."""
+        while True:
+            size = len(self.running)
+            needy = np.flatnonzero(self.running.length[:size] == self.running.num_blocks[:size] * self.blocks.block_size)
+            if len(needy) <= self.blocks.num_free:
+                break
+            if not self._drop_idle_prefills():
+                assert size > 1
+                self._preempt(size - 1)
+        fresh = self.blocks.allocate(len(needy))
+        self.running.block_table[needy, self.running.num_blocks[needy]] = fresh
+        self.running.num_blocks[needy] += 1
+
+    def retire(self, finished: np.ndarray) -> None:
+        """Free the blocks of the rows where `finished` is true, and close up."""
+        held = [self.running.blocks_of(row) for row in np.flatnonzero(finished)]
+        self.blocks.release(np.concatenate(held))
+        self.running.keep(~finished)
+
+    def _fits(self, prefill: Prefill) -> bool:
+        # One block beyond the prompt for each running sequence and for this one keeps what starts from stepping right back.
+        needed = self.blocks.blocks_for(len(prefill.token_ids)) + 1
+        if needed + len(self.running) <= self.blocks.num_free:
+            return True
+        if len(self.running):
+            return False
+        self._drop_idle_prefills()
+        return needed - 1 <= self.blocks.num_free
+
+    def _start(self, prefill: Prefill, admission: Admission) -> bool:
+        """One sequence of a prompt becomes a row; False where there is no block for it."""
+        assert prefill.blocks is not None
+        filled = len(prefill.token_ids) // self.blocks.block_size
+        if len(prefill.sequences) == 1:
+            own = prefill.blocks
+        elif filled == len(prefill.blocks):
+            own = prefill.blocks
+            self.blocks.share(own)
+        else:
+            if self.blocks.num_free <= len(self.running):
+                return False
+            target = self.blocks.allocate(1)
+            self.blocks.share(prefill.blocks[:filled])
+            own = np.concatenate((prefill.blocks[:filled], target))
+            admission.copies.append((int(prefill.blocks[-1]), int(target[0])))
+        row = self.running.add(prefill.sequences.pop(0), len(prefill.token_ids), own)
+        admission.starts.append((row, prefill))
+        return True
+
+    def _preempt(self, row: int) -> None:
+        sequence, count = self.running.sequences[row], int(self.running.count[row])
+        sequence.token_ids = self.running.token_ids[row, :count].tolist()
+        sequence.logprobs = self.running.logprobs[row, :count].tolist()
+        mask = np.ones(len(self.running), dtype=bool)
+        mask[row] = False
+        self.retire(~mask)
+        self.waiting.appendleft(Prefill(token_ids=sequence.prompt + sequence.token_ids, sequences=[sequence]))
+        self.num_preemptions += 1
+
+    def _drop_idle_prefills(self) -> bool:
+        """Give back the blocks of computed prompts that wait to be continued; they are computed again later."""
+        idle = [prefill for prefill in self.waiting if prefill.blocks is not None]
+        for prefill in idle:
+            assert prefill.blocks is not None
+            self.blocks.release(prefill.blocks)
+            prefill.blocks, prefill.logits_V = None, None
+        return bool(idle)

@@ -1,0 +1,60 @@
+"""What an engine is asked for and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+"""`stop`: a stop token was sampled; `length`: the limit was reached; `abort`: the engine gave this sequence up."""
+
+
+class SamplingError(ValueError):
+    """A request that cannot be served; the message says what was given and what is allowed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How completions are drawn; the same for all prompts of a call."""
+
+    max_completion_length: int
+    """Most tokens of one completion, the stop token included."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the fewest most likely tokens whose probabilities sum to at least p."""
+    min_p: float = 0.0
+    """Keep tokens at least this fraction as likely as the most likely one."""
+    stop_token_ids: tuple[int, ...] = ()
+    """A completion ends with the first of these, which is part of it."""
+    seed: int = 0
+    """A completion depends on this, its place in the call and its prompt; not on what else is sampled beside it."""
+
+    def __post_init__(self) -> None:
+        if self.max_completion_length < 1:
+            raise SamplingError(f"max_completion_length must be at least 1, got {self.max_completion_length}")
+        if self.temperature < 0:
+            raise SamplingError(f"temperature must be 0 (greedy) or above, got {self.temperature}")
+        if self.top_k < 0:
+            raise SamplingError(f"top_k must be 0 (all) or above, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise SamplingError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if not 0 <= self.min_p < 1:
+            raise SamplingError(f"min_p must be at least 0 and below 1, got {self.min_p}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """What was sampled after one prompt."""
+
+    token_ids: Sequence[int]
+    """Sampled tokens, the stop token included."""
+    logprobs: Sequence[float]
+    """Of each token, in nats, under the distribution it was drawn from (after temperature and truncation)."""
+    finish_reason: FinishReason
+    """Why it ended."""
+    policy_version: int
+    """Version of the weights that sampled it, as given to `Engine.load_weights`."""
