@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("grpo", "policy", "rewards", "rollouts")
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80
-BROAD_EXCEPT_ALLOWED = "rewards/grader_worker.py"
 
 
 @cache
@@ -223,6 +222,11 @@ def test_no_path_of_somebodys_own_machine_is_in_the_tree() -> None:
 # --- safety ------------------------------------------------------------------------------------------------------
 
 
+def files_allowed(deed: str) -> set[str]:
+    """Where docs/design.md allows `exec` or a broad `except`."""
+    return {file for (file,), deeds, _ in design_table("file") if deed in deeds}
+
+
 def unsafe_calls(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Line and reason of whatever would run text or unpickle bytes."""
     for node in ast.walk(tree):
@@ -245,35 +249,43 @@ def is_true(value: ast.expr | None) -> bool:
 
 
 def broad_excepts(tree: ast.Module) -> Iterator[int]:
-    """Lines of the handlers that would swallow any error; one that ends in a bare `raise` only cleans up."""
+    """Lines of the handlers that go on after any error at all."""
     for node in ast.walk(tree):
         match node:
             case ast.ExceptHandler(type=caught, body=body):
                 kinds = caught.elts if isinstance(caught, ast.Tuple) else [caught]
                 names = {"Exception" if kind is None else called_name(kind) for kind in kinds}
-                re_raises = isinstance(body[-1], ast.Raise) and body[-1].exc is None
-                if names & {"Exception", "BaseException"} and not re_raises:
+                if names & {"Exception", "BaseException"} and not ends_there(body[-1]):
                     yield node.lineno
             case ast.Call(func=function, args=kinds) if called_name(function) == "suppress":
                 if {called_name(kind) for kind in kinds} & {"Exception", "BaseException"}:
                     yield node.lineno
 
 
+def ends_there(last: ast.stmt) -> bool:
+    """A bare `raise`, or `os._exit(...)` in a forked child."""
+    match last:
+        case ast.Raise(exc=None):
+            return True
+        case ast.Expr(value=ast.Call(func=function)):
+            return ast.unparse(function) == "os._exit"
+    return False
+
+
 def test_nothing_is_evaluated_or_unpickled() -> None:
     pickles = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
     wrong = []
     for path, tree in python_files(*PACKAGES, "benchmarks", "recipes").items():
-        wrong += [f"{path}:{line} {reason}" for line, reason in unsafe_calls(tree)]
+        allowed = {"calls exec"} if path in files_allowed("exec") else set()
+        wrong += [f"{path}:{line} {reason}" for line, reason in unsafe_calls(tree) if reason not in allowed]
         wrong += [f"{path}:{n} imports {name}" for n, name in imported_modules(tree, path) if name in pickles]
     assert wrong == []
 
 
 def test_no_error_is_swallowed_unseen() -> None:
     trees = python_files(*PACKAGES, "benchmarks", "recipes")
-    wrong = [
-        f"{path}:{line}" for path, tree in trees.items() for line in broad_excepts(tree) if path != BROAD_EXCEPT_ALLOWED
-    ]
-    assert wrong == []
+    elsewhere = trees.keys() - files_allowed("except")
+    assert [f"{path}:{line}" for path in sorted(elsewhere) for line in broad_excepts(trees[path])] == []
 
 
 @pytest.mark.parametrize(
@@ -302,6 +314,8 @@ def test_unsafe_calls_are_recognised(source: str, is_refused: bool) -> None:
         ("except Exception: log()", True),
         ("except (OSError, builtins.BaseException) as error: raise Wrapped from error", True),
         ("except BaseException:\n  close()\n  raise", False),
+        ("except BaseException:\n  os._exit(1)", False),
+        ("except Exception:\n  raise\n  close()", True),
         ("except (OSError, ValueError): pass", False),
     ],
 )
@@ -368,9 +382,18 @@ def test_an_untrue_tree_is_recognised() -> None:
     assert untrue_entries([*entries, ("policy/a.py", "two")], files) == ["policy/a.py: listed 2 times"]
 
 
-COMMAND = re.compile(
-    r"(?:^|`|\$ )\s*(?:[A-Z_]+=\S+ )*(?:make|grpo|python\d?|accelerate|pytest|\S+/bin/\w+) \S", re.MULTILINE
-)
+def commands(text: str) -> list[str]:
+    """Of what is set as code in Markdown, fenced or in backquotes, the lines that are commands of ours."""
+    code = "\n".join(
+        fenced or inline for fenced, inline in re.findall(r"```\w*\n(.*?)```|`([^`\n]+)`", text, re.DOTALL)
+    )
+    programs = r"make|grpo|python3?|accelerate|pytest|\S+/bin/\w+"
+    return re.findall(rf"^\s*(?:\$ )?(?:[A-Z_]+=\S+ )*(?:{programs}) \S.*$", code, re.MULTILINE)
+
+
+def test_commands_are_recognised() -> None:
+    text = "make sure\n`make bench`, `grpo/loss.py`\n```bash\n# three seeds\nSEED=1 grpo train a.yaml\n```\n"
+    assert commands(text) == ["make bench", "SEED=1 grpo train a.yaml"]
 
 
 @pytest.mark.skipif(not (ROOT / "LOG.md").exists(), reason="no LOG.md yet")
@@ -378,4 +401,4 @@ def test_every_dated_section_of_the_log_says_how_to_get_its_figures() -> None:
     sections = re.split(r"^## ", read("LOG.md"), flags=re.MULTILINE)[1:]
     dated = [section for section in sections if re.search(r"\d{4}-\d{2}-\d{2}", section.splitlines()[0])]
     assert dated, "LOG.md has no section with a date in its heading"
-    assert [section.splitlines()[0] for section in dated if not COMMAND.search(section)] == []
+    assert [section.splitlines()[0] for section in dated if not commands(section)] == []
