@@ -1,0 +1,86 @@
+"""From groups to packed micro-batches under a token budget.
+
+Rows are sorted by length, so that the rows of one micro-batch are about equally long; nothing has to divide anything, and
+which rows share a micro-batch changes the gradient only by rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from grpo.types import Batch, Group
+from policy import PackedRows
+from rollouts import Completion
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One completion with its prompt and its advantage."""
+
+    prompt_ids: Sequence[int]
+    completion: Completion
+    advantage: float
+    learned: bool
+    """False where the row is only measured: a truncated completion under `mask_truncated_completions`, an aborted one."""
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.completion.token_ids)
+
+
+def make_rows(groups: Sequence[Group], advantages: Sequence[Sequence[float]], *, mask_truncated: bool) -> list[Row]:
+    """One row per completion, [B], in order; completions without a token are left out."""
+    return [
+        Row(
+            prompt_ids=group.prompt_ids,
+            completion=completion,
+            advantage=advantage,
+            learned=completion.finish_reason != "abort"
+            and not (mask_truncated and completion.finish_reason == "length"),
+        )
+        for group, of_group in zip(groups, advantages, strict=True)
+        for completion, advantage in zip(group.completions, of_group, strict=True)
+        if completion.token_ids
+    ]
+
+
+def count_learned_tokens(rows: Sequence[Row]) -> int:
+    """Completion tokens that the loss runs over: this rank's part of its denominator."""
+    return sum(len(row.completion.token_ids) for row in rows if row.learned)
+
+
+def make_batches(rows: Sequence[Row], max_tokens: int, device: torch.device | str = "cpu") -> list[Batch]:
+    """Cut length-sorted rows into micro-batches of at most `max_tokens` padded tokens (or one row, if longer).
+
+    Rows that teach nothing are left out: those not learned from, and, as their gradient is 0, those without advantage
+    would be too if their entropy and KL were not measured.
+    """
+    ordered = sorted((row for row in rows if row.learned), key=len)
+    batches, current = [], list[Row]()
+    for row in ordered:
+        if current and (len(current) + 1) * len(row) > max_tokens:
+            batches.append(_pack(current, device))
+            current = []
+        current.append(row)
+    if current:
+        batches.append(_pack(current, device))
+    return batches
+
+
+def _pack(rows: Sequence[Row], device: torch.device | str) -> Batch:
+    token_ids, mask, logprobs, advantages = list[int](), list[bool](), list[float](), list[float]()
+    for row in rows:
+        prompt, length = len(row.prompt_ids), len(row.completion.token_ids)
+        token_ids += [*row.prompt_ids, *row.completion.token_ids]
+        mask += [False] * prompt + [True] * length
+        logprobs += [0.0] * prompt + list(row.completion.logprobs)
+        advantages += [0.0] * prompt + [row.advantage] * length
+    return Batch(
+        token_ids_N=torch.tensor(token_ids, device=device),
+        rows=PackedRows.of([len(row) for row in rows], device),
+        completion_mask_N=torch.tensor(mask, device=device),
+        rollout_logprobs_N=torch.tensor(logprobs, dtype=torch.float32, device=device),
+        advantages_N=torch.tensor(advantages, dtype=torch.float32, device=device),
+    )

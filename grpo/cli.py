@@ -1,0 +1,110 @@
+"""The command `grpo`: train, eval, sample, report. Errors that a person can mend are one line and exit code 2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from policy import CheckpointError, ShapeError
+from rewards.registry import RewardNotFoundError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Teach a language model to reason with reinforcement learning, R1-Zero style.",
+)
+
+Recipe = Annotated[Path, typer.Argument(help="recipe, a YAML file")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="settings that replace the recipe's: a.b=value")]
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run in its folder, if there is one")] = False,
+) -> None:
+    """Train by a recipe: base model where needed, evaluation, GRPO, evaluation, report."""
+    from grpo.run import run
+
+    with _errors_in_one_line():
+        run(recipe, overrides or [], resume=resume)
+
+
+@app.command("eval")
+def evaluate(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    model: Annotated[Path | None, typer.Option(help="folder of the model; default: the run's last checkpoint")] = None,
+) -> None:
+    """Evaluate a model on a recipe's held-out problems and print the result as JSON."""
+    from grpo.run import evaluate_model
+
+    with _errors_in_one_line():
+        evaluate_model(recipe, overrides or [], model)
+
+
+@app.command()
+def sample(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    model: Annotated[Path | None, typer.Option(help="folder of the model; default: the run's last checkpoint")] = None,
+    prompt: Annotated[str | None, typer.Option(help="question to ask; default: a held-out problem")] = None,
+    num: Annotated[int, typer.Option(help="completions")] = 4,
+) -> None:
+    """Print completions of one question, with their rewards where the problem is known."""
+    from grpo.run import sample_model
+
+    with _errors_in_one_line():
+        sample_model(recipe, overrides or [], model, prompt, num)
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
+    """Write report.html of a run anew."""
+    from grpo.report import write_report
+
+    with _errors_in_one_line():
+        if not (run_dir / "config.yaml").is_file():
+            raise CheckpointError(f"{run_dir} holds no run (it has no config.yaml)")
+        typer.echo(f"wrote {write_report(run_dir)}")
+
+
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    from grpo.config import ConfigError
+    from grpo.data import DatasetError
+    from grpo.prompts import PromptError
+    from grpo.record import RunFolderError
+    from policy.tokenizer import TokenizerError
+    from rewards.grader_pool import GraderError
+    from rewards.registry import RewardSignatureError
+    from rollouts import SamplingError
+
+    try:
+        yield
+    except (
+        CheckpointError,
+        ConfigError,
+        DatasetError,
+        GraderError,
+        PromptError,
+        RewardNotFoundError,
+        RewardSignatureError,
+        RunFolderError,
+        SamplingError,
+        ShapeError,
+        TokenizerError,
+    ) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None

@@ -1,0 +1,205 @@
+"""A recipe: everything that a run depends on, strict, in one YAML file with `a.b=value` overrides.
+
+Keys use TRL's names where TRL has the thing. Sections live beside the code that reads them (`EngineConfig`,
+`CountdownConfig`, ...).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from grpo.countdown import AttemptsConfig, CountdownConfig
+from rollouts import EngineConfig
+
+
+class ConfigError(ValueError):
+    """A recipe that cannot be used; the message names the key and the remedy."""
+
+
+class Section(BaseModel):
+    """Strict and frozen: an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class DatasetConfig(Section):
+    """Where problems come from: `countdown` (generated) or `path` (a file or hub id)."""
+
+    countdown: CountdownConfig | None = Field(default=None, description="generate countdown problems")
+    path: str | None = Field(default=None, description="a .jsonl, .json or .parquet file, or a hub id")
+    config_name: str | None = Field(default=None, description="configuration of a hub dataset")
+    split: str = Field(default="train", description="split of a hub dataset")
+    prompt_column: str = Field(default="prompt", description="column with the question: text or messages")
+    answer_column: str = Field(default="answer", description="column with the gold answer")
+    num_problems: int = Field(default=8192, ge=1, description="training problems generated, or read at most")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.countdown is None) == (self.path is None):
+            raise ValueError("dataset needs exactly one of `countdown` (generated problems) and `path` (a file or hub id)")
+        return self
+
+
+class BaseConfig(Section):
+    """How a base model is trained from nothing, where `model` names none."""
+
+    shape: dict[str, Any] = Field(description="the policy's shape in Hugging Face's names; vocab_size comes from the task")
+    attempts: AttemptsConfig = Field(default_factory=AttemptsConfig, description="the text of unguided attempts")
+    max_steps: int = Field(ge=1, description="optimizer steps")
+    tokens_per_step: int = Field(default=6144, ge=64, description="tokens of one batch, padding counted")
+    learning_rate: float = Field(default=3e-3, gt=0)
+    warmup_steps: int = Field(default=50, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    mtp_weight: float = Field(default=0.1, ge=0, description="weight of the multi-token-prediction loss")
+    bias_update_rate: float = Field(default=1e-3, ge=0, description="step of the routers' balancing bias")
+    cache_dir: Path = Field(default=Path("cache"), description="finished base models, by the hash of what made them")
+
+
+class EvaluationConfig(Section):
+    """Held-out accuracy before, during and after training."""
+
+    num_problems: int = Field(default=500, ge=0, description="held-out problems; 0 evaluates nothing")
+    k: int = Field(default=8, ge=1, description="completions a problem at `temperature`, for avg@k")
+    eval_steps: int = Field(default=0, ge=0, description="also evaluate every so many steps; 0: before and after only")
+    path: str | None = Field(default=None, description="held-out problems; default: a split the training never sees")
+    batch_size: int = Field(default=256, ge=1, description="prompts given to the engine at once")
+
+
+class Config(Section):
+    """One run."""
+
+    name: str = Field(description="the run's folder below output_dir", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    output_dir: Path = Path("runs")
+    seed: int = Field(default=0, ge=0)
+    model: str | None = Field(default=None, description="folder or hub id of the model to start from; none: `base`")
+    base: BaseConfig | None = None
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="what the policy computes in")
+    device: Literal["auto", "cpu"] = "auto"
+    num_threads: int | None = Field(default=None, ge=1, description="CPU threads a process; default: torch's own choice")
+
+    dataset: DatasetConfig
+    prompt_template: str = Field(default="r1_zero", description="`r1_zero`, `chat`, or a text with {prompt} in it")
+    rewards: tuple[str, ...] = Field(default=("countdown", "format"), min_length=1)
+    reward_weights: tuple[float, ...] | None = None
+    reward_workers: int = Field(default=1, ge=0, description="grading processes; 0 grades in the trainer, unprotected")
+    reward_timeout: float = Field(default=10.0, gt=0, description="seconds for one completion")
+    reward_memory_mb: int | None = Field(default=2048, description="most memory of a grading process, MiB")
+    shuffle_rewards: bool = Field(default=False, description="control: deal each step's rewards out at random")
+
+    prompts_per_step: int = Field(default=32, ge=1)
+    num_generations: int = Field(default=8, ge=2)
+    max_completion_length: int = Field(ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    top_k: int = Field(default=0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    min_p: float = Field(default=0.0, ge=0, lt=1)
+    mask_truncated_completions: bool = False
+
+    max_steps: int = Field(ge=1)
+    learning_rate: float = Field(default=1e-6, gt=0)
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(default=10, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.99, ge=0, lt=1)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    scale_rewards: Literal["group", "none"] = "group"
+    epsilon: float = Field(default=0.2, gt=0)
+    epsilon_high: float | None = Field(default=None, gt=0)
+    beta: float = Field(default=0.0, ge=0, description="weight of the KL penalty; 0 keeps no reference")
+    num_iterations: int = Field(default=1, ge=1, description="optimizer steps on each batch of completions")
+    max_tokens_per_micro_batch: int = Field(default=8192, ge=1)
+
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    save_steps: int = Field(default=50, ge=0, description="checkpoint every so many steps; 0: at the end only")
+    save_total_limit: int = Field(default=2, ge=1, description="checkpoints kept")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.model is None and self.base is None:
+            raise ValueError("the recipe names no `model` to start from and has no `base` section to train one")
+        if self.base is not None and self.model is None and self.dataset.countdown is None:
+            raise ValueError("`base` writes text for generated problems; give `dataset.countdown`, or a `model`")
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
+            raise ValueError(f"reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} rewards")
+        if self.prompt_template not in ("r1_zero", "chat") and "{prompt}" not in self.prompt_template:
+            raise ValueError("prompt_template must be r1_zero, chat, or a text with {prompt} in it")
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        return self.output_dir / self.name
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every key given."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe and lay `a.b=value` overrides over it (values are YAML).
+
+    Raises ConfigError for a missing or unreadable file, an unknown key (naming the nearest one) or a bad value.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"no recipe {str(path)!r} (looked from {Path.cwd()})") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys and values, got {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {'; '.join(_explain(item) for item in error.errors())}") from None
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} is not of the form a.b=value")
+    *parents, last = key.split(".")
+    for parent in parents:
+        if values.get(parent) is None:
+            values[parent] = {}
+        values = values[parent]
+        if not isinstance(values, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
+
+
+def _explain(item: Any) -> str:
+    path = [str(part) for part in item["loc"]]
+    key = ".".join(path)
+    if item["type"] == "extra_forbidden":
+        allowed = _keys_at(path[:-1])
+        near = difflib.get_close_matches(path[-1], allowed, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*path[:-1], near[0]])!r}?" if near else f"known there: {', '.join(sorted(allowed))}"
+        return f"unknown key {key!r}; {hint}"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "missing":
+        return f"key {key!r} is required"
+    return f"{key}: {message}, got {item['input']!r}" if key and item["type"] != "value_error" else message
+
+
+def _keys_at(path: Iterable[str]) -> list[str]:
+    model: Any = Config
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)

@@ -1,0 +1,97 @@
+"""Accuracy on held-out problems: greedy, and the mean over k samples, with a 95% interval over problems."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from grpo.collect import collect
+from grpo.distributed import Ranks
+from grpo.types import Group
+from policy.tokenizer import Tokenizer
+from rewards import Grader, Problem
+from rollouts import Engine, SamplingParams
+from rollouts.sampler import mix
+
+EVALUATION_STREAM = 1 << 40
+"""Offset of evaluation's seeds, far from those of training steps; the same at every stage, so that stages compare paired."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluator:
+    """Everything an evaluation needs but the stage."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    grader: Grader
+    ranks: Ranks
+    problems: Sequence[Problem]
+    prompts: Sequence[Sequence[int]]
+    """Token ids, [problems]."""
+    task: str
+    """What to call the problems in evaluation.json."""
+    metric: str
+    """Name of the reward whose value 1 means correct."""
+    k: int
+    sampled: SamplingParams
+    greedy: SamplingParams
+    seed: int
+    batch_size: int
+
+    def run(self, stage: str | int, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+        """One entry of evaluation.json: `greedy` and `avg@k` are shares of 1, `ci95` the interval of avg@k.
+
+        `progress` is told how many of this rank's problems are done.
+        """
+        first, problems = self.ranks.share(self.problems)
+        prompts = self.prompts[first : first + len(problems)]
+        rows: list[tuple[float, float, float]] = []
+        for start in range(0, len(problems), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            seeds = [int(mix(self.seed, EVALUATION_STREAM + first + start + i)) for i in range(len(problems[part]))]
+            greedy = self._ask(problems[part], prompts[part], 1, self.greedy, seeds)
+            sampled = self._ask(problems[part], prompts[part], self.k, self.sampled, seeds)
+            rows += [
+                (fmean(self._is_correct(g)), fmean(self._is_correct(s)), fmean(len(c.token_ids) for c in s.completions))
+                for g, s in zip(greedy, sampled, strict=True)
+            ]
+            if progress is not None:
+                progress(len(rows), len(problems))
+        rows = self.ranks.gather(rows)
+        means = [sampled for _, sampled, _ in rows]
+        average = fmean(means)
+        margin = 1.96 * stdev(means) / len(means) ** 0.5 if len(means) > 1 else 1.0
+        return {
+            "stage": stage,
+            "task": self.task,
+            "num_problems": len(rows),
+            "k": self.k,
+            "greedy": fmean(greedy for greedy, _, _ in rows),
+            "avg@k": average,
+            "ci95": [max(0.0, average - margin), min(1.0, average + margin)],
+            "mean_length": fmean(length for _, _, length in rows),
+        }
+
+    def _ask(
+        self,
+        problems: Sequence[Problem],
+        prompts: Sequence[Sequence[int]],
+        num_generations: int,
+        params: SamplingParams,
+        seeds: Sequence[int],
+    ) -> list[Group]:
+        return collect(
+            problems,
+            prompts,
+            engine=self.engine,
+            tokenizer=self.tokenizer,
+            grader=self.grader,
+            num_generations=num_generations,
+            params=params,
+            prompt_seeds=seeds,
+        ).groups
+
+    def _is_correct(self, group: Group) -> list[bool]:
+        return [result.breakdown.get(self.metric, 0.0) == 1.0 for result in group.results]

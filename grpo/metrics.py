@@ -1,0 +1,84 @@
+"""The numbers of a step, under TRL's names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, pstdev
+from typing import Any
+
+from grpo.types import Group
+from grpo.update import UpdateStats
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Graded:
+    """What metrics need of one group; small, so that ranks can exchange it."""
+
+    rewards: list[float]
+    breakdowns: list[dict[str, float]]
+    statuses: list[str]
+    lengths: list[int]
+    """Tokens of each completion."""
+    finish_reasons: list[str]
+
+
+def graded(group: Group) -> Graded:
+    """The part of a group that metrics are made of."""
+    return Graded(
+        rewards=[result.reward for result in group.results if result.reward is not None],
+        breakdowns=[dict(result.breakdown) for result in group.results],
+        statuses=[result.status for result in group.results],
+        lengths=[len(completion.token_ids) for completion in group.completions],
+        finish_reasons=[completion.finish_reason for completion in group.completions],
+    )
+
+
+def rollout_metrics(groups: Sequence[Graded]) -> dict[str, Any]:
+    """Rewards, lengths and how completions ended, over all ranks' groups."""
+    rewards = [reward for group in groups for reward in group.rewards]
+    spreads = [pstdev(group.rewards) for group in groups if group.rewards]
+    breakdowns = [breakdown for group in groups for breakdown in group.breakdowns]
+    lengths = [length for group in groups for length in group.lengths]
+    reasons = [reason for group in groups for reason in group.finish_reasons]
+    statuses = [status for group in groups for status in group.statuses]
+    metrics: dict[str, Any] = {
+        "reward": fmean(rewards) if rewards else 0.0,
+        "reward_std": fmean(spreads) if spreads else 0.0,
+        "frac_reward_zero_std": fmean(spread == 0 for spread in spreads) if spreads else 1.0,
+    }
+    for name in dict.fromkeys(name for breakdown in breakdowns for name in breakdown):
+        scores = [breakdown[name] for breakdown in breakdowns if name in breakdown]
+        metrics[f"rewards/{name}/mean"], metrics[f"rewards/{name}/std"] = fmean(scores), pstdev(scores)
+    metrics |= {
+        "completions/mean_length": fmean(lengths),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": fmean(reason == "length" for reason in reasons),
+        "completions/aborted": reasons.count("abort"),
+        "grading/unparsed": statuses.count("unparsed"),
+        "grading/timeout": statuses.count("timeout"),
+        "grading/error": statuses.count("error"),
+    }
+    return metrics
+
+
+def update_metrics(stats: UpdateStats) -> dict[str, Any]:
+    """Loss, divergences, gradient and the experts' load."""
+    metrics: dict[str, Any] = {
+        "loss": stats.loss,
+        "kl": stats.kl,
+        "entropy": stats.entropy,
+        "clip_ratio/region_mean": stats.clipped,
+        "sampling/logp_difference_mean": stats.logp_difference_mean,
+        "sampling/logp_difference_max": stats.logp_difference_max,
+        "grad_norm": stats.grad_norm,
+        "update/skipped": int(stats.is_skipped),
+    }
+    if stats.load_ME:
+        experts = len(stats.load_ME[0])
+        metrics |= {
+            "moe/load": [[round(share, 5) for share in layer] for layer in stats.load_ME],
+            "moe/max_load": max(max(layer) * experts for layer in stats.load_ME),
+            "moe/dead_experts": sum(share == 0 for layer in stats.load_ME for share in layer),
+        }
+    return metrics

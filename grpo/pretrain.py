@@ -1,0 +1,154 @@
+"""A base model from nothing: next-token prediction (and multi-token prediction) on generated text of unguided attempts.
+
+The result depends only on its recipe, by whose hash it is cached: the same recipe gives the same base model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import policy as policies
+from grpo.config import BaseConfig, Config
+from grpo.countdown import CountdownConfig, generate_problems, problem_text, vocabulary, write_attempts
+from grpo.distributed import Ranks
+from grpo.optimizer import MasterAdamW, learning_rate_at
+from policy import PackedRows, Policy, PolicyConfig, cast_weights, initialise
+from policy.logprobs import next_token_loss
+from policy.moe import count_experts
+from policy.tokenizer import Tokenizer, build_word_tokenizer
+
+FORMAT = 1
+"""Part of the cache's key: raise it when the same recipe would give another model."""
+POOL = 1500
+"""Texts that are sorted by length together."""
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+def base_model(config: Config, ranks: Ranks, progress: Progress) -> Path:
+    """Folder of the recipe's base model, trained first where the cache lacks it."""
+    base, task = config.base, config.dataset.countdown
+    assert base is not None
+    assert task is not None
+    recipe = {
+        "format": FORMAT,
+        "base": base.model_dump(mode="json", exclude={"cache_dir"}),
+        "task": task.model_dump(mode="json"),
+        "template": config.prompt_template,
+        "seed": config.seed,
+        "dtype": config.dtype,
+        "torch": torch.__version__.split("+")[0],
+        "ranks": ranks.size,
+    }
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+    folder = base.cache_dir / f"base-{digest}"
+    is_cached = (folder / "recipe.json").is_file()
+    ranks.wait()
+    if is_cached:
+        return folder
+    policy, tokenizer = build_policy(config, base, task)
+    policy.to(ranks.device)
+    train_base(policy, tokenizer, config, base, task, ranks, progress)
+    if ranks.is_main:
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        policies.save(policy, partial)
+        tokenizer.save(partial)
+        (partial / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    ranks.wait()
+    return folder
+
+
+def build_policy(config: Config, base: BaseConfig, task: CountdownConfig) -> tuple[Policy, Tokenizer]:
+    """An untrained policy of the recipe's shape, and the tokenizer of its task's words."""
+    words = [*vocabulary(task), *config.prompt_template.replace("{prompt}", " ").split()]
+    context = int(base.shape.get("max_position_embeddings", 512))
+    tokenizer = build_word_tokenizer(words, context)
+    shape = {
+        "max_position_embeddings": context,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.inner.bos_token_id,
+        "pad_token_id": tokenizer.inner.pad_token_id,
+        **base.shape,
+        "vocab_size": len(tokenizer),
+    }
+    policy = Policy(PolicyConfig.model_validate(shape))
+    initialise(policy, config.seed)
+    return cast_weights(policy, getattr(torch, config.dtype)), tokenizer
+
+
+def train_base(
+    policy: Policy,
+    tokenizer: Tokenizer,
+    config: Config,
+    base: BaseConfig,
+    task: CountdownConfig,
+    ranks: Ranks,
+    progress: Progress,
+) -> None:
+    """AdamW with warm-up and cosine decay; every rank takes its share of each batch."""
+    optimizer = MasterAdamW(policy, betas=(0.9, 0.95), eps=1e-8, weight_decay=base.weight_decay)
+    batches = _token_batches(tokenizer, config, base, task)
+    for step in range(base.max_steps):
+        texts = next(batches)
+        _, mine = ranks.share(texts)
+        count = sum(len(text) - 1 for text in texts)
+        rows = PackedRows.of([len(text) for text in mine], ranks.device)
+        token_ids_N = torch.tensor([token for text in mine for token in text], device=ranks.device)
+        loss = next_token_loss(policy, token_ids_N, rows, base.mtp_weight)
+        share = sum(len(text) - 1 for text in mine) / count
+        (loss.total * share).backward()
+        ranks.sum_(optimizer.gather_gradients())
+        rate = learning_rate_at(
+            step, peak=base.learning_rate, warmup_steps=base.warmup_steps, max_steps=base.max_steps, kind="cosine"
+        )
+        optimizer.step(rate, 1.0)
+        _balance(policy, loss.output.experts_MNK, base.bias_update_rate, ranks)
+        trunk = ranks.sum_number(float(loss.trunk) * share)
+        if not math.isfinite(trunk):
+            raise FloatingPointError(f"the base model's loss is {trunk} at step {step}; lower base.learning_rate")
+        progress({"step": step + 1, "loss": trunk, "num_tokens": sum(map(len, texts))})
+
+
+def _balance(policy: Policy, experts_MNK: torch.Tensor | None, rate: float, ranks: Ranks) -> None:
+    if experts_MNK is None or not rate:
+        return
+    loads = [count_experts(experts_NK, policy.config.n_routed_experts) for experts_NK in experts_MNK]
+    ranks.sum_(loads)
+    for moe, load_E in zip(policy.moe_layers, loads, strict=True):
+        moe.gate.balance(load_E, rate)
+
+
+def _token_batches(
+    tokenizer: Tokenizer, config: Config, base: BaseConfig, task: CountdownConfig
+) -> Iterator[list[list[int]]]:
+    """Batches of texts of like length, at most `tokens_per_step` when padded."""
+    rng = random.Random(f"attempts {config.seed}")
+    rows = generate_problems(task, config.seed, "train")
+    ids = tokenizer.inner.get_vocab()
+    while True:
+        texts = []
+        for row in (next(rows) for _ in range(POOL)):
+            prompt = config.prompt_template.replace("{prompt}", problem_text(row["nums"], row["target"]))
+            completion = write_attempts(row, task, base.attempts, rng)
+            texts.append([*(ids[word] for word in f"{prompt} {completion}".split()), tokenizer.eos_token_id])
+        batches, current = [], list[list[int]]()
+        for text in sorted(texts, key=len):
+            if current and (len(current) + 1) * len(text) > base.tokens_per_step:
+                batches.append(current)
+                current = []
+            current.append(text)
+        rng.shuffle(batches)  # the longest few, which fill no batch, are left out
+        yield from batches

@@ -1,0 +1,49 @@
+"""What flows through a training step.
+
+Shapes: P problems, G completions of each, B = P*G rows, N packed tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from policy import PackedRows
+from rewards import Problem, RewardResult
+from rollouts import Completion
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """One problem with everything that was sampled for it."""
+
+    problem: Problem
+    prompt_ids: Sequence[int]
+    """Token ids of the rendered prompt."""
+    completions: Sequence[Completion]
+    """[G]."""
+    texts: Sequence[str]
+    """Each completion decoded, [G]; what the rewards saw."""
+    results: Sequence[RewardResult]
+    """[G]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Rows of one micro-batch laid end to end: each row a prompt and one completion of it.
+
+    Position n of every `*_N` speaks of token n given the tokens before it.
+    """
+
+    token_ids_N: Tensor
+    """int64."""
+    rows: PackedRows
+    """Where each row lies."""
+    completion_mask_N: Tensor
+    """True at the tokens that are learned from."""
+    rollout_logprobs_N: Tensor
+    """Nats, fp32, as recorded by the sampler; 0 outside completions."""
+    advantages_N: Tensor
+    """fp32; each row's advantage at its completion's tokens, 0 elsewhere."""
