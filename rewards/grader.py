@@ -71,12 +71,8 @@ class Grader:
         weights = [1.0] * len(rewards) if weights is None else list(weights)
         if len(weights) != len(rewards) or not all(math.isfinite(weight) for weight in weights):
             raise ValueError(f"weights is one finite number for each of {len(rewards)} rewards, got {weights}")
-        if (
-            num_workers < 0
-            or not timeout_s > 0
-            or not startup_timeout_s > 0
-            or (memory_mb is not None and memory_mb < 1)
-        ):
+        positive = [timeout_s, startup_timeout_s, *([] if memory_mb is None else [memory_mb])]
+        if num_workers < 0 or not all(number > 0 for number in positive):
             raise ValueError(
                 "num_workers is at least 0, timeout_s, startup_timeout_s and memory_mb are above 0, got "
                 f"num_workers={num_workers}, timeout_s={timeout_s}, startup_timeout_s={startup_timeout_s}, "
@@ -149,8 +145,8 @@ class Grader:
         has the scores by short name, unweighted. A problem with a `reward` of its own has it in the place, and with the
         weight, of the run's first.
 
-        Raises ValueError if the lengths differ or a problem cannot be sent to a worker, RewardError if `strict`, and what
-        `load` raises for a problem's own reward.
+        Raises ValueError if the lengths differ or a problem cannot be sent to a worker, RewardError if `strict`, and
+        what `load` raises for a problem's own reward.
         """
         if self._is_closed:
             raise GraderError("the grader is closed")

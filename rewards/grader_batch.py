@@ -107,11 +107,8 @@ class Batch:
         """The job as JSON text in the form that `rewards.grader_worker` reads."""
         items = sorted({item for call in job.calls for item in call.items})
         position = {item: index for index, item in enumerate(items)}
-        ids = None
-        if self._completion_ids is not None and any(
-            self._kinds[call.reward].takes_completion_ids for call in job.calls
-        ):
-            ids = [self._completion_ids[item] for item in items]
+        takes_ids = any(self._kinds[call.reward].takes_completion_ids for call in job.calls)
+        ids = [self._completion_ids[item] for item in items] if takes_ids and self._completion_ids is not None else None
         rest = json.dumps(
             {
                 "completions": [self._completions[item] for item in items],

@@ -10,30 +10,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import selectors
-import signal
-import socket
-import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 from rewards.grader_batch import Batch, Call, Job
-from rewards.grader_worker import ENVIRONMENT_MARK, HEADER, Executor, pack
+from rewards.grader_process import WorkerProcess
+from rewards.grader_worker import Executor
 
-MAX_REPLY: Final = 1 << 26
-"""Longest reply that is believed, in bytes; anything longer is a channel that a reward wrote into."""
 MAX_FAILED_STARTS: Final = 3
 """Replacements of workers that may die in a row before they were ready."""
 _TICK_S: Final = 0.25
 """Longest wait between two looks at whether workers live, for those whose socket a child of theirs keeps open."""
-_READS: Final = 64
-"""Most reads from one worker in a row; one that prints without end must not hold up the others."""
 _LAST_BREATH_S: Final = 0.5
 """Time between the last that was heard of a dying worker and its end, in which it is left to end by itself."""
 _CLOSE_S: Final = 2.0
@@ -42,148 +34,6 @@ _CLOSE_S: Final = 2.0
 
 class GraderError(RuntimeError):
     """The grader cannot grade; the message says why and what to change."""
-
-
-class WorkerProcess:
-    """One running `python -m rewards.grader_worker`, its socket and its output."""
-
-    def __init__(self, cwd: str) -> None:
-        with contextlib.ExitStack() as stack:
-            self._channel, theirs = socket.socketpair()
-            stack.enter_context(theirs)
-            lifeline, self._lifeline = os.pipe()
-            stack.callback(os.close, lifeline)
-            self._output, output = os.pipe()
-            stack.callback(os.close, output)
-            self._process = subprocess.Popen(
-                # -P: the folder of the run is no place to import modules from; -u: what was printed before a crash is kept
-                [sys.executable, "-P", "-u", "-m", "rewards.grader_worker", str(theirs.fileno()), str(lifeline)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                pass_fds=(theirs.fileno(), lifeline),
-                start_new_session=True,
-                cwd=cwd,
-                env=_make_environment(),
-            )
-        self._channel.setblocking(False)
-        os.set_blocking(self._output, False)
-        self._received = bytearray()
-        self._printed = b""
-        self.is_silent = False
-        """True once no reply can come any more."""
-
-    @property
-    def descriptors(self) -> tuple[int, int]:
-        """What to wait on for reading."""
-        return self._channel.fileno(), self._output
-
-    @property
-    def pid(self) -> int:
-        """Of the worker, and of the group and the session of whatever it starts."""
-        return self._process.pid
-
-    def send(self, text: str, timeout_s: float) -> bool:
-        """Sends a message; False if the worker is gone or does not read it in time."""
-        if self._has_ended():
-            return False
-        data = memoryview(pack(text))
-        deadline = time.monotonic() + timeout_s
-        poll = select.poll()
-        poll.register(self._channel, select.POLLOUT)
-        while data:
-            try:
-                data = data[self._channel.send(data) :]
-            except BlockingIOError:
-                if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                    return False
-            except (BrokenPipeError, ConnectionResetError):
-                return False
-        return True
-
-    def receive(self) -> list[dict[str, Any]]:
-        """The replies that have come, without waiting."""
-        if self._has_ended():  # looked at first, so that its last words are read below
-            self.is_silent = True
-        self._read_channel()
-        self._read_output()
-        replies = []
-        while len(self._received) >= HEADER.size:
-            (size,) = HEADER.unpack_from(self._received)
-            end = HEADER.size + size
-            if size > MAX_REPLY:
-                self.is_silent = True
-            if size > MAX_REPLY or len(self._received) < end:
-                break
-            try:
-                replies.append(json.loads(self._received[HEADER.size : end]))
-            except ValueError:
-                self.is_silent = True
-                break
-            del self._received[:end]
-        return replies
-
-    def _read_channel(self) -> None:
-        try:
-            for _ in range(_READS):
-                data = self._channel.recv(1 << 18)
-                self._received += data
-                if not data:
-                    self.is_silent = True
-                    return
-        except BlockingIOError:
-            return
-        except ConnectionResetError:
-            self.is_silent = True
-
-    def _read_output(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            for _ in range(_READS):
-                printed = os.read(self._output, 1 << 18)
-                self._printed = (self._printed + printed)[-4096:]
-                if not printed:
-                    return
-
-    def hang_up(self) -> None:
-        """Tells the worker to end when it has done what it is doing."""
-        with contextlib.suppress(OSError):
-            self._channel.shutdown(socket.SHUT_RDWR)
-
-    def end(self, within_s: float = 0.0) -> str:
-        """Ends the worker and whatever it started, by force after `within_s`; says how it ended."""
-        deadline = time.monotonic() + within_s
-        while not (has_ended := self._has_ended()) and time.monotonic() < deadline:
-            time.sleep(0.002)
-        # Before it is waited for: until then its number cannot be given to another group of processes.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        code = self._process.wait()
-        self._channel.close()
-        os.close(self._output)
-        os.close(self._lifeline)
-        if not has_ended:
-            how = "stopped answering"
-        elif code >= 0:
-            how = f"exited with status {code}"
-        else:
-            how = f"was ended by {signal.Signals(-code).name}" + (
-                " (out of memory?)" if code == -signal.SIGKILL else ""
-            )
-        last_words = self._printed.decode(errors="replace").strip().splitlines()
-        return f"the worker {how}" + (f"; it printed last: {last_words[-1][:200]}" if last_words else "")
-
-    def _has_ended(self) -> bool:
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
-def _make_environment() -> dict[str, str]:
-    environment = {**os.environ, ENVIRONMENT_MARK: "1"}
-    root = str(Path(__file__).resolve().parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    # The workers are the parallelism, and a thread for each of 100 cores needs more address space than memory_mb.
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        environment.setdefault(name, "1")
-    return environment
 
 
 @dataclass(kw_only=True, slots=True)
@@ -259,7 +109,7 @@ class WorkerPool:
 
     @contextlib.contextmanager
     def _abandon_on_error(self) -> Iterator[None]:
-        """Ends busy workers if the caller is interrupted, so that no reply to this batch is taken for one to the next."""
+        """Ends busy workers if the caller is interrupted: their replies must not be taken for the next batch's."""
         has_finished = False
         try:
             yield

@@ -1,14 +1,15 @@
 """Calls reward functions; `python -m rewards.grader_worker` is one worker process of the grader.
 
-Messages are JSON behind a length of four bytes, over an inherited socket: `{"load": [names], "memory_mb": ...}` and jobs
-come in, one reply for each call of a job goes out. What the functions print goes to the standard streams, which the
-parent set to a pipe of their own. Imports no more than it needs: a worker starts in the time of an empty interpreter,
+Messages are JSON behind a length of four bytes, over an inherited socket: `{"load": [names], ...}` and jobs come in,
+one reply for each call of a job goes out. What the functions print goes to the standard streams, which the parent set
+to a pipe of their own. Imports no more than it needs: a worker starts in little more time than an empty interpreter,
 and has torch or sympy in memory only if a reward imports them.
 """
 
 from __future__ import annotations
 
 import fcntl
+import functools
 import importlib
 import inspect
 import json
@@ -80,11 +81,11 @@ class Executor:
         self._runner: asyncio.Runner | None = None
 
     def load(self, names: Sequence[str]) -> Json:
-        """`{"loaded": {name: {"takes_one", "takes_completion_ids"}}}`, or `{"refused": reason, "kind": error class}`."""
+        """`{"loaded": {name: {"takes_one", "takes_completion_ids"}}}`, or `{"refused": reason, "kind": error}`."""
         for name in names:
             if name in self._rewards:
                 continue
-            loaded, failure = _attempt(lambda name=name: _load(name))
+            loaded, failure = _attempt(functools.partial(_load, name))
             if isinstance(failure, Failure):
                 return {"refused": f"reward {name!r} cannot be imported: {failure.detail}", "kind": "GraderError"}
             if isinstance(loaded, LoadedReward):
@@ -111,7 +112,7 @@ class Executor:
             completions = [job["completions"][position] for position in positions]
             ids = job["completion_ids"] and [job["completion_ids"][position] for position in positions]
             started = time.perf_counter()
-            scores, failure = _attempt(lambda: self._call(self._rewards[name], problem, completions, ids))  # noqa: B023
+            scores, failure = _attempt(functools.partial(self._call, self._rewards[name], problem, completions, ids))
             if failure is not None:
                 yield {"raised": failure.detail, "retire": failure.is_memory}
             else:
@@ -124,7 +125,7 @@ class Executor:
 
     def _call(
         self, reward: LoadedReward, problem: Problem, completions: list[str], ids: list[list[int]] | None
-    ) -> list[Json]:
+    ) -> list[Any]:
         if reward.takes_one:
             assert len(completions) == 1
             returned = self._wait(reward.function(problem=problem, completion=completions[0]))
@@ -162,7 +163,7 @@ def _describe(error: BaseException) -> str:
     """The last line of the traceback, with the innermost place in the file of the reward's author."""
     import traceback  # failures are rare
 
-    words = "".join(traceback.format_exception_only(error)).split()
+    text = "".join(traceback.format_exception_only(error))
     ours = {__file__, registry.__file__, importlib.__file__, str(Path(__file__).with_name("adapters.py"))}
     frames = [
         frame
@@ -170,10 +171,12 @@ def _describe(error: BaseException) -> str:
         if frame.filename not in ours and not frame.filename.startswith("<frozen ")
     ]
     place = ""
-    if frames:
+    if isinstance(error, SyntaxError) and not frames:
+        text, place = f"{type(error).__name__}: {error.msg}", f" ({error.filename}:{error.lineno})"
+    elif frames:
         innermost = [frame for frame in frames if frame.filename == frames[0].filename][-1]
         place = f" ({innermost.filename}:{innermost.lineno})"
-    return _shorten(" ".join(words), MAX_DETAIL - len(place)) + place
+    return _shorten(" ".join(text.split()), MAX_DETAIL - len(place)) + place
 
 
 def _shorten(text: str, limit: int = MAX_DETAIL) -> str:
