@@ -274,6 +274,6 @@ def compute_score_keyless(data_source, solution_str, ground_truth, extra_info):
 
 def reward_func(queries, prompts, labels):
     """OpenRLHF's."""
-    assert all(query.startswith(prompt) for query, prompt in zip(queries, prompts))
-    scores = [float(query.endswith(label)) for query, label in zip(queries, labels)]
+    assert all(query.startswith(prompt) for query, prompt in zip(queries, prompts, strict=True))
+    scores = [float(query.endswith(label)) for query, label in zip(queries, labels, strict=True)]
     return {"rewards": scores, "scores": scores, "extra_logs": {}}
