@@ -87,6 +87,7 @@ class Grader:
         self._weights = weights
         self._strict = strict
         self._kinds: dict[str, RewardKind] = {}
+        self._labels: dict[str, str] = {}
         self._judged: set[str] = set()
         self._is_closed = False
         self._lock = threading.RLock()
@@ -131,6 +132,7 @@ class Grader:
             if "refused" in reply:
                 raise _ERRORS[reply["kind"]](reply["refused"])
             self._kinds = {name: RewardKind(**kind) for name, kind in reply["loaded"].items()}
+            self._label(new)
 
     def grade(
         self,
@@ -168,7 +170,7 @@ class Grader:
             )
             self._pool.run(batch.plan(self._num_workers), batch)
             self._judge(batch.parts)
-            return batch.merge(self._weights, self._make_labels())
+            return batch.merge(self._weights, self._labels)
 
     def close(self) -> None:
         """Ends the workers; the grader cannot be used any more."""
@@ -218,7 +220,9 @@ class Grader:
                 _LOGGER.warning("%s", message)
             self._judged.add(name)
 
-    def _make_labels(self) -> dict[str, str]:
-        """Names for the breakdown: short ones, where these tell the rewards apart."""
-        count = Counter(reward_name(name) for name in self._kinds)
-        return {name: reward_name(name) if count[reward_name(name)] == 1 else name for name in self._kinds}
+    def _label(self, rewards: Sequence[str]) -> None:
+        """Gives rewards their names in the breakdown, for good: short ones, where these tell them from the others."""
+        count = Counter([*self._labels.values(), *map(reward_name, rewards)])
+        for name in rewards:
+            short = reward_name(name)
+            self._labels[name] = short if count[short] == 1 else name

@@ -17,11 +17,10 @@ from fractions import Fraction
 from itertools import groupby
 from typing import Any, Final, Literal, Protocol, runtime_checkable
 
-from rewards.types import Problem, RewardResult, Status
+from rewards.types import STATUSES, Problem, RewardResult, Status
 
 MAX_JOB: Final = 16
 """Most completions of a job of one-completion functions."""
-_SEVERITY: Final[Sequence[Status]] = ("ok", "unparsed", "timeout", "error")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +35,7 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """Calls about one problem."""
+    """Calls that travel together."""
 
     calls: tuple[Call, ...]
     """In the order in which they are made."""
@@ -91,33 +90,42 @@ class Batch:
 
     def plan(self, num_workers: int) -> deque[Job]:
         """Jobs that make every call once: a batch function gets all of a group, one-completion functions are spread."""
-        size = max(1, min(MAX_JOB, len(self._completions) // (4 * max(num_workers, 1))))
         jobs: deque[Job] = deque()
         for items in self._groups():
-            names = self._rewards[items[0]]
-            alone = [name for name in names if self._kinds[name].takes_one]
-            together = [name for name in names if not self._kinds[name].takes_one]
+            together = [name for name in self._rewards[items[0]] if not self._kinds[name].takes_one]
             jobs.extend(Job(calls=(Call(reward=name, items=items),)) for name in together)
-            for start in range(0, len(items) if alone else 0, size):
-                calls = tuple(Call(reward=name, items=(i,)) for i in items[start : start + size] for name in alone)
-                jobs.append(Job(calls=calls))
+        count = len(self._completions)
+        size = max(1, min(MAX_JOB, count // (4 * max(num_workers, 1))))
+        for start in range(0, count, size):
+            calls = [
+                Call(reward=name, items=(item,))
+                for item in range(start, min(start + size, count))
+                for name in self._rewards[item]
+                if self._kinds[name].takes_one
+            ]
+            if calls:
+                jobs.append(Job(calls=tuple(calls)))
         return jobs
 
     def encode(self, job: Job) -> str:
         """The job as JSON text in the form that `rewards.grader_worker` reads."""
         items = sorted({item for call in job.calls for item in call.items})
         position = {item: index for index, item in enumerate(items)}
+        texts = {text: index for index, text in enumerate(dict.fromkeys(self._problems[item] for item in items))}
         takes_ids = any(self._kinds[call.reward].takes_completion_ids for call in job.calls)
         ids = [self._completion_ids[item] for item in items] if takes_ids and self._completion_ids is not None else None
         rest = json.dumps(
             {
                 "completions": [self._completions[item] for item in items],
                 "completion_ids": ids,
-                "calls": [[call.reward, [position[item] for item in call.items]] for call in job.calls],
+                "calls": [
+                    [call.reward, texts[self._problems[call.items[0]]], [position[item] for item in call.items]]
+                    for call in job.calls
+                ],
             },
             default=_to_json,
         )
-        return f'{{"problem": {self._problems[items[0]]}, {rest[1:]}'
+        return f'{{"problems": [{", ".join(texts)}], {rest[1:]}'
 
     def record(self, call: Call, reply: Mapping[str, Any]) -> list[Job]:
         """Keeps a worker's reply to a call; returns what has to be done again."""
@@ -160,7 +168,7 @@ class Batch:
 def _merge(parts: Sequence[tuple[str, float, Part]]) -> RewardResult:
     scores = {label: part.score for label, _, part in parts if part.score is not None}
     total = sum(weight * part.score for _, weight, part in parts if part.score is not None)
-    status = max((part.status for _, _, part in parts), key=_SEVERITY.index)
+    status = max((part.status for _, _, part in parts), key=STATUSES.index)
     details = [f"{label}: {part.detail}" if len(parts) > 1 else part.detail for label, _, part in parts if part.detail]
     if not math.isfinite(total):
         total, status = 0.0, "error"

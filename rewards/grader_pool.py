@@ -120,7 +120,10 @@ class WorkerPool:
                     self._end(slot)
 
     def _start(self, slot: _Slot) -> None:
-        """Starts a worker in the slot if there is none, and has it load the rewards."""
+        """Starts a worker in the slot if none is alive there, and has it load the rewards."""
+        if slot.process is not None and slot.process.has_ended:
+            self._end(slot)
+            self.restarts += 1
         if slot.process is None:
             slot.process = WorkerProcess(self._cwd)
             for descriptor in slot.process.descriptors:

@@ -26,13 +26,16 @@ class WorkerProcess:
     """One running `python -m rewards.grader_worker`, its socket and its output."""
 
     def __init__(self, cwd: str) -> None:
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as for_worker, contextlib.ExitStack() as on_error:
             self._channel, theirs = socket.socketpair()
-            stack.enter_context(theirs)
+            for_worker.enter_context(theirs)
+            on_error.enter_context(self._channel)
             lifeline, self._lifeline = os.pipe()
-            stack.callback(os.close, lifeline)
+            for_worker.callback(os.close, lifeline)
+            on_error.callback(os.close, self._lifeline)
             self._output, output = os.pipe()
-            stack.callback(os.close, output)
+            for_worker.callback(os.close, output)
+            on_error.callback(os.close, self._output)
             self._process = subprocess.Popen(
                 # -P: the folder of the run is no place to import from; -u: what was printed before a crash is not lost
                 [sys.executable, "-P", "-u", "-m", "rewards.grader_worker", str(theirs.fileno()), str(lifeline)],
@@ -44,6 +47,7 @@ class WorkerProcess:
                 cwd=cwd,
                 env=_make_environment(),
             )
+            on_error.pop_all()
         self._channel.setblocking(False)
         os.set_blocking(self._output, False)
         self._received = bytearray()
@@ -61,9 +65,14 @@ class WorkerProcess:
         """Of the worker, and of the group and the session of whatever it starts."""
         return self._process.pid
 
+    @property
+    def has_ended(self) -> bool:
+        """True once the process is no more, without waiting for it as a parent: its number stays taken."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
     def send(self, text: str, timeout_s: float) -> bool:
         """Sends a message; False if the worker is gone or does not read it in time."""
-        if self._has_ended():
+        if self.has_ended:
             return False
         data = memoryview(pack(text))
         deadline = time.monotonic() + timeout_s
@@ -81,7 +90,7 @@ class WorkerProcess:
 
     def receive(self) -> list[dict[str, Any]]:
         """The replies that have come, without waiting."""
-        if self._has_ended():  # looked at first, so that its last words are read below
+        if self.has_ended:  # looked at first, so that its last words are read below
             self.is_silent = True
         self._read_channel()
         self._read_output()
@@ -130,11 +139,12 @@ class WorkerProcess:
     def end(self, within_s: float = 0.0) -> str:
         """Ends the worker and whatever it started, by force after `within_s`; says how it ended."""
         deadline = time.monotonic() + within_s
-        while not (has_ended := self._has_ended()) and time.monotonic() < deadline:
+        while not (has_ended := self.has_ended) and time.monotonic() < deadline:
             time.sleep(0.002)
         # Before it is waited for: until then its number cannot be given to another group of processes.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
+        self._process.kill()
         code = self._process.wait()
         self._channel.close()
         os.close(self._output)
@@ -149,9 +159,6 @@ class WorkerProcess:
             how += " (out of memory?)"
         last_words = self._printed.decode(errors="replace").strip().splitlines()
         return f"the worker {how}" + (f"; it printed last: {last_words[-1][:200]}" if last_words else "")
-
-    def _has_ended(self) -> bool:
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def _make_environment() -> dict[str, str]:

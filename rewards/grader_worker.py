@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Final, SupportsFloat, TypeVar
 
 from rewards import registry
 from rewards.registry import RewardFunction, RewardNotFoundError, RewardSignatureError
-from rewards.types import Problem, RewardResult
+from rewards.types import STATUSES, Problem, RewardResult
 
 if TYPE_CHECKING:
     import asyncio
@@ -107,12 +107,14 @@ class Executor:
         A reply is `{"scores": [[score, status, detail, is_fault], ...], "elapsed_s": ...}` with a row for each
         completion of the call, or `{"raised": detail, "retire": bool}`.
         """
-        problem = Problem(**job["problem"])
-        for name, positions in job["calls"]:
+        problems = [Problem(**fields) for fields in job["problems"]]
+        for name, index, positions in job["calls"]:
             completions = [job["completions"][position] for position in positions]
             ids = job["completion_ids"] and [job["completion_ids"][position] for position in positions]
             started = time.perf_counter()
-            scores, failure = _attempt(functools.partial(self._call, self._rewards[name], problem, completions, ids))
+            scores, failure = _attempt(
+                functools.partial(self._call, self._rewards[name], problems[index], completions, ids)
+            )
             if failure is not None:
                 yield {"raised": failure.detail, "retire": failure.is_memory}
             else:
@@ -248,7 +250,10 @@ def _read_score(value: Any) -> list[Any]:
     if value is None:
         return [None, "ok", "", False]
     if isinstance(value, RewardResult):
-        return [value.reward, value.status, _shorten(value.detail), False]
+        if value.status not in STATUSES:
+            return _fault(f"returned a RewardResult of status {value.status!r}, not one of {', '.join(STATUSES)}")
+        reward = None if value.reward is None else float(value.reward)
+        return [reward, value.status, _shorten(" ".join(str(value.detail).split())), False]
     if isinstance(value, str | bytes) or not isinstance(value, SupportsFloat):
         return _fault(f"returned {_name_type(value)}, not a number")
     score = float(value)

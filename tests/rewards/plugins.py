@@ -7,7 +7,6 @@ import asyncio
 import ctypes
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -46,6 +45,18 @@ def skips_all(problem, completion):
 
 def result(problem, completion):
     return RewardResult(reward=0.25, status="unparsed", detail="looked odd")
+
+
+def odd_results(problem, completion):
+    import numpy
+
+    return {
+        "status": RewardResult(reward=1.0, status="fine"),  # type: ignore[arg-type]
+        "numpy": RewardResult(reward=numpy.float32(0.5), detail="two\nlines"),  # type: ignore[arg-type]
+        "bool": RewardResult(reward=True),
+        "detail": RewardResult(reward=1.0, detail=7),  # type: ignore[arg-type]
+        "none": RewardResult(reward=None),
+    }[completion]
 
 
 async def length_async(problem, completion):
@@ -175,11 +186,6 @@ def leaves_children(problem, completion):
     time.sleep(600)
 
 
-def dies_after_answering(problem, completion):
-    signal.setitimer(signal.ITIMER_REAL, 0.05)
-    return 1.0
-
-
 def call_of_batch(prompts, completions, completion_ids, nums, answer, **columns):
     """Says what it was called with, as numbers."""
     assert completion_ids is None or all(isinstance(ids, list) for ids in completion_ids)
@@ -199,6 +205,16 @@ def batch_size(completions, **kwargs):
 
 def batch_length(completions):
     return [float(len(completion)) for completion in completions]
+
+
+def batch_array(completions, **kwargs):
+    import numpy
+
+    return numpy.array([len(completion) for completion in completions], dtype=numpy.float32)
+
+
+def batch_generator(completions, **kwargs):
+    yield from (len(completion) for completion in completions)
 
 
 def batch_hang(completions, **kwargs):

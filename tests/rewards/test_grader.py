@@ -78,6 +78,8 @@ def test_kinds_of_functions(num_workers: int) -> None:
         "batch_length": [4.0, 3.0, 0.0],
         "batch_length_async": [4.0, 3.0, 0.0],
         "batch_size": [3.0, 3.0, 3.0],
+        "batch_array": [4.0, 3.0, 0.0],
+        "batch_generator": [4.0, 3.0, 0.0],
         "skips_bad": [1.0, None, 1.0],
         "skips_all": [None, None, None],
     }
@@ -118,6 +120,21 @@ def test_status_and_detail_of_a_result_are_kept() -> None:
     with Grader([name("result")]) as grader:
         (result,) = grader.grade([TEXT], ["a"])
     assert (result.reward, result.status, result.detail) == (0.25, "unparsed", "looked odd")
+
+
+@MODES
+def test_odd_results_are_made_plain(num_workers: int) -> None:
+    with Grader([name("odd_results")], num_workers=num_workers) as grader:
+        results = grader.grade([TEXT] * 5, ["status", "numpy", "bool", "detail", "none"])
+        assert grader.restarts == 0
+    assert [(result.reward, result.status, result.detail) for result in results] == [
+        (0.0, "error", "returned a RewardResult of status 'fine', not one of ok, unparsed, timeout, error"),
+        (0.5, "ok", "two lines"),
+        (1.0, "ok", ""),
+        (1.0, "ok", "7"),
+        (None, "ok", ""),
+    ]
+    assert all(type(result.reward) in (float, type(None)) for result in results)
 
 
 @MODES
@@ -175,6 +192,16 @@ def test_rewards_of_one_short_name_are_told_apart(tmp_path: Path) -> None:
     with Grader([name("length"), f"{path}:length"]) as grader:
         (result,) = grader.grade([TEXT], ["abc"])
     assert result.breakdown == {name("length"): 3.0, f"{path}:length": -1.0}
+
+
+def test_names_in_the_breakdown_stay_when_more_rewards_are_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "other.py"
+    path.write_text("def length(problem, completion):\n    return -1.0\n")
+    own = Problem(id="2", prompt="?", reward=f"{path}:length")
+    with Grader([name("length")]) as grader:
+        assert grader.grade([TEXT], ["abc"])[0].breakdown == {"length": 3.0}
+        results = grader.grade([TEXT, own], ["abc", "abc"])
+    assert [result.breakdown for result in results] == [{"length": 3.0}, {f"{path}:length": -1.0}]
 
 
 def test_columns_of_the_datasets_library_arrive_as_plain_values(tmp_path: Path) -> None:
@@ -406,6 +433,10 @@ def test_worker_that_died_between_batches_costs_nothing() -> None:
         (second,) = grader.grade([TEXT], ["a"])
         assert (second.status, grader.errors, grader.restarts) == ("ok", 0, 1)
         assert second.reward != first.reward
+        os.kill(int(second.reward or 0), signal.SIGKILL)
+        assert wait_until(lambda: not is_alive(int(second.reward or 0)))
+        grader.load(["countdown"])
+        assert grader.restarts == 2
 
 
 def test_workers_are_in_a_session_of_their_own() -> None:
