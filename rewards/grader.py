@@ -1,7 +1,10 @@
 """Grades completions with the reward functions of a run, in worker processes that may hang, crash or run out of memory.
 
-with Grader(["countdown", "format"], weights=[1.0, 0.2], num_workers=2) as grader:
-    results = grader.grade(problems, completions)
+    with Grader(["countdown", "format"], weights=[1.0, 0.2], num_workers=2) as grader:
+        results = grader.grade(problems, completions)
+
+Here are the rules of scoring; `grader_batch` plans and merges, `grader_pool` keeps the deadlines, `grader_process` is
+one worker seen from outside, `grader_worker` the same from inside.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from rewards.grader_pool import GraderError, InProcess, WorkerPool
 from rewards.grader_worker import ENVIRONMENT_MARK
 from rewards.registry import RewardNotFoundError, RewardSignatureError, reward_name
 from rewards.types import Problem, RewardResult
+
+__all__ = ["Grader", "GraderError", "RewardError"]
 
 _ERRORS: Final = {error.__name__: error for error in (RewardNotFoundError, RewardSignatureError, GraderError)}
 _LOGGER: Final = logging.getLogger(__name__)
@@ -147,8 +152,8 @@ class Grader:
         has the scores by short name, unweighted. A problem with a `reward` of its own has it in the place, and with the
         weight, of the run's first.
 
-        Raises ValueError if the lengths differ or a problem cannot be sent to a worker, RewardError if `strict`, and
-        what `load` raises for a problem's own reward.
+        Raises ValueError if the lengths differ or a problem cannot be sent to a worker, RewardError if `strict`, what
+        `load` raises for a problem's own reward, and GraderError if a worker cannot be replaced.
         """
         if self._is_closed:
             raise GraderError("the grader is closed")

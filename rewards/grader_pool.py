@@ -21,6 +21,7 @@ from typing import Any, Final
 from rewards.grader_batch import Batch, Call, Job
 from rewards.grader_process import WorkerProcess
 from rewards.grader_worker import Executor
+from rewards.types import Status
 
 MAX_FAILED_STARTS: Final = 3
 """Replacements of workers that may die in a row before they were ready."""
@@ -67,7 +68,7 @@ class WorkerPool:
         """Workers that were replaced."""
 
     def load(self, names: Sequence[str]) -> Mapping[str, Any]:
-        """Imports these rewards and no others in every worker; returns the reply as `Executor.load` words it.
+        """Imports rewards in every worker, those started later included; returns what `Executor.load` replies.
 
         Raises GraderError if a worker dies of it, or does not answer within the startup timeout.
         """
@@ -215,7 +216,7 @@ class WorkerPool:
             return []
         return self._lose(slot, batch, "error", "")
 
-    def _lose(self, slot: _Slot, batch: Batch, status: Any, detail: str) -> list[Job]:
+    def _lose(self, slot: _Slot, batch: Batch, status: Status, detail: str) -> list[Job]:
         """Blames the call that was under way, and puts those behind it back."""
         culprit, *rest = slot.pending
         how = self._replace(slot, 0.0 if status == "timeout" else _LAST_BREATH_S)

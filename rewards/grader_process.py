@@ -165,7 +165,7 @@ def _make_environment() -> dict[str, str]:
     environment = {**os.environ, ENVIRONMENT_MARK: "1"}
     root = str(Path(__file__).resolve().parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    # The workers are the parallelism, and a thread for each of 100 cores needs more address space than memory_mb.
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    # The workers are the parallelism; a thread, and an arena of malloc, for each of 100 cores would use up memory_mb.
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "MALLOC_ARENA_MAX"):
         environment.setdefault(name, "1")
     return environment

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,6 +121,11 @@ def segfault(problem, completion):
 
 def exits_always(problem, completion):
     os._exit(7)
+
+
+def asks_32_threads(problem, completion):
+    with ThreadPoolExecutor(32) as threads:
+        return sum(threads.map(lambda _: time.sleep(0.01) or len(bytearray(1 << 16)) >> 16, range(64)))
 
 
 def eats_memory(problem, completion):

@@ -17,8 +17,7 @@ import numpy
 import pytest
 
 from rewards import Grader, Problem, RewardResult
-from rewards.grader import RewardError
-from rewards.grader_pool import GraderError
+from rewards.grader import GraderError, RewardError
 from rewards.registry import RewardNotFoundError, RewardSignatureError
 
 PLUGINS = str(Path(__file__).with_name("plugins.py"))
@@ -493,6 +492,11 @@ def test_imports_do_not_count_against_the_memory_limit(tmp_path: Path) -> None:
     path.write_text("import mmap\nKEPT = mmap.mmap(-1, 1 << 30)\ndef f(problem, completion):\n    return 1.0\n")
     with Grader([f"{path}:f", name("eats_memory")], memory_mb=128, timeout_s=60) as grader:
         assert [result.reward for result in grader.grade([TEXT] * 2, ["good", "bad"])] == [2.0, 1.0]
+
+
+def test_threads_of_a_reward_fit_into_the_memory_limit() -> None:
+    with Grader([name("asks_32_threads")], memory_mb=512) as grader:
+        assert grader.grade([TEXT], ["a"])[0].reward == 64.0
 
 
 def test_workers_see_the_modules_that_the_parent_sees(tmp_path: Path) -> None:
