@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal, get_args
 
 Message = Mapping[str, str]
 """One turn of a conversation: `{"role": ..., "content": ...}`."""
@@ -13,6 +13,9 @@ Message = Mapping[str, str]
 Status = Literal["ok", "unparsed", "timeout", "error"]
 """`ok`: a verdict was reached; `unparsed`: no answer could be read in the completion;
 `timeout`: the deadline passed first; `error`: the reward function or its worker failed."""
+
+STATUSES: Final[tuple[Status, ...]] = get_args(Status)
+"""Every status, from the best to the worst."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
