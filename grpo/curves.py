@@ -150,36 +150,45 @@ def draw_curve(curve: Curve, steps: Sequence[int], buckets: Sequence[Bucket]) ->
         strong = [_trace_area(xs, bottom, top, place_y) for bottom, top in zip(floors, tops, strict=False)]
         faint = [""] * len(strong)
     else:
-        strong = [_trace_line(zip(xs, smooth(mean), strict=True), place_y) for mean in means]
+        smoothed = [smooth(mean, geometric=is_log) for mean in means]
+        strong = [_trace_line(zip(xs, values, strict=True), place_y) for values in smoothed]
         faint = [_trace_line(_raw_points(line.values, buckets), place_y) for line in curve.lines]
     strokes = [
         Stroke(label=line.label, faint="" if f == s else f, strong=s, means=mean)
         for line, f, s, mean in zip(curve.lines, faint, strong, means, strict=True)
     ]
+    y_ticks = [(place_y(tick), label) for tick, label in zip(ticks, format_ticks(ticks, curve.unit), strict=True)]
     marks = [
         (round(_place_x(m.step, steps), 1), place_y(m.value), place_y(m.low), place_y(m.high), m.label)
         for m in curve.marks
     ]
-    labels = [(place_y(tick), format_tick(tick, curve.unit)) for tick in ticks]
-    return Drawing(curve=curve, is_log=is_log, x_ticks=_step_ticks(steps), y_ticks=labels, strokes=strokes, marks=marks)
+    return Drawing(
+        curve=curve, is_log=is_log, x_ticks=_step_ticks(steps), y_ticks=y_ticks, strokes=strokes, marks=marks
+    )
 
 
-def smooth(values: Sequence[float | None]) -> list[float | None]:
+def smooth(values: Sequence[float | None], geometric: bool = False) -> list[float | None]:
     """Centred moving mean over about a twentieth of the points; it neither lags nor fills a gap.
 
-    Short runs (fewer than 20 points) come back as they are.
+    `geometric` averages the logarithms of positive values, so that one spike does not make a plateau on a logarithmic
+    axis. Short runs (fewer than 20 points) come back as they are.
     """
+    if geometric:
+        logs = smooth([None if value is None else math.log(value) for value in values])
+        return [None if value is None else math.exp(value) for value in logs]
     reach = len(values) // 40 + (len(values) >= 20)
+    if not reach:
+        return list(values)
     return [
         None if value is None else _mean(values[max(0, i - reach) : i + reach + 1]) for i, value in enumerate(values)
     ]
 
 
 def linear_ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten) from at or below `low` to at or above `high`; low < high."""
+    """Round numbers (1, 2, 2.5 or 5 times a power of ten) from at or below `low` to at or above `high`; low < high."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
@@ -207,9 +216,13 @@ def format_number(value: float, unit: str = "", digits: int = 3) -> str:
     return f"{text} {unit}".rstrip()
 
 
-def format_tick(value: float, unit: str) -> str:
-    """A number on an axis: as short as it can be without two neighbours reading the same."""
-    return f"{100 * value:.4g}%" if unit == "%" else format_number(value, digits=4)
+def format_ticks(ticks: Sequence[float], unit: str = "") -> list[str]:
+    """Labels of an axis, all at one scale (thousands, millions) and as short as they can be while they differ."""
+    if unit == "%":
+        return [f"{100 * tick:.4g}%" for tick in ticks]
+    largest = max(abs(tick) for tick in ticks)
+    scale, suffix = (1e6, "M") if largest >= 1e6 else (1e3, "k") if largest >= 1e4 else (1.0, "")
+    return [f"{tick / scale:.5g}{suffix if tick else ''}".replace("e-0", "e-").replace("e+0", "e") for tick in ticks]
 
 
 def encode_heat_map(columns: Sequence[Sequence[float | None]]) -> str:
@@ -268,14 +281,10 @@ def _place_x(step: float, steps: Sequence[int]) -> float:
 
 
 def _step_ticks(steps: Sequence[int]) -> list[tuple[float, str]]:
-    if steps[0] == steps[-1]:
-        return [(_place_x(steps[0], steps), str(steps[0]))]
-    ticks = linear_ticks(steps[0], steps[-1], count=min(5, steps[-1] - steps[0]))
-    return [
-        (round(_place_x(tick, steps), 1), format_tick(tick, ""))
-        for tick in ticks
-        if steps[0] <= tick <= steps[-1] and tick == int(tick)
-    ]
+    span = steps[-1] - steps[0]
+    ticks = linear_ticks(steps[0], steps[-1], count=min(5, span)) if span else [float(steps[0])]
+    inside = [tick for tick in ticks if steps[0] <= tick <= steps[-1] and tick == int(tick)]
+    return [(round(_place_x(tick, steps), 1), label) for tick, label in zip(inside, format_ticks(inside), strict=True)]
 
 
 def _pad_range(low: float, high: float) -> tuple[float, float]:

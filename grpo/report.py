@@ -202,7 +202,8 @@ def state_verdict(run: RunFiles) -> str:
         return f"{progress}; no final evaluation yet."
     tenth = max(len(values) // 10, 1)
     first, now = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
-    return f"{progress}: mean {_shorten_name(key)} went from {first:.3g} to {now:.3g}; no final evaluation yet."
+    name = "reward" if key == "reward" else f"{_shorten_name(key)} reward"
+    return f"{progress}: the mean {name} went from {first:.3g} to {now:.3g}; no final evaluation yet."
 
 
 def list_facts(run: RunFiles) -> list[tuple[str, str]]:

@@ -206,8 +206,9 @@ def _read_groups(folder: Path, warnings: list[str]) -> tuple[list[dict[str, Any]
     groups = [_clean_group(step, row, MAX_TEXT // texts) for step, row in rows]
     if not groups:
         return [], ""
-    which = "every step" if len(chosen) == len(numbered) else f"{len(chosen)} of the {len(numbered)} recorded steps"
-    return groups, f"{len(groups)} groups: the first {per_step} of {which}, where there are as many."
+    every = len(chosen) == len(numbered)
+    which = "every step" if every else f"{len(chosen)} steps, spread evenly over the {len(numbered):,} recorded"
+    return groups, f"{len(groups)} groups: the first {per_step}, at most, of {which}."
 
 
 def _has_completions(row: Row) -> bool:
