@@ -126,7 +126,7 @@ def _read_config(path: Path, warnings: list[str]) -> tuple[str, Row]:
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
         config = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # ValueError: a date such as 2024-13-45
         warnings.append("config.yaml is not valid YAML")
         return text, {}
     return text, config if isinstance(config, Mapping) else {}
