@@ -16,6 +16,8 @@ from dataclasses import dataclass
 WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 44, 350, 8, 166
 """The plot area inside the `WIDTH` by `HEIGHT` drawing, in SVG user units; what is outside holds the labels."""
+PLOT_FRAME = {"left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM, "width": WIDTH, "height": HEIGHT}
+"""The same, for the templates."""
 MAX_BUCKETS = 300
 """Points along x: about one per unit of width, so that the size of a drawing does not grow with the run."""
 

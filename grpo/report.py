@@ -16,7 +16,17 @@ from typing import Any
 
 import jinja2
 
-from grpo.curves import Curve, Drawing, Line, Mark, draw_curve, encode_heat_map, format_number, make_buckets
+from grpo.curves import (
+    PLOT_FRAME,
+    Curve,
+    Drawing,
+    Line,
+    Mark,
+    draw_curve,
+    encode_heat_map,
+    format_number,
+    make_buckets,
+)
 from grpo.run_files import Evaluation, Row, RunFiles, as_number, read_run, spread
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -313,7 +323,8 @@ def _load_template(name: str) -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
-    environment.filters |= {"number": format_number}
+    environment.filters["number"] = format_number
+    environment.globals["plot"] = PLOT_FRAME
     return environment.get_template(name)
 
 
