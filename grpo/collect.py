@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
+from grpo.config import Config
 from grpo.types import Group
 from policy.tokenizer import Tokenizer
 from rewards import Grader, Problem
@@ -56,3 +57,15 @@ def collect(
         for place, (problem, prompt_ids) in enumerate(zip(problems, prompts, strict=True))
     ]
     return Collected(groups=groups, sample_s=sampled - start, grade_s=perf_counter() - sampled)
+
+
+def sampling_params(config: Config, tokenizer: Tokenizer, *, greedy: bool = False) -> SamplingParams:
+    """How a recipe draws completions, or the most likely ones."""
+    return SamplingParams(
+        max_completion_length=config.max_completion_length,
+        temperature=0.0 if greedy else config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        stop_token_ids=(tokenizer.eos_token_id,),
+    )

@@ -10,7 +10,7 @@ import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 
@@ -50,20 +50,23 @@ class Dataset:
         return self.problems[self._order[1][place]]
 
 
-def read_problems(config: DatasetConfig, *, seed: int, split: Split, count: int) -> list[Problem]:
-    """At most `count` problems of the training or the held-out part.
+def read_problems(
+    config: DatasetConfig, *, seed: int, split: Split | Literal["all"], count: int
+) -> list[Problem]:
+    """At most `count` problems of the training or the held-out part, or of a file's whole.
 
     Generated problems are split by a hash of the problem itself. A file's or hub dataset's held-out part is one row in
     eight, by its place, and the training never sees it.
     """
     if config.countdown is not None:
+        assert split != "all"
         rows = itertools.islice(_distinct(generate_problems(config.countdown, seed, split), split), count)
         return [_countdown_problem(row, f"countdown:{split}:{index}") for index, row in enumerate(rows)]
     assert config.path is not None
     wanted = [
         (place, row)
         for place, row in enumerate(_read_rows(config, config.path))
-        if (place % 8 == 7) == (split == "held_out")
+        if split == "all" or (place % 8 == 7) == (split == "held_out")
     ]
     return [to_problem(row, config, f"{config.path}:{place + 1}") for place, row in wanted[:count]]
 

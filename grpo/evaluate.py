@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from grpo.collect import collect
+from grpo.collect import collect, sampling_params
+from grpo.config import Config
 from grpo.distributed import Ranks
+from grpo.prompts import render_prompts
 from grpo.types import Group
+from policy import Policy
 from policy.tokenizer import Tokenizer
 from rewards import Grader, Problem
+from rewards.registry import reward_name
 from rollouts import Engine, SamplingParams
 from rollouts.sampler import mix
 
@@ -40,7 +44,7 @@ class Evaluator:
     seed: int
     batch_size: int
 
-    def run(self, stage: str | int, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+    def run(self, stage: str | int, progress: Callable[[int], None] = lambda done: None) -> dict[str, Any]:
         """One entry of evaluation.json: `greedy` and `avg@k` are shares of 1, `ci95` the interval of avg@k.
 
         `progress` is told how many of this rank's problems are done.
@@ -57,8 +61,7 @@ class Evaluator:
                 (fmean(self._is_correct(g)), fmean(self._is_correct(s)), fmean(len(c.token_ids) for c in s.completions))
                 for g, s in zip(greedy, sampled, strict=True)
             ]
-            if progress is not None:
-                progress(len(rows), len(problems))
+            progress(len(rows))
         rows = self.ranks.gather(rows)
         means = [sampled for _, sampled, _ in rows]
         average = fmean(means)
@@ -95,3 +98,31 @@ class Evaluator:
 
     def _is_correct(self, group: Group) -> list[bool]:
         return [result.breakdown.get(self.metric, 0.0) == 1.0 for result in group.results]
+
+
+def make_evaluator(
+    config: Config,
+    policy: Policy,
+    tokenizer: Tokenizer,
+    *,
+    engine: Engine,
+    grader: Grader,
+    ranks: Ranks,
+    problems: Sequence[Problem],
+) -> Evaluator:
+    """The evaluation that a recipe asks for, on these problems."""
+    return Evaluator(
+        engine=engine,
+        tokenizer=tokenizer,
+        grader=grader,
+        ranks=ranks,
+        problems=problems,
+        prompts=render_prompts(problems, config, tokenizer, policy.config.max_position_embeddings),
+        task=config.evaluation.path or config.dataset.path or "countdown",
+        metric=reward_name(config.rewards[0]),
+        k=config.evaluation.k,
+        sampled=sampling_params(config, tokenizer),
+        greedy=sampling_params(config, tokenizer, greedy=True),
+        seed=config.seed,
+        batch_size=config.evaluation.batch_size,
+    )

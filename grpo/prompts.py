@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from grpo.config import Config
 from policy.tokenizer import Tokenizer
 from rewards import Problem
 
@@ -30,16 +31,21 @@ def render_prompt(problem: Problem, template: str, tokenizer: Tokenizer) -> list
     return tokenizer.encode(text)
 
 
-def check_lengths(
-    prompts: Sequence[Sequence[int]], problems: Sequence[Problem], *, max_completion_length: int, context: int
-) -> None:
-    """Raises PromptError for the first prompt that leaves no room for a completion."""
+def render_prompts(
+    problems: Sequence[Problem], config: Config, tokenizer: Tokenizer, context: int
+) -> list[list[int]]:
+    """Token ids of each problem's prompt.
+
+    Raises PromptError for the first that leaves no room for a completion within `context` tokens.
+    """
+    prompts = [render_prompt(problem, config.prompt_template, tokenizer) for problem in problems]
     for prompt_ids, problem in zip(prompts, problems, strict=True):
-        if len(prompt_ids) + max_completion_length > context:
+        if len(prompt_ids) + config.max_completion_length > context:
             raise PromptError(
                 f"{problem.source}: the prompt has {len(prompt_ids)} tokens; with max_completion_length="
-                f"{max_completion_length} that exceeds the model's context of {context}; lower the key or drop the row"
+                f"{config.max_completion_length} that exceeds the model's context of {context}; lower the key or drop the row"
             )
+    return prompts
 
 
 def _messages(prompt: str | Sequence[Mapping[str, str]]) -> Sequence[Mapping[str, str]]:

@@ -3,70 +3,202 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 
+import policy as policies
 from grpo.checkpoint import find_checkpoint
+from grpo.collect import collect, sampling_params
 from grpo.config import Config, load_config
 from grpo.data import Dataset, read_problems
 from grpo.display import Display
 from grpo.distributed import Ranks
+from grpo.evaluate import make_evaluator
 from grpo.pretrain import base_model
-from grpo.prompts import render_prompt
+from grpo.prompts import render_prompts
 from grpo.record import RunFolder
 from grpo.report import write_report
-from grpo.trainer import Trainer, load_policy
-from policy import CheckpointError
+from grpo.trainer import Trainer
+from policy import CheckpointError, Policy
 from policy.checkpoint import resolve_folder
-from policy.tokenizer import load_tokenizer
+from policy.tokenizer import Tokenizer, load_tokenizer
 from rewards import Grader, Problem
-from rewards.registry import reward_name
+from rollouts import make_engine
 
 
 def run(recipe: Path, overrides: Sequence[str], *, resume: bool) -> None:
     """Train by a recipe, and leave the run's folder with everything in it."""
     config = load_config(recipe, overrides)
-    with _ranks(config) as ranks, Display(enabled=ranks.is_main) as display:
-        folder = RunFolder(config.run_dir, display.note)
-        if ranks.is_main:
+    with _setting(config) as setting:
+        folder = RunFolder(config.run_dir, setting.display.note)
+        if setting.ranks.is_main:
             folder.open(config, resume=resume)
-        ranks.wait()
+        setting.ranks.wait()
         try:
-            trainer = _prepare(config, ranks, folder, display)
-            with _signals(trainer.request_stop):
-                last = trainer.train()
-            trainer.grader.close()
-            if ranks.is_main:
-                _finish(config, folder, display, last, [str(recipe), *overrides])
+            last = _train(config, setting, folder)
         finally:
             folder.close()
-        ranks.wait()
+        if setting.ranks.is_main:
+            _close(config, setting.display, folder, last, [str(recipe), *overrides])
 
 
 def evaluate_model(recipe: Path, overrides: Sequence[str], model: Path | None) -> None:
     """Print one evaluation of a model as JSON."""
     config = load_config(recipe, overrides)
-    with _ranks(config) as ranks, Display(enabled=ranks.is_main) as display:
-        trainer = _prepare(config, ranks, RunFolder(config.run_dir, display.note), display, model or _trained(config))
-        evaluation = trainer.evaluate_now(str(model or "last checkpoint"))
-        trainer.grader.close()
-    if ranks.is_main:
+    with _setting(config) as setting, _grader(config) as grader:
+        policy, tokenizer = _load(config, model or _last_checkpoint(config), setting.ranks)
+        engine = make_engine(policy, config.engine)
+        problems = _held_out(config)
+        evaluator = make_evaluator(
+            config, policy, tokenizer, engine=engine, grader=grader, ranks=setting.ranks, problems=problems
+        )
+        evaluation = evaluator.run(str(model or "last checkpoint"))
+    if setting.ranks.is_main:
         print(json.dumps(evaluation, indent=2))
 
 
 def sample_model(recipe: Path, overrides: Sequence[str], model: Path | None, prompt: str | None, num: int) -> None:
-    """Print completions of one question."""
+    """Print completions of one question; of a held-out problem with their rewards."""
     config = load_config(recipe, overrides)
-    with _ranks(config) as ranks, Display(enabled=ranks.is_main) as display:
-        trainer = _prepare(config, ranks, RunFolder(config.run_dir, display.note), display, model or _trained(config))
+    with _setting(config) as setting, _grader(config) as grader:
+        policy, tokenizer = _load(config, model or _last_checkpoint(config), setting.ranks)
         asked = None if prompt is None else Problem(id="asked", prompt=prompt, source="--prompt")
-        texts = trainer.sample_now(asked or trainer.held_out[0], num, is_graded=asked is None)
-        trainer.grader.close()
-    if ranks.is_main:
-        print("\n\n".join(texts))
+        problem = asked or _held_out(config)[0]
+        prompts = render_prompts([problem], config, tokenizer, policy.config.max_position_embeddings)
+        params = sampling_params(config, tokenizer)
+        engine = make_engine(policy, config.engine)
+        print(tokenizer.decode(prompts[0]))
+        if asked is not None:
+            for completion in engine.generate(prompts, num, params)[0]:
+                print(f"\n{tokenizer.decode(completion.token_ids)}")
+            return
+        [group] = collect(
+            [problem],
+            prompts,
+            engine=engine,
+            tokenizer=tokenizer,
+            grader=grader,
+            num_generations=num,
+            params=params,
+            prompt_seeds=[config.seed],
+        ).groups
+        for text, result in zip(group.texts, group.results, strict=True):
+            print(f"\n[{result.reward}] {text}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Setting:
+    ranks: Ranks
+    display: Display
+
+
+@contextmanager
+def _setting(config: Config) -> Iterator[_Setting]:
+    # Before the first parallel product: the thread pool takes the flag over from this thread. Attention weights that
+    # underflow to denormal numbers otherwise slow a CPU down tenfold once a policy is sure of itself.
+    torch.set_flush_denormal(True)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    ranks = Ranks(cpu=config.device == "cpu" or not torch.cuda.is_available())
+    with Display(enabled=ranks.is_main) as display:
+        yield _Setting(ranks=ranks, display=display)
+    ranks.close()
+
+
+def _train(config: Config, setting: _Setting, folder: RunFolder) -> int:
+    """Number of the last step done."""
+    ranks, display = setting.ranks, setting.display
+    with _grader(config) as grader:
+        problems = read_problems(config.dataset, seed=config.seed, split="train", count=config.dataset.num_problems)
+        held_out = _held_out(config)
+        policy, tokenizer = _load(config, _start(config, setting), ranks)
+        trainer = Trainer(
+            config=config,
+            policy=policy,
+            tokenizer=tokenizer,
+            dataset=Dataset(problems, config.seed),
+            held_out=held_out,
+            grader=grader,
+            ranks=ranks,
+            folder=folder,
+            note=display.note,
+            stage=display.stage,
+            report=display.advance,
+        )
+        with _signals(trainer.request_stop):
+            return trainer.train()
+
+
+def _start(config: Config, setting: _Setting) -> Path:
+    """Folder of the model that training starts from, itself trained first where the recipe says so."""
+    if config.model is not None:
+        return resolve_folder(config.model)
+    assert config.base is not None
+    setting.display.stage("base model", config.base.max_steps)
+    return base_model(config, setting.ranks, setting.display.advance)
+
+
+def _load(config: Config, folder: Path, ranks: Ranks) -> tuple[Policy, Tokenizer]:
+    policy = policies.load(folder, dtype=getattr(torch, config.dtype), device=str(ranks.device))
+    return policy, load_tokenizer(folder)
+
+
+def _held_out(config: Config) -> list[Problem]:
+    wanted = config.evaluation
+    if wanted.num_problems == 0:
+        return []
+    if wanted.path is None:
+        return read_problems(config.dataset, seed=config.seed, split="held_out", count=wanted.num_problems)
+    source = config.dataset.model_copy(update={"path": wanted.path, "countdown": None})
+    return read_problems(source, seed=config.seed, split="all", count=wanted.num_problems)
+
+
+def _grader(config: Config) -> Grader:
+    return Grader(
+        config.rewards,
+        weights=config.reward_weights,
+        num_workers=config.reward_workers,
+        timeout_s=config.reward_timeout,
+        memory_mb=config.reward_memory_mb,
+    )
+
+
+def _last_checkpoint(config: Config) -> Path:
+    found = find_checkpoint(config.run_dir / "checkpoints")
+    if found is None:
+        raise CheckpointError(f"{config.run_dir} holds no checkpoint; train first, or give --model FOLDER")
+    return found.path
+
+
+def _close(config: Config, display: Display, folder: RunFolder, last: int, arguments: Sequence[str]) -> None:
+    """Report, before and after, and how to go on where the run is not done."""
+    report = write_report(folder.path)
+    by_stage = {evaluation["stage"]: evaluation for evaluation in folder.evaluations()}
+    if last < config.max_steps:
+        display.note(f"stopped after step {last}; continue with: grpo train {shlex.join(arguments)} --resume")
+    elif {"base", "final"} <= by_stage.keys():
+        base, final = by_stage["base"], by_stage["final"]
+        gain = 100 * (final["avg@k"] - base["avg@k"])
+        display.note(f"{'':8}{'base':>8}{'final':>8}")
+        display.note(f"{'greedy':8}{base['greedy']:8.1%}{final['greedy']:8.1%}")
+        display.note(f"{'avg@' + str(base['k']):8}{base['avg@k']:8.1%}{final['avg@k']:8.1%}   ({gain:+.1f} points)")
+        display.note(f"{'tokens':8}{base['mean_length']:8.0f}{final['mean_length']:8.0f}")
+    display.note(f"report: {report}")
+
+
+@contextmanager
+def _signals(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)

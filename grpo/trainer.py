@@ -7,37 +7,30 @@ import random
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from time import perf_counter
 from types import FrameType
 from typing import Any
 
-import torch
-
-import policy as policies
 from grpo.advantages import group_advantages
 from grpo.batch import count_learned_tokens, make_batches, make_rows
 from grpo.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from grpo.collect import Collected, collect
+from grpo.collect import Collected, collect, sampling_params
 from grpo.config import Config
 from grpo.data import Dataset
 from grpo.distributed import Ranks
-from grpo.evaluate import Evaluator
+from grpo.evaluate import Evaluator, make_evaluator
 from grpo.metrics import graded, rollout_metrics, update_metrics
 from grpo.optimizer import MasterAdamW, learning_rate_at
-from grpo.prompts import check_lengths, render_prompt
+from grpo.prompts import render_prompts
 from grpo.record import RunFolder
 from grpo.types import Group
 from grpo.update import UpdateStats, update
 from policy import Policy
 from policy.tokenizer import Tokenizer
 from rewards import Grader, Problem
-from rewards.registry import reward_name
-from rollouts import Engine, SamplingParams, make_engine
+from rollouts import Engine, make_engine
 from rollouts.sampler import mix
 
-Report = Callable[[int, dict[str, Any]], None]
-"""Told of every step: its number and its metrics."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -52,7 +45,10 @@ class Trainer:
     grader: Grader
     ranks: Ranks
     folder: RunFolder
-    report: Report = field(default=lambda step, metrics: None)
+    report: Callable[[dict[str, Any]], None] = field(default=lambda metrics: None)
+    """Told the metrics of every step."""
+    stage: Callable[[str, int], None] = field(default=lambda title, total: None)
+    """Told what begins, and of how many parts it is."""
     note: Callable[[str], None] = field(default=lambda text: None)
     """Told what a person should know, a line at a time."""
     stop_requested: bool = False
@@ -76,9 +72,12 @@ class Trainer:
         reference = copy.deepcopy(self.policy).requires_grad_(False) if config.beta else None
         self._resume(optimizer)
         engine.load_weights(self.policy, self.step)
-        evaluator = self._evaluator(engine)
+        evaluator = make_evaluator(
+            config, self.policy, self.tokenizer, engine=engine, grader=self.grader, ranks=self.ranks, problems=self.held_out
+        )
         if self.step == 0:
             self._evaluate(evaluator, "base")
+        self.stage("GRPO", config.max_steps)
         while self.step < config.max_steps and not self.ranks.any(self.stop_requested):
             started = perf_counter()
             first, problems = self.ranks.share(
@@ -130,8 +129,7 @@ class Trainer:
 
     def _collect(self, problems: Sequence[Problem], first: int, engine: Engine) -> Collected:
         config = self.config
-        prompts = [render_prompt(problem, config.prompt_template, self.tokenizer) for problem in problems]
-        self._check(prompts, problems)
+        prompts = render_prompts(problems, config, self.tokenizer, self.policy.config.max_position_embeddings)
         base = self.step * config.prompts_per_step + first
         collected = collect(
             problems,
@@ -140,7 +138,7 @@ class Trainer:
             tokenizer=self.tokenizer,
             grader=self.grader,
             num_generations=config.num_generations,
-            params=_sampling(config, self.tokenizer),
+            params=sampling_params(config, self.tokenizer),
             prompt_seeds=[int(mix(config.seed, base + index)) for index in range(len(problems))],
         )
         return _shuffle_rewards(collected, config.seed, base) if config.shuffle_rewards else collected
@@ -210,33 +208,13 @@ class Trainer:
         }
         if self.ranks.is_main:
             self.folder.add_metrics(metrics)
-        self.report(self.step, metrics)
-
-    def _evaluator(self, engine: Engine) -> Evaluator:
-        config = self.config
-        prompts = [render_prompt(problem, config.prompt_template, self.tokenizer) for problem in self.held_out]
-        self._check(prompts, self.held_out)
-        sampled = _sampling(config, self.tokenizer)
-        return Evaluator(
-            engine=engine,
-            tokenizer=self.tokenizer,
-            grader=self.grader,
-            ranks=self.ranks,
-            problems=self.held_out,
-            prompts=prompts,
-            task=config.evaluation.path or config.dataset.path or "countdown",
-            metric=reward_name(config.rewards[0]),
-            k=config.evaluation.k,
-            sampled=sampled,
-            greedy=_sampling(config, self.tokenizer, greedy=True),
-            seed=config.seed,
-            batch_size=config.evaluation.batch_size,
-        )
+        self.report(metrics)
 
     def _evaluate(self, evaluator: Evaluator, stage: str | int) -> None:
         if not evaluator.problems or any(e["stage"] == stage for e in self.folder.evaluations()):
             return
-        evaluation = evaluator.run(stage)
+        self.stage(f"evaluation ({stage})", len(self.ranks.share(evaluator.problems)[1]))
+        evaluation = evaluator.run(stage, lambda done: self.report({"step": done}))
         if self.ranks.is_main:
             self.folder.add_evaluation(evaluation)
         self.note(
@@ -244,30 +222,6 @@ class Trainer:
             f"({evaluation['ci95'][0]:.1%} to {evaluation['ci95'][1]:.1%}), {evaluation['mean_length']:.0f} tokens"
         )
         self.ranks.wait()
-
-    def _check(self, prompts: Sequence[Sequence[int]], problems: Sequence[Problem]) -> None:
-        check_lengths(
-            prompts,
-            problems,
-            max_completion_length=self.config.max_completion_length,
-            context=self.policy.config.max_position_embeddings,
-        )
-
-
-def load_policy(config: Config, folder: Path, ranks: Ranks) -> Policy:
-    """The policy to train, in the dtype that the recipe computes in."""
-    return policies.load(folder, dtype=getattr(torch, config.dtype), device=str(ranks.device))
-
-
-def _sampling(config: Config, tokenizer: Tokenizer, *, greedy: bool = False) -> SamplingParams:
-    return SamplingParams(
-        max_completion_length=config.max_completion_length,
-        temperature=0.0 if greedy else config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        min_p=config.min_p,
-        stop_token_ids=(tokenizer.eos_token_id,),
-    )
 
 
 def _shuffle_rewards(collected: Collected, seed: int, step: int) -> Collected:
