@@ -57,6 +57,7 @@ class BaseConfig(Section):
     warmup_steps: int = Field(default=50, ge=0)
     weight_decay: float = Field(default=0.1, ge=0)
     mtp_weight: float = Field(default=0.1, ge=0, description="weight of the multi-token-prediction loss")
+    mtp_interval: int = Field(default=1, ge=1, description="train the MTP modules on every n-th step only")
     bias_update_rate: float = Field(default=1e-3, ge=0, description="step of the routers' balancing bias")
     cache_dir: Path = Field(default=Path("cache"), description="finished base models, by the hash of what made them")
 

@@ -21,7 +21,7 @@ Split = Literal["train", "held_out"]
 HELD_OUT_SHARE = 8
 """One problem in so many is held out, by a hash of the problem itself, so that no seed can mix the two."""
 
-WORDS = ("User", ":", "Assistant", "Using", "the", "numbers", ",", "make", ".", "yes", "no")
+WORDS = ("User", ":", "Assistant", "Using", "the", "numbers", ",", "make", ".", "low", "high", "right")
 MARKS = ("<think>", "</think>", "<answer>", "</answer>", "+", "-", "*", "/", "=", "(", ")")
 
 
@@ -110,7 +110,7 @@ def write_attempts(row: dict[str, Any], config: CountdownConfig, attempts: Attem
         while attempt is None:
             attempt = attempt_at_random(row["nums"], config, rng)
         right = attempt.value == row["target"]
-        words += [" , ".join(attempt.steps), "yes" if right else "no"]
+        words += [" , ".join(attempt.steps), "right" if right else "low" if attempt.value < row["target"] else "high"]
         goes_on = rng.random() >= attempts.stop_when_right if right else rng.random() < attempts.go_on
         if not goes_on or index + 1 == attempts.max_attempts:
             break

@@ -44,10 +44,10 @@ class Evaluator:
     seed: int
     batch_size: int
 
-    def run(self, stage: str | int, progress: Callable[[int], None] = lambda done: None) -> dict[str, Any]:
+    def run(self, stage: str | int, progress: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
         """One entry of evaluation.json: `greedy` and `avg@k` are shares of 1, `ci95` the interval of avg@k.
 
-        `progress` is told how many of this rank's problems are done.
+        `progress` is told of every batch how many of this rank's problems it held.
         """
         first, problems = self.ranks.share(self.problems)
         prompts = self.prompts[first : first + len(problems)]
@@ -61,7 +61,7 @@ class Evaluator:
                 (fmean(self._is_correct(g)), fmean(self._is_correct(s)), fmean(len(c.token_ids) for c in s.completions))
                 for g, s in zip(greedy, sampled, strict=True)
             ]
-            progress(len(rows))
+            progress(len(greedy))
         rows = self.ranks.gather(rows)
         means = [sampled for _, sampled, _ in rows]
         average = fmean(means)

@@ -107,7 +107,7 @@ def train_base(
         count = sum(len(text) - 1 for text in texts)
         rows = PackedRows.of([len(text) for text in mine], ranks.device)
         token_ids_N = torch.tensor([token for text in mine for token in text], device=ranks.device)
-        loss = next_token_loss(policy, token_ids_N, rows, base.mtp_weight)
+        loss = next_token_loss(policy, token_ids_N, rows, base.mtp_weight if step % base.mtp_interval == 0 else 0.0)
         share = sum(len(text) - 1 for text in mine) / count
         (loss.total * share).backward()
         ranks.sum_(optimizer.gather_gradients())

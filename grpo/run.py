@@ -108,7 +108,7 @@ def _setting(config: Config) -> Iterator[_Setting]:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     ranks = Ranks(cpu=config.device == "cpu" or not torch.cuda.is_available())
-    with Display(enabled=ranks.is_main) as display:
+    with Display(rank=ranks.rank) as display:
         yield _Setting(ranks=ranks, display=display)
     ranks.close()
 
@@ -129,9 +129,7 @@ def _train(config: Config, setting: _Setting, folder: RunFolder) -> int:
             grader=grader,
             ranks=ranks,
             folder=folder,
-            note=display.note,
-            stage=display.stage,
-            report=display.advance,
+            display=display,
         )
         with _signals(trainer.request_stop):
             return trainer.train()

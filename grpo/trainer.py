@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import random
 import signal
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from time import perf_counter
 from types import FrameType
 from typing import Any
@@ -17,6 +17,7 @@ from grpo.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from grpo.collect import Collected, collect, sampling_params
 from grpo.config import Config
 from grpo.data import Dataset
+from grpo.display import Display
 from grpo.distributed import Ranks
 from grpo.evaluate import Evaluator, make_evaluator
 from grpo.metrics import graded, rollout_metrics, update_metrics
@@ -45,12 +46,7 @@ class Trainer:
     grader: Grader
     ranks: Ranks
     folder: RunFolder
-    report: Callable[[dict[str, Any]], None] = field(default=lambda metrics: None)
-    """Told the metrics of every step."""
-    stage: Callable[[str, int], None] = field(default=lambda title, total: None)
-    """Told what begins, and of how many parts it is."""
-    note: Callable[[str], None] = field(default=lambda text: None)
-    """Told what a person should know, a line at a time."""
+    display: Display
     stop_requested: bool = False
     """Set by `request_stop`; the step in hand is finished and saved."""
     step: int = 0
@@ -77,7 +73,7 @@ class Trainer:
         )
         if self.step == 0:
             self._evaluate(evaluator, "base")
-        self.stage("GRPO", config.max_steps)
+        self.display.stage("GRPO", config.max_steps, done=self.step)
         while self.step < config.max_steps and not self.ranks.any(self.stop_requested):
             started = perf_counter()
             first, problems = self.ranks.share(
@@ -102,7 +98,7 @@ class Trainer:
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
         """A signal handler: finish the step, save, leave. A second signal kills as usual."""
         self.stop_requested = True
-        self.note(f"{signal.Signals(signum).name}: finishing step {self.step + 1}, then saving (again to quit at once)")
+        self.display.note(f"{signal.Signals(signum).name}: finishing step {self.step + 1}, then saving (again to quit at once)")
         signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
 
     def save(self, optimizer: MasterAdamW) -> None:
@@ -113,7 +109,7 @@ class Trainer:
                     self.folder.checkpoints, self.step, self.policy, self.tokenizer, optimizer, self.config.save_total_limit
                 )
             except OSError as error:
-                self.note(f"checkpoint of step {self.step} not written ({error}); the run goes on, the last one stays")
+                self.display.note(f"checkpoint of step {self.step} not written ({error}); the run goes on, the last one stays")
         self.ranks.wait()
 
     def _resume(self, optimizer: MasterAdamW) -> None:
@@ -121,7 +117,7 @@ class Trainer:
         self.ranks.wait()
         if found is not None:
             for line in found.damaged:
-                self.note(line)
+                self.display.note(line)
             load_checkpoint(found.path, self.policy, optimizer)
             self.step = found.step
         if self.ranks.is_main:
@@ -166,7 +162,7 @@ class Trainer:
             reference=reference,
         )
         if stats.is_skipped:
-            self.note(f"step {self.step + 1}: the gradient is not finite; the update was skipped")
+            self.display.note(f"step {self.step + 1}: the gradient is not finite; the update was skipped")
         return stats, perf_counter() - started
 
     def _learning_rate(self) -> float:
@@ -208,16 +204,16 @@ class Trainer:
         }
         if self.ranks.is_main:
             self.folder.add_metrics(metrics)
-        self.report(metrics)
+        self.display.advance(metrics)
 
     def _evaluate(self, evaluator: Evaluator, stage: str | int) -> None:
         if not evaluator.problems or any(e["stage"] == stage for e in self.folder.evaluations()):
             return
-        self.stage(f"evaluation ({stage})", len(self.ranks.share(evaluator.problems)[1]))
-        evaluation = evaluator.run(stage, lambda done: self.report({"step": done}))
+        self.display.stage(f"evaluation ({stage})", len(self.ranks.share(evaluator.problems)[1]))
+        evaluation = evaluator.run(stage, lambda count: self.display.advance(steps=count))
         if self.ranks.is_main:
             self.folder.add_evaluation(evaluation)
-        self.note(
+        self.display.note(
             f"{stage}: greedy {evaluation['greedy']:.1%}, avg@{evaluation['k']} {evaluation['avg@k']:.1%} "
             f"({evaluation['ci95'][0]:.1%} to {evaluation['ci95'][1]:.1%}), {evaluation['mean_length']:.0f} tokens"
         )
