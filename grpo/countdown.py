@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Split = Literal["train", "held_out"]
-HELD_OUT_SHARE = 8
+HELD_OUT_SHARE = 4
 """One problem in so many is held out, by a hash of the problem itself, so that no seed can mix the two."""
 
 WORDS = ("User", ":", "Assistant", "Using", "the", "numbers", ",", "make", ".", "low", "high", "right")

@@ -60,7 +60,8 @@ def read_problems(
     """
     if config.countdown is not None:
         assert split != "all"
-        rows = itertools.islice(_distinct(generate_problems(config.countdown, seed, split), split), count)
+        stream = generate_problems(config.countdown, seed, split)
+        rows = _distinct(stream, count) if split == "held_out" else list(itertools.islice(stream, count))
         return [_countdown_problem(row, f"countdown:{split}:{index}") for index, row in enumerate(rows)]
     assert config.path is not None
     wanted = [
@@ -106,14 +107,17 @@ def _countdown_problem(row: Mapping[str, Any], source: str) -> Problem:
     return Problem(id=source, prompt=problem_text(nums, target), answer=str(target), source=source, columns=columns)
 
 
-def _distinct(rows: Iterator[dict[str, Any]], split: Split) -> Iterator[dict[str, Any]]:
-    """Held-out problems without repeats; training may meet one again."""
-    seen = set()
-    for row in rows:
-        key = (*sorted(row["nums"]), row["target"])
-        if split == "train" or key not in seen:
-            seen.add(key)
-            yield row
+def _distinct(rows: Iterator[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """`count` problems without repeats; an order of the same numbers makes no new one."""
+    found: dict[tuple[int, ...], dict[str, Any]] = {}
+    for row in itertools.islice(rows, 200 * count):
+        found.setdefault((*sorted(row["nums"]), row["target"]), row)
+        if len(found) == count:
+            return list(found.values())
+    raise DatasetError(
+        f"this countdown has only about {len(found)} held-out problems, but evaluation.num_problems asks for {count}; "
+        "lower it, or widen dataset.countdown (high, num_numbers, operators)"
+    )
 
 
 def _read_rows(config: DatasetConfig, path: str) -> list[dict[str, Any]]:
