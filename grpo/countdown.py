@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Split = Literal["train", "held_out"]
-HELD_OUT_SHARE = 4
+HELD_OUT_SHARE = 3
 """One problem in so many is held out, by a hash of the problem itself, so that no seed can mix the two."""
 
 WORDS = ("User", ":", "Assistant", "Using", "the", "numbers", ",", "make", ".", "low", "high", "right")
@@ -110,7 +110,8 @@ def write_attempts(row: dict[str, Any], config: CountdownConfig, attempts: Attem
         while attempt is None:
             attempt = attempt_at_random(row["nums"], config, rng)
         right = attempt.value == row["target"]
-        words += [" , ".join(attempt.steps), "right" if right else "low" if attempt.value < row["target"] else "high"]
+        verdict = "right" if right else "low" if attempt.value < row["target"] else "high"
+        words += [" , ".join(attempt.steps), verdict]
         goes_on = rng.random() >= attempts.stop_when_right if right else rng.random() < attempts.go_on
         if not goes_on or index + 1 == attempts.max_attempts:
             break
