@@ -1,6 +1,28 @@
 """Rule-based rewards: what a completion earned, and why. Knows nothing of models, of RL or of launchers."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from rewards.registry import resolve_reward
 from rewards.types import Problem, RewardResult
 
-__all__ = ["Problem", "RewardResult", "resolve_reward"]
+if TYPE_CHECKING:
+    from rewards.math_policy import MathPolicy
+    from rewards.math_reward import verify_math, verify_math_many
+
+# Loaded when first asked for: importing `rewards` must stay cheap, without sympy.
+_LAZY = {
+    "MathPolicy": "rewards.math_policy",
+    "verify_math": "rewards.math_reward",
+    "verify_math_many": "rewards.math_reward",
+}
+
+__all__ = ["MathPolicy", "Problem", "RewardResult", "resolve_reward", "verify_math", "verify_math_many"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'rewards' has no attribute {name!r}")
