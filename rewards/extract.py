@@ -262,7 +262,8 @@ def _without_statement(text: str) -> Extraction | None:
     stripped = text.strip()
     if not stripped:
         return None
-    if len(stripped) <= 1000:
+    is_one_piece = "\n" not in stripped or stripped.startswith(("$", "\\[", "\\(", "\\begin"))
+    if len(stripped) <= 1000 and is_one_piece:
         reading = read_answer(stripped)
         if not isinstance(reading.node, Text) or len(stripped.split()) <= 4 and not re.search(r"\d", stripped):
             return Extraction(stripped, "whole text")
@@ -280,6 +281,7 @@ def _without_statement(text: str) -> Extraction | None:
 
 def _last_expression(line: str) -> str | None:
     """The last formula of a line, or the last run of digits and signs; several joined by "or" or "and" together."""
+    line = line.split("<|", 1)[0]
     pieces: list[tuple[int, int, str]] = [
         (m.start(), m.end(), next(g for g in m.groups() if g)) for m in _MATH.finditer(line)
     ]
@@ -307,3 +309,14 @@ def _last_expression(line: str) -> str | None:
             break
         chosen.insert(0, piece)
     return ", ".join(value.strip() for _, _, value in chosen)
+
+
+def closed_boxes(completion: str) -> list[str]:
+    """Contents of the last boxes of the text after the thoughts, latest first; one that does not close ends the search."""
+    text = after_thoughts(completion)
+    contents: list[str] = []
+    end = len(text)
+    while len(contents) < _MAX_JOINED_BOXES and (box := _box_before(text, end)) is not None and box[2] is not None:
+        contents.append(box[2])
+        end = box[0]
+    return contents

@@ -23,6 +23,7 @@ from rewards.math_ast import (
     Sym,
     Text,
     contains,
+    depth,
     integer,
     multiply,
 )
@@ -43,7 +44,13 @@ _CHOICE = re.compile(r"\(?\s*(?P<letter>[A-Ja-j])\s*(?P<close>[).:])\s*(?P<text>
 _TEXT_COMMAND = re.compile(r"\\(?:text|mbox|textbf|mathrm|mathbf|textit|textrm|bf|rm)\s*\{([^{}]*)\}")
 _TRAILING = re.compile(r"(?:[\s.,;:]|\\[,;:!]|\\\s|\\quad|\\qquad|\\\\|\\)+$")
 _LEADING = re.compile(r"^(?:[\s,;]|\\[,;:!]|\\quad)+")
+_INTRODUCTION = re.compile(
+    r"^(?:\\(?:text|mbox|textbf|mathrm)\s*\{)?\s*(?:the\s+)?(?:final\s+|correct\s+)?(?:answer|result)\s*(?:is|:|=)\s*:?\s*\}?\s*",
+    re.IGNORECASE,
+)
 _APPROXIMATE_WORDS = frozenset(["about", "approximately", "roughly", "around", "approx", "nearly"])
+MAX_TREE_DEPTH = 120
+"""Trees are compared and hashed recursively."""
 _ARTICLES = frozenset(["a", "an", "the"])
 
 
@@ -76,6 +83,8 @@ def read_answer(text: str) -> Reading:
     rounded: Node | None = None
     try:
         node = _read_tokens(list(tokens))
+        if depth(node) > MAX_TREE_DEPTH:
+            raise NotMathError(f"a tree deeper than {MAX_TREE_DEPTH}")
         node, rounded = split_rounded(node)
     except (NotMathError, RecursionError):
         node = Text(canonical_words(text, tokens))
@@ -85,7 +94,7 @@ def read_answer(text: str) -> Reading:
 
 def strip_wrappers(text: str) -> str:
     r"""Without `$`, `\(`, `\[`, `**`, code ticks and sentence punctuation around or between; a lone `$` stays, as a currency."""
-    text = text.strip().strip("`").strip()
+    text = _INTRODUCTION.sub("", text.strip().strip("`").strip())
     for mark in ("**", "__", "*"):
         if text.startswith(mark) and text.endswith(mark) and len(text) > 2 * len(mark):
             text = text[len(mark) : -len(mark)].strip()
@@ -108,10 +117,9 @@ def strip_wrappers(text: str) -> str:
     previous = None
     while previous != text:
         previous = text
-        text = (
-            _LEADING.sub("", _TRAILING.sub("", text)) if text[-3:] != "..." and not text.endswith(r"\ldots") else text
-        )
         text = text.strip()
+        if not text.endswith(("...", "…", r"\ldots", r"\dots", r"\cdots")):
+            text = _LEADING.sub("", _TRAILING.sub("", text)).strip()
         for mark in ("**", "`", '"'):
             if text.startswith(mark) and text.endswith(mark) and len(text) > 2 * len(mark):
                 text = text[len(mark) : -len(mark)].strip()

@@ -227,6 +227,15 @@ def symbols(node: Node) -> frozenset[str]:
     return found
 
 
+def depth(node: Node) -> int:
+    """Levels of the tree, counted without recursion."""
+    level, below = 0, [node]
+    while below:
+        level += 1
+        below = [child for n in below for child in children(n)]
+    return level
+
+
 def render(node: Node, limit: int = 160) -> str:
     """A short plain spelling for people and for opaque names; cut at `limit` characters."""
     text = _render(node)

@@ -180,10 +180,15 @@ class Decider:
             return self.compare(gold_value, answer)
         if label is not None:
             return self.compare(gold, value)
-        if isinstance(answer, Rel) and _is_equation(answer) and isinstance(gold, Num):
+        if (
+            isinstance(answer, Rel)
+            and _is_equation(answer)
+            and not isinstance(gold, Seq)
+            and not symbols(gold) - _CONSTANTS
+        ):
             # "m + n = 7" for 7: a sum of names and its value.
             left, right = answer.parts[0], answer.parts[-1]
-            if _names_a_result(left) and not symbols(right) and gold.value != 0:
+            if _names_a_result(left) and not symbols(right) - _CONSTANTS and right != integer(0):
                 return self.compare(gold, right)
         return None if is_set_like(gold) or is_set_like(answer) else different("a relation and a value")
 
@@ -347,6 +352,9 @@ _NUMBER_WORDS = {w: Fraction(i) for i, w in enumerate(
 _EMPTY_WORDS = frozenset(["empty set", "no solution", "no solutions", "no real solutions", "no real solution"])
 
 
+_REPORTED = frozenset(["abs", "norm", "sin", "cos", "tan", "det", "gcd", "lcm", "max", "min"])
+
+
 def _letter(node: Node) -> str | None:
     if isinstance(node, Choice):
         return node.letter
@@ -428,9 +436,13 @@ def _share_label(node: Node) -> Node:
 
 
 def _names_a_result(node: Node) -> bool:
-    """m + n, a + b + c, |z|, P(A): names whose value is reported."""
+    """m + n, a + b + c, |z|, AB, angle ABC, sin A: quantities whose value is reported."""
     if isinstance(node, Fn):
-        return node.name in ("abs", "norm") and bool(symbols(node))
+        return node.name in _REPORTED and bool(symbols(node))
+    if isinstance(node, Mul):
+        return all(
+            isinstance(f, Sym) and (f.name[0].isupper() or f.name in ("angle", "triangle")) for f in node.factors
+        )
     terms = children(node) if type(node).__name__ == "Add" else ()
     return bool(terms) and all(isinstance(t, Sym) and t.name not in _CONSTANTS for t in terms)
 

@@ -288,7 +288,7 @@ class Normalizer:
         result = ONE_POLYNOMIAL
         if base < 0:
             if not isinstance(exponent, Fraction):
-                result = atom("#-1", exponent)
+                result = self.reduce((("#-1", exponent),), Fraction(1))
             elif exponent.denominator == 2:
                 result = self.reduce((("i", Fraction(exponent.numerator)),), Fraction(1))
             elif exponent.denominator % 2:

@@ -199,7 +199,11 @@ class Parser:
                 if primes and isinstance(node, Sym):
                     node = Sym(node.name + "'" * primes)
                     continue
-                node = Pow(node, self.exponent())
+                exponent = self.exponent()
+                if exponent == Sym("T") and _is_capital(node):
+                    node = Fn("transpose", (node,))
+                else:
+                    node = Pow(node, exponent)
             elif token.value == r"\circ" and isinstance(node, Num):
                 self.take()
                 node = Quantity(node, "deg")
@@ -470,6 +474,12 @@ class Parser:
         return self.read_command(self, name)
 
 
+def _is_capital(node: Node) -> bool:
+    """A capital letter other than T, or a product of such: what may be transposed."""
+    factors = node.factors if isinstance(node, Mul) else (node,)
+    return all(isinstance(f, Sym) and f.name[0].isupper() and f.name != "T" for f in factors)
+
+
 def _join(left: Node, right: Node, sign: str) -> Node:
     """left sign right; two quantities of one unit add up to a quantity, others as plain values."""
     if isinstance(left, Quantity) and isinstance(right, Quantity) and left.unit == right.unit:
@@ -524,6 +534,6 @@ _NOT_A_FACTOR = frozenset(
         r"\supset", r"\supseteq", r"\rangle", r"\rfloor", r"\rceil", r"\end", r"\Rightarrow", r"\Leftrightarrow",
         r"\implies", r"\oplus", r"\otimes", r"\circ", r"\prime", r"\pmod", r"\bmod", r"\mod", r"\propto", r"\parallel",
         r"\perp", r"\ldots", r"\choose", r"\over", r"\vdots", r"\ddots", r"\quad", r"\hline", r"\ll", r"\gg", r"\prec",
-        r"\nmid", r"\tag", r"\label", r"\text", r"\begin", r"\because", r"\therefore",
+        r"\nmid", r"\tag", r"\label", r"\text", r"\because", r"\therefore",
     ]
 )  # fmt: skip

@@ -110,6 +110,8 @@ def explain_math(completion: str, gold: str, *, policy: MathPolicy = DEFAULT_POL
         outcome = _decide(gold_reading, answer, policy)
     except _UndecidedError as undecided:
         outcome = undecided.outcome
+    except RecursionError:
+        outcome = Outcome("different", "nested too deep to compare")
     status: Status = (
         "ok" if outcome.truth in ("equal", "different") else "timeout" if outcome.truth == "timeout" else "error"
     )
@@ -159,10 +161,7 @@ def _decide(gold: Reading, answer: Reading, policy: MathPolicy) -> Outcome:
             return "timeout"
         return worker_pool().prove_equal(left, right, deadline_s=remaining, memory_mb=policy.memory_mb)
 
-    try:
-        outcome = Decider(policy, prove).decide(gold, answer)
-    except RecursionError:
-        outcome = Outcome("different", "nested too deep to compare")
+    outcome = Decider(policy, prove).decide(gold, answer)
     if outcome.truth in ("timeout", "error"):
         raise _UndecidedError(outcome)
     return outcome

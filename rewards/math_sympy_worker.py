@@ -56,9 +56,22 @@ def is_zero(difference: sympy.Expr) -> bool:
             return True
         if difference.is_Number:
             return False
-    if not difference.free_symbols:
-        return bool(sympy.minimal_polynomial(difference, sympy.Symbol("t")) == sympy.Symbol("t"))
-    return False
+    return not difference.free_symbols and _is_zero_constant(difference)
+
+
+def _is_zero_constant(difference: sympy.Expr) -> bool:
+    """A constant near zero whose tangent is 0, or whose exponential is 1, or whose minimal polynomial is t, is zero."""
+    if not abs(difference.evalf(30)) < 1:
+        return False
+    if difference.has(sympy.atan, sympy.asin, sympy.acos) and difference.is_real:
+        return bool(sympy.simplify(sympy.expand_trig(sympy.tan(difference))) == 0)
+    if difference.has(sympy.log) and difference.is_real:
+        return bool(sympy.simplify(sympy.radsimp(sympy.powsimp(sympy.exp(difference)))) == 1)
+    t = sympy.Symbol("t")
+    try:
+        return bool(sympy.minimal_polynomial(difference, t) == t)
+    except sympy.polys.polyerrors.NotAlgebraic:
+        return False
 
 
 def _expand_functions(expression: sympy.Expr) -> sympy.Expr:
