@@ -16,6 +16,9 @@ Source = Literal["box", "boxes", "answer tag", "####", "answer phrase", "whole t
 
 _TAIL_CHARS = 100_000
 """Phrases and expressions are looked for in this many characters from the end."""
+_LAST_LINES = 12
+_LINE_CHARS = 2_000
+"""An expression without a statement is looked for in this many characters of each of the last lines."""
 _MAX_JOINED_BOXES = 64
 _MAX_EMPTY_BOXES = 16
 _BOX = re.compile(r"(?:\\|\x08)?(?:boxed|fbox|framebox|oxed)\s*\{|\\(?:boxed|fbox)\s+(?=[^\s{])|\\boxed(?=\d)")
@@ -30,7 +33,7 @@ _PHRASE = re.compile(
     r"(?:\bis\s*:?|\bare\s*:?|\bwas\b|\bequals?\b|\bmust\s+be\b|\bshould\s+be\b|\bwill\s+be\b|:|=)[\s*_:]*",
     re.IGNORECASE,
 )
-_FINAL_HEADING = re.compile(r"(?:^|\n)[\s#*_]*(?:final\s+)?answer[\s*_:]*(?=\n)", re.IGNORECASE)
+_FINAL_HEADING = re.compile(r"^[ \t#*_]*(?:final[ \t]+)?answer[ \t*_:]*$", re.IGNORECASE | re.MULTILINE)
 _STRONG = re.compile(r"\banswers?\b", re.IGNORECASE)
 _NEGATED = re.compile(
     r"\b(?:not|isn't|isnt|never|cannot|can't|wrong|incorrect|neither|nor|unknown|unclear)\b", re.IGNORECASE
@@ -45,6 +48,10 @@ _RUN = re.compile(
     r"|\b(?:or|and)\b|[A-Za-z](?=\s*[=<>^≤≥])(?<![A-Za-z][A-Za-z])|(?<=[\d)}^+\-*/=(])[A-Za-z](?![A-Za-z]))+"
 )
 _AFTER_RUN = re.compile(r"\s*(hundred|thousand|million|billion|trillion|dozen|percent|pct|degrees)\b", re.IGNORECASE)
+_AFTER_VALUE = re.compile(r"\s|$|[.,;:!?*~)<”’\]]|[A-Za-z\\-]|\"(?!\))|'s\b")
+_DENIED = re.compile(
+    r"\b(?:not|isn't|isnt|never|cannot be|can't be|neither|nor)\s+(?:[A-Za-z]+\s+){0,2}$", re.IGNORECASE
+)
 _HEDGE = re.compile(r"\s*(?:,\s*)?(?:or|and)\s+(?:(?:possibly|maybe|perhaps|also|even)\s+)?$", re.IGNORECASE)
 
 
@@ -267,11 +274,12 @@ def _without_statement(text: str) -> Extraction | None:
         reading = read_answer(stripped)
         if not isinstance(reading.node, Text) or len(stripped.split()) <= 4 and not re.search(r"\d", stripped):
             return Extraction(stripped, "whole text")
-    for line in reversed(stripped[-_TAIL_CHARS:].split("\n")[-40:]):
-        found = _last_expression(line[-4000:])
+    lines = [line for line in stripped[-_TAIL_CHARS:].split("\n") if line.strip()]
+    for line in reversed(lines[-_LAST_LINES:]):
+        found = _last_expression(line[-_LINE_CHARS:])
         if found is not None:
             return Extraction(found, "last expression")
-    block = _MATH.findall(stripped[-4000:])
+    block = _MATH.findall(stripped[-_LINE_CHARS:])
     if block:
         return Extraction(next(part for part in block[-1] if part), "last expression")
     if len(stripped) <= 200 and "\n" not in stripped:
@@ -293,6 +301,8 @@ def _last_expression(line: str) -> str | None:
         value = re.sub(r"^(?:\s|\b(?:or|and)\b|[,.;:)])+|(?:\s|\b(?:or|and)\b|[,.;:(=])+$", "", run.group())
         if re.search(r"[\dπ∞]|\\(?:frac|sqrt|pi|infty)", value):
             start = run.start() + run.group().find(value)
+            if not _stands_alone(blanked, start, start + len(value)):
+                value = ""
             scale = _AFTER_RUN.match(blanked, start + len(value))
             if scale:
                 value += " " + scale[1]
@@ -300,6 +310,8 @@ def _last_expression(line: str) -> str | None:
     if not pieces:
         return None
     pieces.sort()
+    if not pieces[-1][2]:
+        return None
     chosen = [pieces[-1]]
     for piece in reversed(pieces[:-1]):
         if not _HEDGE.fullmatch(line[piece[1] : chosen[0][0]]) and line[piece[1] : chosen[0][0]].strip() not in (
@@ -309,6 +321,14 @@ def _last_expression(line: str) -> str | None:
             break
         chosen.insert(0, piece)
     return ", ".join(value.strip() for _, _, value in chosen)
+
+
+def _stands_alone(line: str, start: int, end: int) -> bool:
+    """Whether a run is a value in prose: not denied, and not cut out of code or of other notation."""
+    if _DENIED.search(line[max(0, start - 60) : start]):
+        return False
+    before = line[start - 1 : start]
+    return (not before or before in ' \t(*"“‘>~#' or before.isalpha()) and _AFTER_VALUE.match(line, end) is not None
 
 
 def closed_boxes(completion: str) -> list[str]:

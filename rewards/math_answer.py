@@ -42,8 +42,8 @@ _SET_OPERATORS = {r"\cup": "union", r"\cap": "intersection", r"\setminus": "minu
 _CURRENCY = frozenset(["$", "€", "£", "¢"])
 _CHOICE = re.compile(r"\(?\s*(?P<letter>[A-Ja-j])\s*(?P<close>[).:])\s*(?P<text>.*)$", re.DOTALL)
 _TEXT_COMMAND = re.compile(r"\\(?:text|mbox|textbf|mathrm|mathbf|textit|textrm|bf|rm)\s*\{([^{}]*)\}")
-_TRAILING = re.compile(r"(?:[\s.,;:]|\\[,;:!]|\\\s|\\quad|\\qquad|\\\\|\\)+$")
-_LEADING = re.compile(r"^(?:[\s,;]|\\[,;:!]|\\quad)+")
+_LEADING = re.compile(r"(?:[\s,;]|\\[,;:!]|\\quad)+")
+_TRAILING = ("\\,", "\\;", "\\:", "\\!", "\\quad", "\\qquad", "\\")
 _INTRODUCTION = re.compile(
     r"^(?:\\(?:text|mbox|textbf|mathrm)\s*\{)?\s*(?:the\s+)?(?:final\s+|correct\s+)?(?:answer|result)\s*(?:is|:|=)\s*:?\s*\}?\s*",
     re.IGNORECASE,
@@ -119,13 +119,25 @@ def strip_wrappers(text: str) -> str:
         previous = text
         text = text.strip()
         if not text.endswith(("...", "…", r"\ldots", r"\dots", r"\cdots")):
-            text = _LEADING.sub("", _TRAILING.sub("", text)).strip()
+            leading = _LEADING.match(text)
+            text = _strip_trailing(text[leading.end() :] if leading else text)
         for mark in ("**", "`", '"'):
             if text.startswith(mark) and text.endswith(mark) and len(text) > 2 * len(mark):
                 text = text[len(mark) : -len(mark)].strip()
         if text.startswith("{") and text.endswith("}") and _closes_at_end(text):
             text = text[1:-1].strip()
     return text
+
+
+def _strip_trailing(text: str) -> str:
+    """Without punctuation and LaTeX space at the end."""
+    while True:
+        shorter = text.rstrip(" \t\r\n.,;:")
+        for mark in _TRAILING:
+            shorter = shorter.removesuffix(mark)
+        if shorter == text:
+            return text
+        text = shorter
 
 
 def _closes_at_end(text: str) -> bool:
@@ -175,6 +187,8 @@ def _read_choice(text: str) -> Choice | None:
     if (close == ")") != has_open and close != ")":
         return None if has_open else _choice_after_dot(letter, close, rest)
     if letter.islower() and not (has_open and not rest):
+        return None
+    if re.match(r"(?:or|and)\b|\\text\s*\{\s*(?:or|and)\b", rest):
         return None
     if rest and rest[0] in "+-*/^=<>_!" + ("(" if has_open else ""):
         return None

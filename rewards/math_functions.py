@@ -17,7 +17,7 @@ from rewards.math_polynomial import (
 if TYPE_CHECKING:
     from rewards.math_normal import Normalizer, Quotient
 
-MAX_FACTORIAL = 1_500
+MAX_FACTORIAL = 2_050
 _MAX_FACTORIAL_SHIFT = 12
 _ONE: Polynomial = {(): Fraction(1)}
 
@@ -260,7 +260,13 @@ def _factorial(rules: Normalizer, value: Quotient, number: Fraction | None) -> Q
     if number is not None:
         if number.denominator != 1 or number < 0:
             raise UndefinedError("a factorial of no natural number")
-        return (constant(Fraction(factorial(int(number)))), _ONE) if number <= MAX_FACTORIAL else None
+        if number <= MAX_FACTORIAL:
+            return constant(Fraction(factorial(int(number)))), _ONE
+        # A large factorial over one at a multiple of twelve, so that quotients of neighbours cancel.
+        base, product = int(number) // 12 * 12, 1
+        for k in range(base + 1, int(number) + 1):
+            product *= k
+        return scale(atom(f"fact({base})"), constant(Fraction(product)).get((), Fraction(1))), _ONE
     top, bottom = value
     shift = top.get((), Fraction(0))
     whole = shift.numerator // shift.denominator

@@ -64,6 +64,14 @@ def are_same(left: NormalForm, right: NormalForm) -> bool:
         return False
 
 
+def is_shifted(left: NormalForm, right: NormalForm) -> bool:
+    """Whether the two differ by a rational that is not zero: proof that they are not equal."""
+    if left.denominator != right.denominator or as_constant(left.denominator) is None:
+        return False
+    difference = as_constant(plus(left.numerator, scale(right.numerator, Fraction(-1))))
+    return difference is not None and difference != 0
+
+
 class NotScalarError(TypeError):
     """A set, a relation or words where a number is needed."""
 

@@ -17,8 +17,8 @@ Agreement = Literal["differ", "agree", "unknown"]
 
 _BITS = 110
 _CHECK_BITS = 260
-_TOLERANCE_BITS = 60
-"""Two values are apart if they differ by more than 2^-60 of their size at both precisions."""
+_TOLERANCE_BITS = 50
+"""Two values are apart if they differ in more than the last 50 bits."""
 _MAX_EXPONENT = 10_000
 _MAX_LOG = 50_000
 _POINTS = 3
@@ -90,6 +90,7 @@ def _point(names: list[str], index: int, sign: int) -> dict[str, Fraction]:
 
 
 def _agree_at(context: Any, left: Node, right: Node, point: Mapping[str, Fraction], *, real_only: bool) -> Agreement:
+    verdict: Agreement = "unknown"
     for bits in (_BITS, _CHECK_BITS):
         context.prec = bits
         try:
@@ -100,10 +101,9 @@ def _agree_at(context: Any, left: Node, right: Node, point: Mapping[str, Fractio
         scale = max(abs(first), abs(second))
         if not context.isfinite(scale):
             return "unknown"
-        if scale == 0 or abs(first - second) <= scale * context.mpf(2) ** -_TOLERANCE_BITS:
-            # Only a difference needs the second look, against cancellation at the first precision.
-            return "agree"
-    return "differ"
+        # The second look, at more than twice the precision, guards against cancellation and against near misses alike.
+        verdict = "agree" if abs(first - second) <= scale * context.mpf(2) ** (_TOLERANCE_BITS - bits) else "differ"
+    return verdict
 
 
 def evaluate(node: Node, context: Any, point: Mapping[str, Fraction], *, real_only: bool = False) -> Any:
@@ -138,7 +138,7 @@ def evaluate(node: Node, context: Any, point: Mapping[str, Fraction], *, real_on
 
 
 def _require_real(value: Any, context: Any) -> Any:
-    if isinstance(value, context.mpc) and abs(value.imag) > abs(value.real) * context.mpf(2) ** -_TOLERANCE_BITS:
+    if isinstance(value, context.mpc) and abs(value.imag) > abs(value.real) * context.mpf(2) ** -60:
         raise NotNumericError("outside the real domain")
     return value
 

@@ -26,7 +26,7 @@ from rewards.math_ast import (
     replace_children,
     symbols,
 )
-from rewards.math_normal import are_same, normal_form
+from rewards.math_normal import are_same, is_shifted, normal_form
 from rewards.math_numeric import compare_numerically, new_context, real_value
 
 Truth = Literal["equal", "different", "timeout", "error"]
@@ -81,6 +81,8 @@ def compare_scalars(gold: Node, answer: Node, prove: Prover) -> Outcome:
             return Outcome("equal", "exact") if one_value == two_value else different("exact")
         proven = are_same(one_form, two_form)
         assumes_positive = one_form.assumes_positive or two_form.assumes_positive
+        if not proven and is_shifted(one_form, two_form):
+            return different("exact difference")
         if proven and not assumes_positive:
             return Outcome("equal", "normal form")
     if not proven:
