@@ -69,7 +69,8 @@ def extract_answer(completion: str) -> Extraction | None:
     Only the text after the last `</think>` counts where a `<think>` was opened; a thought that never ends states nothing.
     """
     text = after_thoughts(completion)
-    return extract_statement(text) or _without_statement(text)
+    found = extract_statement(text) or _without_statement(text)
+    return found if found is not None and found.text.strip() else None
 
 
 def after_thoughts(completion: str) -> str:
@@ -88,8 +89,8 @@ def after_thoughts(completion: str) -> str:
 
 
 def extract_statement(text: str) -> Extraction | None:
-    """The last explicit statement of an answer, or None."""
-    found: list[tuple[int, Extraction | None]] = []
+    """The last explicit statement of an answer, or None. One that is cut off (`\\boxed{4`) is a statement of nothing."""
+    found: list[tuple[int, Extraction]] = []
     box = _last_box(text)
     if box is not None:
         found.append(box)
@@ -101,18 +102,17 @@ def extract_statement(text: str) -> Extraction | None:
         line = text[hashes + 4 :].lstrip("#").strip().split("\n", 1)[0]
         if line.strip():
             found.append((hashes, Extraction(line.strip(), "####")))
-    position, statement = max(found, key=lambda item: item[0], default=(-1, None))
-    phrase = _last_phrase(text, position, strong_only=position >= 0)
-    if phrase is not None:
-        return phrase
-    return statement
+    if not found:
+        return _last_phrase(text, -1, strong_only=False)
+    position, statement = max(found, key=lambda item: item[0])
+    return _last_phrase(text, position, strong_only=True) or statement
 
 
 # Boxes
 
 
-def _last_box(text: str) -> tuple[int, Extraction | None] | None:
-    """Position and content of the last box that is not empty; content None if it never closes. Joined boxes are a list."""
+def _last_box(text: str) -> tuple[int, Extraction] | None:
+    """Position and content of the last box that is not empty, or that never closes. Joined boxes are a list."""
     end = len(text)
     for _ in range(_MAX_EMPTY_BOXES):
         box = _box_before(text, end)
@@ -120,7 +120,7 @@ def _last_box(text: str) -> tuple[int, Extraction | None] | None:
             return None
         start, stop, content = box
         if content is None:
-            return start, None
+            return start, Extraction("", "box")
         if content.strip(" \t\n$.?_~\\") and content.strip().lower() not in ("answer", "...", r"\ldots", "your answer"):
             break
         end = start
@@ -180,14 +180,12 @@ def _box_before(text: str, end: int) -> tuple[int, int, str | None] | None:
     return start, stop, text[match.end() : stop - 1]
 
 
-def _last_tag(text: str) -> tuple[int, Extraction | None] | None:
+def _last_tag(text: str) -> tuple[int, Extraction] | None:
     start = text.rfind("<answer>")
     if start < 0:
         return None
     close = text.find("</answer>", start)
     inside = text[start + len("<answer>") : close if close >= 0 else len(text)].strip()
-    if not inside:
-        return start, None
     # A box or a phrase inside the tag is found by itself: it stands later in the text.
     return start, Extraction(inside, "answer tag")
 
@@ -328,7 +326,7 @@ def _stands_alone(line: str, start: int, end: int) -> bool:
     if _DENIED.search(line[max(0, start - 60) : start]):
         return False
     before = line[start - 1 : start]
-    return (not before or before in ' \t(*"“‘>~#' or before.isalpha()) and _AFTER_VALUE.match(line, end) is not None
+    return (not before or before in ' \t(*"“‘>~#\\' or before.isalpha()) and _AFTER_VALUE.match(line, end) is not None
 
 
 def closed_boxes(completion: str) -> list[str]:

@@ -39,7 +39,7 @@ class _Bound:
                 return self._combine([self.of(t) for t in terms], is_sum=True)
             case Mul(factors):
                 return self._combine([self.of(f) for f in factors], is_sum=False)
-            case Pow(base, Num(exponent)) if abs(exponent.numerator) <= 64 and exponent.denominator <= _MAX_ROOT:
+            case Pow(base, Num(exponent)) if abs(exponent.numerator) <= 4096 and exponent.denominator <= _MAX_ROOT:
                 upper, lower = self.of(base)
                 if exponent < 0:
                     upper, lower = lower, upper

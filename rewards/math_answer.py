@@ -153,7 +153,7 @@ def _closes_at_end(text: str) -> bool:
 def canonical_words(text: str, tokens: list[Token]) -> str:
     """Words without case, articles and punctuation; other notation token by token, its case kept."""
     bare = _TEXT_COMMAND.sub(r" \1 ", text)
-    if re.fullmatch(r"[A-Za-z\s.,'’\-]+", bare):
+    if re.fullmatch(r"\s*[A-Za-z][A-Za-z\s.,'’\-]*", bare):
         words = re.sub(r"[.,'’\-]", " ", bare).lower().split()
         kept = [w for w in words if w not in _ARTICLES] if len(words) > 1 else words
         return " ".join(kept)

@@ -144,6 +144,8 @@ def _read_big(parser: Parser, word: str) -> Node:
     index: Node = Sym("")
     while parser.peek().value in ("^", "_"):
         if parser.take().value == "^":
+            if high != Sym(""):
+                raise NotMathError("two upper bounds")
             high = parser.exponent()
         elif parser.accept("{"):
             low = parser.expression()
@@ -189,7 +191,8 @@ def _read_environment(parser: Parser) -> Node:
             row = []
         elif not parser.accept("&"):
             row.append(plain(parser.isolated_expression()))
-    parser.subscript_text()
+    if parser.subscript_text() != environment:
+        raise NotMathError("a matrix that ends as something else")
     if row:
         rows.append(tuple(row))
     if not rows or any(len(r) != len(rows[0]) for r in rows):

@@ -403,6 +403,9 @@ def _label(node: Node) -> tuple[Node | None, Node]:
     if not _is_equation(node):
         return None, node
     first, last = node.parts[0], node.parts[-1]
+    if len(node.parts) > 2 and all(isinstance(part, Sym) for part in node.parts[:-1]):
+        # "a = b = c = 0" speaks of all three.
+        return None, node
     if _is_name(first):
         return first, last
     if len(node.parts) == 2 and _is_name(last) and not isinstance(last, Text):

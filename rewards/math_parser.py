@@ -10,6 +10,7 @@ from fractions import Fraction
 
 from rewards.latex import Token
 from rewards.math_ast import (
+    ONE,
     Fn,
     Interval,
     Mul,
@@ -202,6 +203,9 @@ class Parser:
                 exponent = self.exponent()
                 if exponent == Sym("T") and _is_capital(node):
                     node = Fn("transpose", (node,))
+                elif exponent == ONE and isinstance(node, Sym) and (node.name.isupper() or "_" in node.name):
+                    # S^1 is the circle, not S.
+                    node = Sym(node.name + "^1")
                 else:
                     node = Pow(node, exponent)
             elif token.value == r"\circ" and isinstance(node, Num):
@@ -236,7 +240,10 @@ class Parser:
             self.take()
             node: Node = Sym("*")
         else:
+            is_group = self.peek().value == "{"
             node = self.argument(whole_number=True)
+            if is_group and self.peek().value == "^":
+                raise NotMathError("two exponents")
         if self.accept("^"):
             node = Pow(node, self.exponent())
         self.depth -= 1

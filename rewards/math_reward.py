@@ -130,7 +130,11 @@ def read_gold(gold: str) -> Reading:
     """A gold answer, or the answer that a gold solution states."""
     if len(gold) > 40 or "boxed" in gold or "####" in gold or "<answer>" in gold:
         statement = extract_statement(gold)
-        if statement is not None and ("boxed" in gold or "####" in gold or "<answer>" in gold or len(gold) > 200):
+        if (
+            statement is not None
+            and statement.text.strip()
+            and ("boxed" in gold or "####" in gold or "<answer>" in gold or len(gold) > 200)
+        ):
             return read_answer(statement.text)
     return read_answer(gold)
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -111,7 +112,9 @@ class Worker:
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
-            pipe.close()
+            # A question that the dead process never read is lost with it.
+            with suppress(BrokenPipeError):
+                pipe.close()
 
 
 class WorkerPool:
