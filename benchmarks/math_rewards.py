@@ -15,6 +15,7 @@ import random
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from importlib import metadata
 from pathlib import Path
@@ -23,16 +24,23 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "rewards" / "data"
 SUITES = ("ordinary", "public", "hostile")
+_PEER_DEADLINE_S = 10.0
 _PEER = """
 import json, sys, time
 from importlib.metadata import version
 from math_verify import parse, verify
+
+def wrap(text):
+    # It reads LaTeX only between delimiters: a bare formula gets them.
+    is_marked = any(mark in text for mark in ("$", "boxed", chr(92) + "(", chr(92) + "["))
+    is_prose = len(text) > 200 or len([w for w in text.split() if w.isalpha() and len(w) > 2]) > 2
+    return text if is_marked or is_prose else f"${text}$"
+
 for line in sys.stdin:
     answer, gold = json.loads(line)
     start = time.perf_counter()
     try:
-        fixed = gold if "$" in gold or "boxed" in gold else f"${gold}$"
-        reward, failure = float(verify(parse(fixed), parse(answer))), ""
+        reward, failure = float(verify(parse(wrap(gold)), parse(wrap(answer)))), ""
     except BaseException as error:
         reward, failure = 0.0, type(error).__name__
     print(json.dumps([reward, time.perf_counter() - start, failure, version("math-verify")]), flush=True)
@@ -66,7 +74,7 @@ def run_ours(rows: list[dict[str, Any]]) -> list[tuple[float, float, str]]:
 
 
 def run_peer(rows: list[dict[str, Any]], python: str) -> tuple[list[tuple[float, float, str]], str] | None:
-    """The same of math-verify, and its version; None if that interpreter does not have it. 8 s without an answer end a row."""
+    """The same of math-verify, and its version; None if that interpreter does not have it. It is killed after 10 s on a row."""
     out: list[tuple[float, float, str]] = []
     version = ""
     process: subprocess.Popen[str] | None = None
@@ -87,11 +95,14 @@ def run_peer(rows: list[dict[str, Any]], python: str) -> tuple[list[tuple[float,
             process.stdin.flush()
         except BrokenPipeError:
             return None
+        watch = threading.Timer(_PEER_DEADLINE_S, process.kill)
+        watch.start()
         line = process.stdout.readline()
+        watch.cancel()
         if not line:
-            if not out:
+            if not out and time.perf_counter() - start < 0.9 * _PEER_DEADLINE_S:
                 return None
-            out.append((0.0, time.perf_counter() - start, "died"))
+            out.append((0.0, time.perf_counter() - start, "killed"))
             process = None
             continue
         reward, seconds, failure, version = json.loads(line)

@@ -270,7 +270,7 @@ def _without_statement(text: str) -> Extraction | None:
     is_one_piece = "\n" not in stripped or stripped.startswith(("$", "\\[", "\\(", "\\begin"))
     if len(stripped) <= 1000 and is_one_piece:
         reading = read_answer(stripped)
-        if not isinstance(reading.node, Text) or len(stripped.split()) <= 4 and not re.search(r"\d", stripped):
+        if not isinstance(reading.node, Text) or (len(stripped.split()) <= 4 and not re.search(r"\d", stripped)):
             return Extraction(stripped, "whole text")
     lines = [line for line in stripped[-_TAIL_CHARS:].split("\n") if line.strip()]
     for line in reversed(lines[-_LAST_LINES:]):

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 from rewards.math_notation import (
     DROPPED,
@@ -42,8 +42,7 @@ _WORDY = re.compile(r"[A-Za-z]*[aeiouyAEIOUY][A-Za-z]*$")
 _DIFFERENTIAL = re.compile(r"d[A-Zrstuvwxyz]$")
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """One piece of notation. `kind`: num, cmd, sym (one letter or a name), text (words), op, dots, end."""
 
     kind: str
@@ -155,7 +154,7 @@ def _read_words(words: str, *, is_font: bool, spaced: bool) -> list[Token]:
     if inner and not is_font:
         # Letters inside \text are words, never factors; a lone letter is a name (\text{E}) or a unit (\text{ m}).
         inner = _join_text_letters(inner)
-    return [replace(inner[0], spaced=spaced or words[:1].isspace()), *inner[1:]] if inner else []
+    return [inner[0]._replace(spaced=spaced or words[:1].isspace()), *inner[1:]] if inner else []
 
 
 def _join_text_letters(tokens: list[Token]) -> list[Token]:
@@ -211,7 +210,7 @@ def _merge_thousands(tokens: list[Token]) -> list[Token]:
         token = tokens[i]
         if token.kind == "space":
             if i + 1 < len(tokens) and token.value != r"\!":
-                tokens[i + 1] = replace(tokens[i + 1], spaced=True)
+                tokens[i + 1] = tokens[i + 1]._replace(spaced=True)
             i += 1
             continue
         if token.value in ("(", "[", r"\{"):

@@ -29,7 +29,8 @@ from rewards.math_ast import (
 )
 from rewards.math_commands import read_command
 from rewards.math_notation import CONNECTIVES
-from rewards.math_parser import NotMathError, Parser, plain
+from rewards.math_numbers import NotMathError
+from rewards.math_parser import Parser, plain
 from rewards.math_units import SCALES, canonical_unit
 
 _RELATIONS = {
@@ -166,7 +167,7 @@ def split_rounded(node: Node) -> tuple[Node, Node | None]:
         return node, None
     first = node.ops.index("~")
     exact = node.parts[: first + 1]
-    if first == 0 and isinstance(exact[0], Sym | Text) or (first == 0 and _is_call(exact[0])):
+    if (first == 0 and isinstance(exact[0], Sym | Text)) or (first == 0 and _is_call(exact[0])):
         return Rel(("=",), (exact[0], node.parts[1])), None
     kept: Node = exact[0] if first == 0 else Rel(node.ops[:first], exact)
     return kept, node.parts[-1]
@@ -198,7 +199,7 @@ def _read_choice(text: str) -> Choice | None:
 
 
 def _choice_after_dot(letter: str, close: str, rest: str) -> Choice | None:
-    if not letter.isupper() or close == ":" and re.match(r"[\w]", rest or "x") and not rest:
+    if not letter.isupper() or (close == ":" and re.match(r"[\w]", rest or "x") and not rest):
         return None
     if close == ":" and len(rest) <= 2:
         return None

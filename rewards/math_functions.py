@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 
 from rewards.math_ast import Add, Fn, Mul, Node, Num, Pow, Sym, children, integer, negate, replace_children
 from rewards.math_polynomial import (
-    Polynomial, TooLargeError, UndefinedError, as_constant, atom, constant, plus, scale, spell,
+    Polynomial,
+    TooLargeError,
+    UndefinedError,
+    as_constant,
+    atom,
+    constant,
+    plus,
+    scale,
+    spell,
 )  # fmt: skip
 
 if TYPE_CHECKING:

@@ -15,8 +15,21 @@ from typing import TypeAlias
 
 from rewards.math_ast import Add, Fn, Mul, Node, Num, Pow, Sym
 from rewards.math_polynomial import (
-    MAX_BITS, Exponent, Monomial, Polynomial, TooLargeError, UndefinedError, as_constant, atom, constant, freeze, plus,
-    raw_product, scale, scale_exponent, spell,
+    MAX_BITS,
+    Exponent,
+    Monomial,
+    Polynomial,
+    TooLargeError,
+    UndefinedError,
+    as_constant,
+    atom,
+    constant,
+    freeze,
+    plus,
+    raw_product,
+    scale,
+    scale_exponent,
+    spell,
 )  # fmt: skip
 
 _MAX_EXPANDED_POWER = 24

@@ -27,17 +27,14 @@ from rewards.math_ast import (
     negate,
 )  # fmt: skip
 from rewards.math_notation import GREEK
+from rewards.math_numbers import NotMathError, read_number
 
 MAX_DEPTH = 60
 MAX_NODES = 2_000
-MAX_DIGITS = 2_000
-"""Digits of one number; an exponent of ten in scientific notation counts as that many."""
 
 
-class NotMathError(ValueError):
-    """The text is not an expression of the grammar, or is larger than its bounds."""
-
-
+_END = (Token("end", ""),) * 8
+"""After the last token, so that looking ahead needs no check."""
 _BARRIER = frozenset([")", "]", "}", r"\}", ",", ";", "&", r"\\", r"\rangle", r"\rfloor", r"\rceil", r"\end", ":"])
 _APPLIED = frozenset(["f", "g", "h", "F", "G", "phi", "psi", "Gamma", "zeta", "Phi", "Psi", "varphi", "W", "P", "E"])
 _CLOSERS = {"(": ")", "[": "]", r"\{": r"\}", r"\langle": r"\rangle", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
@@ -47,7 +44,7 @@ class Parser:
     """A position in a list of tokens. `expression` reads as far as an expression goes."""
 
     def __init__(self, tokens: list[Token], read_command: Callable[[Parser, str], Node]) -> None:
-        self.tokens = tokens
+        self.tokens = [*tokens, *_END]
         self.read_command = read_command
         self.position = 0
         self.depth = 0
@@ -58,18 +55,18 @@ class Parser:
 
     def peek(self, ahead: int = 0) -> Token:
         """The token `ahead` of the current one; past the last, a token of kind `end`."""
-        index = self.position + ahead
-        return self.tokens[index] if index < len(self.tokens) else Token("end", "")
+        return self.tokens[self.position + ahead]
 
     def take(self) -> Token:
         """The current token, stepped over."""
-        token = self.peek()
-        self.position += 1
+        token = self.tokens[self.position]
+        if token.kind != "end":
+            self.position += 1
         return token
 
     def accept(self, *values: str) -> bool:
         """Steps over the current token if it is one of these."""
-        if self.peek().value in values and self.peek().kind != "end":
+        if self.tokens[self.position].value in values:
             self.position += 1
             return True
         return False
@@ -267,7 +264,7 @@ class Parser:
         token = self.take()
         match token.kind:
             case "num":
-                return self._number(token)
+                return read_number(self, token)
             case "sym":
                 return self.symbol(token.value)
             case "cmd":
@@ -282,88 +279,6 @@ class Parser:
                 return self.bars("|", "abs")
             case _:
                 raise NotMathError(f"no expression starts with {token.value!r}")
-
-    def _number(self, token: Token) -> Node:
-        text = token.value
-        if len(text) > MAX_DIGITS:
-            raise NotMathError(f"a number of {len(text)} digits")
-        repeating = self._repeating(text)
-        if repeating is not None:
-            return repeating
-        value = Fraction(text)
-        following = self.peek()
-        if following.kind == "sym" and following.value in ("e", "E") and not following.spaced:
-            scaled = self._scientific(value)
-            if scaled is not None:
-                return scaled
-        if text.isdigit():
-            mixed = self._mixed(value)
-            if mixed is not None:
-                return mixed
-        return Num(value)
-
-    def _repeating(self, text: str) -> Node | None:
-        r"""`0.1\overline{6}`, `0.\dot{3}`, and `0.333...` with a block written three times or more."""
-        whole, point, tail = text.partition(".")
-        mark = self.peek()
-        if mark.value in (r"\overline", r"\dot", r"\bar") and self.peek(1).value == "{" and self.peek(2).kind == "num":
-            if not point and self.peek(-2).value != ".":
-                return None
-            digits = self.peek(2).value
-            if self.peek(3).value != "}" or not digits.isdigit():
-                return None
-            self.position += 4
-        elif mark.value == "." and self.peek(1).value in (r"\overline", r"\dot", r"\bar") and not point:
-            self.take()
-            return self._repeating(text + ".")
-        elif mark.value == r"\ldots" and point:
-            found = _repeated_block(tail)
-            if found is None:
-                return None
-            self.take()
-            tail, digits = found
-        else:
-            return None
-        scale = 10 ** len(tail)
-        block = Fraction(int(digits), 10 ** len(digits) - 1)
-        return Num(Fraction(int(whole or "0") * scale + int(tail or "0"), scale) + block / scale)
-
-    def _scientific(self, value: Fraction) -> Node | None:
-        """`1.5e-3`: the letter, a sign or none, digits, and no symbol that would make it a product."""
-        ahead = 2 if self.peek(1).value in ("+", "-") else 1
-        digits = self.peek(ahead)
-        if digits.kind != "num" or not digits.value.isdigit() or digits.spaced:
-            return None
-        exponent = int(digits.value[:9])
-        negative = self.peek(1).value == "-"
-        self.position += ahead + 1
-        power = integer(-exponent if negative else exponent)
-        if exponent > MAX_DIGITS:
-            return multiply(Num(value), Pow(integer(10), power))
-        return Num(value * Fraction(10) ** power.value)
-
-    def _mixed(self, whole: Fraction) -> Node | None:
-        r"""`2\frac{1}{3}`, `2 1/3`: a whole number and a proper fraction of integers."""
-        token = self.peek()
-        start = self.position
-        if token.value == r"\frac":
-            saved = list(self.tokens)
-            self.take()
-            try:
-                top, bottom = self.argument(), self.argument()
-            except NotMathError:
-                top = bottom = Sym("?")
-            if _is_proper(top, bottom) and self.peek().value != "^":
-                return Num(whole + top.value / bottom.value)  # type: ignore[union-attr]
-            self.tokens, self.position = saved, start
-            return None
-        if token.kind == "num" and token.spaced and self.peek(1).value == "/" and self.peek(2).kind == "num":
-            top, bottom = (Num(Fraction(self.peek(i).value)) for i in (0, 2))
-            if not _is_proper(top, bottom) or self.peek(3).value == "^":
-                raise NotMathError("a mixed number with an improper fraction")
-            self.position += 3
-            return Num(whole + top.value / bottom.value)
-        return None
 
     def symbol(self, name: str) -> Node:
         if self.peek().value == "_":
@@ -500,27 +415,6 @@ def _join(left: Node, right: Node, sign: str) -> Node:
 def _extends(factor: Node) -> bool:
     """Whether an argument without brackets may go on after this factor: not after a bracket or a call."""
     return isinstance(factor, Num | Sym | Pow)
-
-
-def _is_proper(top: Node, bottom: Node) -> bool:
-    return (
-        isinstance(top, Num)
-        and isinstance(bottom, Num)
-        and top.value.denominator == bottom.value.denominator == 1
-        and 0 <= top.value < bottom.value
-    )
-
-
-def _repeated_block(tail: str) -> tuple[str, str] | None:
-    """Splits the decimals of `0.1666...` into what precedes the repetition and the repeated block."""
-    for size in range(1, len(tail) // 2 + 1):
-        block = tail[-size:]
-        times = 1
-        while tail[: len(tail) - times * size].endswith(block):
-            times += 1
-        if times >= (3 if size == 1 else 2):
-            return tail[: len(tail) - times * size], block
-    return None
 
 
 def plain(node: Node) -> Node:

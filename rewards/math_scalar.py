@@ -56,6 +56,15 @@ def different(stage: str) -> Outcome:
     return Outcome("different", stage)
 
 
+def all_of(outcomes: list[Outcome]) -> Outcome:
+    """Equal if all are; different if one is; otherwise what kept it open."""
+    for truth in ("different", "error", "timeout"):
+        for outcome in outcomes:
+            if outcome.truth == truth:
+                return outcome
+    return outcomes[-1] if outcomes else EQUAL_TREES
+
+
 def compare_scalars(gold: Node, answer: Node, prove: Prover) -> Outcome:
     """Whether two expressions have the same value for all their symbols."""
     if gold == answer:

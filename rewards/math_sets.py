@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rewards.math_answer import is_inequality
-from rewards.math_ast import INFINITY, Interval, Node, Num, Rel, Seq, SetOp, Sym, contains, divide, negate
+from rewards.math_ast import INFINITY, Interval, Node, Num, Rel, Seq, SetOp, Sym, contains, negate
 from rewards.math_normal import normal_form
 from rewards.math_numeric import real_value
 from rewards.math_polynomial import as_constant

@@ -64,11 +64,7 @@ LETTER_UNITS = frozenset(["m", "g", "s", "h", "l", "L", "J", "N", "W", "V", "K"]
 """Single letters that may be units where a number is asked; elsewhere they are variables."""
 
 _NOT_UNITS = frozenset(
-    "if when not or and where with than is are but except only otherwise mod modulo plus minus times half less more at "
-    "from to both either neither nor no wrong incorrect false unless for all some none approximately about maybe "
-    "possibly perhaps between was were be would could should i we it this that over under divided root squareroot pi "
-    "infinity infinite undefined quarter third thirds quarters halves fifth fifths twice double triple pair pairs score "
-    "base choose factorial power negative positive remainder versus vs because since so then else yes".split()
+    ["if", "when", "not", "or", "and", "where", "with", "than", "is", "are", "but", "except", "only", "otherwise", "mod", "modulo", "plus", "minus", "times", "half", "less", "more", "at", "from", "to", "both", "either", "neither", "nor", "no", "wrong", "incorrect", "false", "unless", "for", "all", "some", "none", "approximately", "about", "maybe", "possibly", "perhaps", "between", "was", "were", "be", "would", "could", "should", "i", "we", "it", "this", "that", "over", "under", "divided", "root", "squareroot", "pi", "infinity", "infinite", "undefined", "quarter", "third", "thirds", "quarters", "halves", "fifth", "fifths", "twice", "double", "triple", "pair", "pairs", "score", "base", "choose", "factorial", "power", "negative", "positive", "remainder", "versus", "vs", "because", "since", "so", "then", "else", "yes"]
 )  # fmt: skip
 _MAX_UNIT_WORDS = 5
 
@@ -118,6 +114,6 @@ def _canonical_part(part: str) -> str | None:
 def _singular(word: str) -> str:
     if word.endswith("ies") and len(word) > 4:
         return word[:-3] + "y"
-    if word.endswith("es") and word[-4:-2] in ("ch", "sh", "ss") or word.endswith("xes"):
+    if (word.endswith("es") and word[-4:-2] in ("ch", "sh", "ss")) or word.endswith("xes"):
         return word[:-2]
     return word[:-1] if word.endswith("s") and not word.endswith("ss") and len(word) > 2 else word
