@@ -2,7 +2,8 @@
 
     python benchmarks/math_rewards.py --peer-python /path/to/venv-with-math-verify/bin/python --json out.json
 
-The peer runs in a process of its own (it may need packages of its own), one answer at a time, on the same machine, with the
+The peer runs in a process of its own (it may need packages of its own), one answer at a time, on the same machine,
+with the
 timeouts it ships with. Without --peer-python it is this interpreter, and its columns stay empty if it is not installed.
 """
 
@@ -74,7 +75,8 @@ def run_ours(rows: list[dict[str, Any]]) -> list[tuple[float, float, str]]:
 
 
 def run_peer(rows: list[dict[str, Any]], python: str) -> tuple[list[tuple[float, float, str]], str] | None:
-    """The same of math-verify, and its version; None if that interpreter does not have it. It is killed after 10 s on a row."""
+    """The same of math-verify, and its version; None if that interpreter does not have it. It is killed after 10 s on
+    a row."""
     out: list[tuple[float, float, str]] = []
     version = ""
     process: subprocess.Popen[str] | None = None
@@ -127,7 +129,8 @@ def summarize(rows: list[dict[str, Any]], results: list[tuple[float, float, str]
 
 
 def time_batch(rows: list[dict[str, Any]]) -> float:
-    """Seconds for 256 completions of 32 problems, 8 of each, in long texts; the symbolic worker is warm, the answers new."""
+    """Seconds for 256 completions of 32 problems, 8 of each, in long texts; the symbolic worker is warm, the answers
+    new."""
     from rewards import verify_math_many
 
     rng = random.Random(0)

@@ -76,8 +76,10 @@ def explain_verdict(completion: str, gold: str, *, policy: MathPolicy = DEFAULT_
 def check_file(path: str | Path, *, reward: str = "math") -> CheckReport:
     """Grades a JSONL file with a reward of the registry that takes `(problem, completion)`.
 
-    A row names the completion (`completion`, `response`, `prediction`, `output`, or `answer` where the gold has a key of its
-    own), the gold (`gold`, `expected_answer`, `solution`, `target` or `answer`), and may carry a label `expected` (1/0 or
+    A row names the completion (`completion`, `response`, `prediction`, `output`, or `answer` where the gold has a key
+    of its
+    own), the gold (`gold`, `expected_answer`, `solution`, `target` or `answer`), and may carry a label `expected`
+    (1/0 or
     true/false). Raises ValueError naming the line that lacks one.
     """
     function = resolve_reward(reward)

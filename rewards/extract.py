@@ -1,6 +1,8 @@
-r"""Where in a completion the answer stands. Linear in the length: found from the end by string search, never by backtracking.
+r"""Where in a completion the answer stands. Linear in the length: found from the end by string search, never by
+backtracking.
 
-The last statement counts: the last of a box, `<answer>`, `####` or "the answer is". Boxes joined in one statement are a list.
+The last statement counts: the last of a box, `<answer>`, `####` or "the answer is". Boxes joined in one statement are
+a list.
 Without a statement, the text itself if it is nothing but an answer, otherwise the last expression in it.
 """
 
@@ -23,10 +25,9 @@ _MAX_JOINED_BOXES = 64
 _MAX_EMPTY_BOXES = 16
 _BOX = re.compile(r"(?:\\|\x08)?(?:boxed|fbox|framebox|oxed)\s*\{|\\(?:boxed|fbox)\s+(?=[^\s{])|\\boxed(?=\d)")
 _JOINT = re.compile(
-    r"(?:[\s,;:&$*_.]|\\[,;:!()\[\]]|\\quad|\\qquad|\\ |~|\\text\s*\{|\}|\band\b|\bor\b|\bas well as\b|\balso\b|\bpossibly\b|\bmaybe\b"
-    r"|\\(?:mathrm|mathbf)\s*\{|\\(?:lor|land|vee)|[A-Za-z]\w?(?:_\{?\w\}?)?\s*(?:=|\\in)\s*)*$"
+    r"(?:[\s,;:&$*_.]|\\[,;:!()\[\]]|\\quad|\\qquad|\\ |~|\\text\s*\{|\}|\band\b|\bor\b|\bas well as\b"
+    r"|\balso\b|\bpossibly\b|\bmaybe\b|\\(?:mathrm|mathbf)\s*\{|\\(?:lor|land|vee)|[A-Za-z]\w?(?:_\{?\w\}?)?\s*(?:=|\\in))*+$"
 )
-_SENTENCE_END = re.compile(r"[.!?](?=\s+[A-Z\\$(*]|\s*$)")
 _PHRASE = re.compile(
     r"(?:\banswers?|\bcorrect\s+(?:option|choice)|\boption|\bsolutions?|\broots?|\bthe\s+values?)\b"
     r"(?:\s+(?:to|of|for)\s+(?:the|this|our|part)\s+\w+)?[\s*_]*"
@@ -39,7 +40,8 @@ _NEGATED = re.compile(
     r"\b(?:not|isn't|isnt|never|cannot|can't|wrong|incorrect|neither|nor|unknown|unclear)\b", re.IGNORECASE
 )
 _FILLER = re.compile(
-    r"^(?:indeed|therefore|thus|simply|just|clearly|equal to|given by|exactly|then|that|option|choice|probably|likely)\b[\s:,]*",
+    r"^(?:indeed|therefore|thus|simply|just|clearly|equal to|given by|exactly|then|that|option|choice|likely)\b"
+    r"[\s:,]*",
     re.IGNORECASE,
 )
 _MATH = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
@@ -66,7 +68,8 @@ class Extraction:
 def extract_answer(completion: str) -> Extraction | None:
     """The answer's text in a completion, or None if it states none.
 
-    Only the text after the last `</think>` counts where a `<think>` was opened; a thought that never ends states nothing.
+    Only the text after the last `</think>` counts where a `<think>` was opened; a thought that never ends states
+    nothing.
     """
     text = after_thoughts(completion)
     found = extract_statement(text) or _without_statement(text)
@@ -89,7 +92,8 @@ def after_thoughts(completion: str) -> str:
 
 
 def extract_statement(text: str) -> Extraction | None:
-    """The last explicit statement of an answer, or None. One that is cut off (`\\boxed{4`) is a statement of nothing."""
+    """The last explicit statement of an answer, or None. One that is cut off (`\\boxed{4`) is a statement of
+    nothing."""
     found: list[tuple[int, Extraction]] = []
     box = _last_box(text)
     if box is not None:
@@ -330,7 +334,8 @@ def _stands_alone(line: str, start: int, end: int) -> bool:
 
 
 def closed_boxes(completion: str) -> list[str]:
-    """Contents of the last boxes of the text after the thoughts, latest first; one that does not close ends the search."""
+    """Contents of the last boxes of the text after the thoughts, latest first; one that does not close ends the
+    search."""
     text = after_thoughts(completion)
     contents: list[str] = []
     end = len(text)

@@ -1,4 +1,5 @@
-"""From the text of an answer, LaTeX or plain, to tokens. Reads notation only: what a token means is the parser's business.
+"""From the text of an answer, LaTeX or plain, to tokens. Reads notation only: what a token means is the parser's
+business.
 
 One compiled pattern walks the text once, so the time is linear in its length.
 """
@@ -85,7 +86,8 @@ def read_braced(text: str, start: int) -> int:
 
 
 def tokenize(text: str) -> list[Token]:
-    """Tokens of one answer, spaces folded into `spaced`, thousands separators merged, wrappers without meaning dropped."""
+    """Tokens of one answer, spaces folded into `spaced`, thousands separators merged, wrappers without meaning
+    dropped."""
     raw: list[Token] = []
     spaced = False
     position = 0

@@ -1,8 +1,12 @@
-"""A proof that a constant expression in radicals is zero, by a separation bound: no computer algebra, no deadline needed.
+"""A proof that a constant expression in radicals is zero, by a separation bound: no computer algebra, no deadline
+needed.
 
-An algebraic number built by + - * / and roots that is not zero cannot be arbitrarily small. The bound is that of Burnikel,
-Funke, Mehlhorn, Schirra and Schmitt, "A separation bound for real algebraic expressions" (ESA 2001): |E| >= u^(1-D) / l for
-u and l kept along the tree and D the product of the degrees of its radicals. A value below the bound, computed with enough
+An algebraic number built by + - * / and roots that is not zero cannot be arbitrarily small. The bound is that of
+Burnikel,
+Funke, Mehlhorn, Schirra and Schmitt, "A separation bound for real algebraic expressions" (ESA 2001): |E| >= u^(1-D) /
+l for
+u and l kept along the tree and D the product of the degrees of its radicals. A value below the bound, computed with
+enough
 digits, is zero. Cosines and sines of rational multiples of pi enter as roots of unity.
 """
 
@@ -63,8 +67,9 @@ class _Bound:
 
     def _combine(self, parts: list[tuple[float, float]], *, is_sum: bool) -> tuple[float, float]:
         upper, lower = parts[0]
-        for u, l in parts[1:]:
-            upper, lower = (max(upper + l, lower + u) + 1 if is_sum else upper + u), lower + l
+        for next_upper, next_lower in parts[1:]:
+            sum_upper = max(upper + next_lower, lower + next_upper) + 1
+            upper, lower = sum_upper if is_sum else upper + next_upper, lower + next_lower
         return upper, lower
 
     def degree(self) -> int:

@@ -1,6 +1,7 @@
 """From the text of one answer to its tree: lists, relations, sets, units, choices and words around expressions.
 
-What the grammar does not know is kept as words (`Text`), equal only to the same words, so that every gold equals itself.
+What the grammar does not know is kept as words (`Text`), equal only to the same words, so that every gold equals
+itself.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from rewards.math_parser import Parser, plain
 from rewards.math_units import SCALES, canonical_unit
 
 _RELATIONS = {
-    "=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\approx": "~", r"\sim": "~", r"\cong": "cong",
+    "=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\approx": "~", r"\sim": "~",
+    r"\cong": "cong",
     r"\in": "in", r"\equiv": "equiv", r"\subset": "subset", r"\subseteq": "subseteq", r"\notin": "notin", r"\to": "to",
     r"\propto": "propto", r"\mapsto": "to", r"\parallel": "parallel", r"\perp": "perp", ":=": "=", r"\ll": "ll",
     r"\Rightarrow": "implies", r"\implies": "implies", r"\Leftrightarrow": "iff", r"\supset": "supset",
@@ -46,7 +48,8 @@ _TEXT_COMMAND = re.compile(r"\\(?:text|mbox|textbf|mathrm|mathbf|textit|textrm|b
 _LEADING = re.compile(r"(?:[\s,;]|\\[,;:!]|\\quad)+")
 _TRAILING = ("\\,", "\\;", "\\:", "\\!", "\\quad", "\\qquad", "\\")
 _INTRODUCTION = re.compile(
-    r"^(?:\\(?:text|mbox|textbf|mathrm)\s*\{)?\s*(?:the\s+)?(?:final\s+|correct\s+)?(?:answer|result)\s*(?:is|:|=)\s*:?\s*\}?\s*",
+    r"^(?:\\(?:text|mbox|textbf|mathrm)\s*\{)?\s*(?:the\s+)?(?:final\s+|correct\s+)?"
+    r"(?:answer|result)\s*(?:is|:|=)\s*:?\s*\}?\s*",
     re.IGNORECASE,
 )
 _APPROXIMATE_WORDS = frozenset(["about", "approximately", "roughly", "around", "approx", "nearly"])
@@ -94,7 +97,8 @@ def read_answer(text: str) -> Reading:
 
 
 def strip_wrappers(text: str) -> str:
-    r"""Without `$`, `\(`, `\[`, `**`, code ticks and sentence punctuation around or between; a lone `$` stays, as a currency."""
+    r"""Without `$`, `\(`, `\[`, `**`, code ticks and sentence punctuation around or between; a lone `$` stays, as a
+    currency."""
     text = _INTRODUCTION.sub("", text.strip().strip("`").strip())
     for mark in ("**", "__", "*"):
         if text.startswith(mark) and text.endswith(mark) and len(text) > 2 * len(mark):
@@ -178,7 +182,8 @@ def _is_call(node: Node) -> bool:
 
 
 def _read_choice(text: str) -> Choice | None:
-    """`(C)`, `C.`, `C) 12`, `\textbf{(C)} 12`; not `c`, not `C` alone (which may be a variable: compared as a letter)."""
+    """`(C)`, `C.`, `C) 12`, `\textbf{(C)} 12`; not `c`, not `C` alone (which may be a variable: compared as a
+    letter)."""
     bare = _TEXT_COMMAND.sub(r"\1", text).strip() if "\\" in text else text
     match = _CHOICE.match(bare)
     if match is None:

@@ -47,7 +47,8 @@ class Pow:
 
 @dataclass(frozen=True, slots=True)
 class Fn:
-    """A function or an operator kept by name: sin, abs, fact, binom, log(x, base), sum(body, index, low, high), f(x)."""
+    """A function or an operator kept by name: sin, abs, fact, binom, log(x, base), sum(body, index, low, high),
+    f(x)."""
 
     name: str
     args: tuple[Node, ...]
@@ -259,7 +260,7 @@ def _render(node: Node) -> str:
         case Fn(name, args):
             return f"{name}({', '.join(map(_render, args))})"
         case Seq(kind, items):
-            left, right = {"tuple": "()", "bracket": "[]", "set": "{}"}.get(kind, ("", ""))
+            left, right = {"tuple": ("(", ")"), "bracket": ("[", "]"), "set": ("{", "}")}.get(kind, ("", ""))
             return left + (":" if kind == "ratio" else ", ").join(map(_render, items)) + right
         case Interval(low, high, low_closed, high_closed):
             return f"{'[' if low_closed else '('}{_render(low)}, {_render(high)}{']' if high_closed else ')'}"

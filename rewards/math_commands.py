@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from rewards.math_ast import HALF, INFINITY, ONE, Fn, Matrix, Node, Pow, Seq, Sym, divide, integer
 from rewards.math_notation import FUNCTIONS, GREEK
-from rewards.math_parser import NotMathError, Parser, plain
+from rewards.math_numbers import NotMathError
+from rewards.math_parser import Parser, plain
 
 _BIG = {r"\sum": "sum", r"\prod": "prod", r"\int": "int", r"\iint": "iint", r"\iiint": "iiint", r"\oint": "oint"}
 _ACCENTS = frozenset(
@@ -27,7 +28,8 @@ _MATRICES = frozenset(["pmatrix", "bmatrix", "matrix", "Bmatrix", "smallmatrix",
 
 
 def read_command(parser: Parser, name: str) -> Node:
-    """The tree of a command whose token was just taken. Raises NotMathError where the command reads as nothing known."""
+    """The tree of a command whose token was just taken. Raises NotMathError where the command reads as nothing
+    known."""
     word = name[1:]
     if name == r"\frac":
         top, bottom = parser.argument(), parser.argument()

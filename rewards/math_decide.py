@@ -1,4 +1,5 @@
-"""Whether an answer is the gold, by the gold's type: choices, words, units, lists, points, sets, relations, matrices."""
+"""Whether an answer is the gold, by the gold's type: choices, words, units, lists, points, sets, relations,
+matrices."""
 
 from __future__ import annotations
 
@@ -96,9 +97,9 @@ class Decider:
         if answer.rounded == gold.node and rounds_to(exact, gold.node.value, places):
             return Outcome("equal", "rounded part of the answer")
         digits = len(gold.text.replace(".", "").replace("-", "").lstrip("0"))
-        if digits >= _MIN_ROUNDED_DIGITS and not answer.is_decimal and not symbols(exact) - {"pi", "e"}:
-            if rounds_to(exact, gold.node.value, places):
-                return Outcome("equal", f"the gold is the answer rounded to {digits} digits")
+        is_exact = not answer.is_decimal and not symbols(exact) - {"pi", "e"}
+        if digits >= _MIN_ROUNDED_DIGITS and is_exact and rounds_to(exact, gold.node.value, places):
+            return Outcome("equal", f"the gold is the answer rounded to {digits} digits")
         return None
 
     def compare(self, gold: Node, answer: Node) -> Outcome:
@@ -194,7 +195,8 @@ class Decider:
     # Relations
 
     def _relations(self, gold: Node, answer: Node) -> Outcome | None:
-        """Equations by their values or as multiples of each other; inequalities as sets or multiples. None: go on as sets."""
+        """Equations by their values or as multiples of each other; inequalities as sets or multiples. None: go on as
+        sets."""
         gold_label, gold_value = split_label(gold)
         label, value = split_label(answer)
         if isinstance(gold, Rel) and isinstance(answer, Rel):
@@ -232,7 +234,7 @@ class Decider:
     def _named_values(self, names: Seq, values: Seq, answer: Seq) -> Outcome:
         pairs = [split_label(item) for item in answer.items]
         if all(name is not None for name, _ in pairs):
-            by_name = {name: value for name, value in pairs}
+            by_name = dict(pairs)
             if set(by_name) == set(names.items) and len(values.items) == len(names.items):
                 return all_of([self.compare(v, by_name[n]) for n, v in zip(names.items, values.items, strict=True)])
         return self.compare(values, answer)

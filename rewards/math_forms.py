@@ -1,4 +1,5 @@
-"""Forms an answer may be written in, brought to one: labels (`x = 3`), ±, sets of one value, bases, multiples of equations."""
+"""Forms an answer may be written in, brought to one: labels (`x = 3`), ±, sets of one value, bases, multiples of
+equations."""
 
 from __future__ import annotations
 
@@ -26,8 +27,12 @@ from rewards.math_normal import Normalizer, normal_form
 from rewards.math_polynomial import Polynomial
 
 CONSTANTS = frozenset(["pi", "e", "i", "oo"])
-NUMBER_WORDS = {w: Fraction(i) for i, w in enumerate(
-    ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"])}  # fmt: skip
+NUMBER_WORDS = {
+    "zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
+    "ten": 10,
+    "eleven": 11, "twelve": 12, "thirteen": 13, "fourteen": 14, "fifteen": 15, "sixteen": 16, "seventeen": 17,
+    "eighteen": 18, "nineteen": 19, "twenty": 20,
+}  # fmt: skip
 EMPTY_WORDS = frozenset(["empty set", "no solution", "no solutions", "no real solutions", "no real solution"])
 
 
@@ -74,7 +79,8 @@ def is_equation(node: Rel) -> bool:
 
 
 def split_label(node: Node) -> tuple[Node | None, Node]:
-    """`x = 3` as (x, 3), `x = 1 + 2 = 3` too, `S = {1}` and `x in [0, 1]`; what is no such definition as (None, itself)."""
+    """`x = 3` as (x, 3), `x = 1 + 2 = 3` too, `S = {1}` and `x in [0, 1]`; what is no such definition as (None,
+    itself)."""
     if not isinstance(node, Rel):
         return None, node
     if node.ops == ("in",) and _is_name(node.parts[0]):
@@ -130,7 +136,8 @@ def names_a_result(node: Node) -> bool:
 
 
 def expand_signs(node: Node) -> Node:
-    """± as two values: a list, inside a list or a set too. With a ∓ all signs go together, without one each for itself."""
+    """± as two values: a list, inside a list or a set too. With a ∓ all signs go together, without one each for
+    itself."""
     if not _has_sign(node):
         return node
     if isinstance(node, Seq) and node.kind in ("list", "set"):
@@ -143,7 +150,7 @@ def expand_signs(node: Node) -> Node:
         inner = expand_signs(node.value)
         return Seq("list", tuple(Quantity(i, node.unit) for i in inner.items)) if isinstance(inner, Seq) else node
     together = contains_minus_plus(node)
-    variants = [node]
+    variants: list[Node] = [node]
     for _ in range(1 if together else 3):
         variants = [v for variant in variants for v in _both_signs(variant, together=together)]
         if not any(_has_sign(v) for v in variants):
@@ -193,7 +200,8 @@ def ascending(relation: Rel) -> Rel:
 
 
 def constant_ratio(one: Rel, two: Rel) -> Fraction | None:
-    """c if (left - right) of the one is c times that of the other, by normal forms; None if there is none or it is 0."""
+    """c if (left - right) of the one is c times that of the other, by normal forms; None if there is none or it is
+    0."""
     try:
         forms = [normal_form(add(r.parts[0], negate(r.parts[1]))) for r in (one, two)]
     except TypeError:

@@ -17,6 +17,8 @@ from rewards.math_polynomial import (
     as_constant,
     atom,
     constant,
+    content_of,
+    factorize,
     plus,
     scale,
     spell,
@@ -32,7 +34,7 @@ _ONE: Polynomial = {(): Fraction(1)}
 
 def normalize_function(rules: Normalizer, name: str, args: tuple[Node, ...]) -> Quotient:
     """The normal form of a named function of expressions."""
-    if name in ("pm", "mp", "based", "det", "accent:overline") and name != "accent:overline":
+    if name in ("pm", "mp", "based", "det"):
         raise TooLargeError(f"{name} has no scalar normal form")
     if name in ("sum", "prod", "int", "iint", "iiint", "oint", "lim"):
         return _bound_function(rules, name, args)
@@ -131,7 +133,7 @@ def _known_value(rules: Normalizer, name: str, value: Quotient) -> Quotient | No
             return constant(Fraction(floor(number) if name == "floor" else ceil(number))), _ONE
         case "sgn":
             return None if number is None else (constant(Fraction((number > 0) - (number < 0))), _ONE)
-        case "transpose" | _:
+        case _:
             return None
 
 
@@ -158,8 +160,6 @@ def _spell_unsigned(polynomial: Polynomial) -> tuple[str, int]:
 
 def _logarithm(rules: Normalizer, value: Quotient) -> Quotient | None:
     """ln of a product over its factors: ln 12 = 2 ln 2 + ln 3, ln(e^x) = x."""
-    from rewards.math_normal import factorize
-
     top, bottom = value
     if bottom != _ONE:
         rules.assumes_positive = True
@@ -168,7 +168,7 @@ def _logarithm(rules: Normalizer, value: Quotient) -> Quotient | None:
             return None
         return rules.sum(above, (scale(below[0], Fraction(-1)), below[1]))
     if len(top) != 1:
-        content = _content_of(top)
+        content = content_of(top)
         primitive = scale(top, 1 / content)
         rest: Quotient = (atom(f"ln({spell(primitive)})"), _ONE)
         return rest if content == 1 else rules.sum(_logarithm(rules, (constant(content), _ONE)) or rest, rest)
@@ -190,12 +190,6 @@ def _logarithm(rules: Normalizer, value: Quotient) -> Quotient | None:
         factor = constant(exponent) if isinstance(exponent, Fraction) else dict(exponent)
         total = plus(total, rules.product(factor, term))
     return total, _ONE
-
-
-def _content_of(polynomial: Polynomial) -> Fraction:
-    from rewards.math_normal import _content
-
-    return _content(polynomial)
 
 
 def special_cosine(turn: Fraction) -> Polynomial | None:
@@ -282,10 +276,10 @@ def _factorial(rules: Normalizer, value: Quotient, number: Fraction | None) -> Q
         return None
     low = plus(top, {(): Fraction(-whole)})
     start: Quotient = (atom(f"fact({spell(low)})"), _ONE)
-    product = _ONE
+    rising = _ONE
     for k in range(1, whole + 1) if whole > 0 else range(whole + 1, 1):
-        product = rules.product(product, plus(low, constant(Fraction(k)) if k else {}))
-    return rules.times(start, (product, _ONE) if whole > 0 else (_ONE, product))
+        rising = rules.product(rising, plus(low, constant(Fraction(k)) if k else {}))
+    return rules.times(start, (rising, _ONE) if whole > 0 else (_ONE, rising))
 
 
 def _bound_function(rules: Normalizer, name: str, args: tuple[Node, ...]) -> Quotient:

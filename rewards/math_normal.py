@@ -1,6 +1,7 @@
 """Normal forms: a scalar expression as a quotient of polynomials in canonical atoms. Equal normal forms prove equality.
 
-Symbols are taken as positive where a rule needs it (`sqrt(x^2) = x`); whoever relies on a proof that did so checks negative
+Symbols are taken as positive where a rule needs it (`sqrt(x^2) = x`); whoever relies on a proof that did so checks
+negative
 values numerically too (`NormalForm.assumes_positive`). Unequal normal forms prove nothing unless both are rationals.
 """
 
@@ -10,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from math import gcd, isqrt, lcm
 from typing import TypeAlias
 
 from rewards.math_ast import Add, Fn, Mul, Node, Num, Pow, Sym
+from rewards.math_functions import normalize_function, special_cosine
 from rewards.math_polynomial import (
     MAX_BITS,
     Exponent,
@@ -24,6 +25,8 @@ from rewards.math_polynomial import (
     as_constant,
     atom,
     constant,
+    content_of,
+    factorize,
     freeze,
     plus,
     raw_product,
@@ -33,7 +36,6 @@ from rewards.math_polynomial import (
 )  # fmt: skip
 
 _MAX_EXPANDED_POWER = 24
-_TRIAL_DIVISION_LIMIT = 1_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -256,9 +258,9 @@ class Normalizer:
         if common:
             self.assumes_positive = True
             inverse = tuple((n, -e) for n, e in common)
-            outside = self.monomial_power(tuple(common), Fraction(1), exponent)
-            return self.times(outside, self.one_side_power(self.product(base, {inverse: Fraction(1)}), exponent))
-        content = _content(base)
+            common_power = self.monomial_power(tuple(common), Fraction(1), exponent)
+            return self.times(common_power, self.one_side_power(self.product(base, {inverse: Fraction(1)}), exponent))
+        content = content_of(base)
         primitive = scale(base, 1 / content)
         name = f"({spell(primitive)})"
         self.bases[name] = primitive
@@ -366,36 +368,3 @@ def _common_monomial(polynomial: Polynomial) -> list[tuple[str, Fraction]]:
         if len(rational) == len(exponents) and min(rational) != 0:
             lowest[name] = min(rational)
     return sorted(lowest.items())
-
-
-def _content(polynomial: Polynomial) -> Fraction:
-    """The positive rational that divides all coefficients."""
-    top = bottom = 0
-    for coefficient in polynomial.values():
-        top = gcd(top, coefficient.numerator)
-        bottom = lcm(bottom or 1, coefficient.denominator)
-    return Fraction(top, bottom)
-
-
-@lru_cache(maxsize=2048)
-def factorize(value: int) -> tuple[tuple[int, int], ...]:
-    """(factor, power) pairs by trial division up to a bound; what remains is one factor, or the square of one."""
-    if value.bit_length() > MAX_BITS:
-        raise TooLargeError("a number too large to factor")
-    found: list[tuple[int, int]] = []
-    divisor = 2
-    while divisor <= _TRIAL_DIVISION_LIMIT and divisor * divisor <= value:
-        power = 0
-        while value % divisor == 0:
-            value //= divisor
-            power += 1
-        if power:
-            found.append((divisor, power))
-        divisor += 1 if divisor == 2 else 2
-    if value > 1:
-        root = isqrt(value)
-        found.append((root, 2) if root * root == value else (value, 1))
-    return tuple(found)
-
-
-from rewards.math_functions import normalize_function, special_cosine  # noqa: E402  (the two files are one recursion)

@@ -1,4 +1,5 @@
-r"""Numbers as people write them: repeating decimals, scientific notation, mixed numbers. Exact, and bounded in digits."""
+r"""Numbers as people write them: repeating decimals, scientific notation, mixed numbers. Exact, and bounded in
+digits."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from rewards.latex import Token
-from rewards.math_ast import Node, Num, Pow, Sym, integer, multiply
+from rewards.math_ast import Node, Num, Pow, integer, multiply
 
 if TYPE_CHECKING:
     from rewards.math_parser import Parser
@@ -20,6 +21,7 @@ class NotMathError(ValueError):
 
 
 def read_number(parser: Parser, token: Token) -> Node:
+    """The number of a token that was just taken, with what follows and belongs to it."""
     text = token.value
     if len(text) > MAX_DIGITS:
         raise NotMathError(f"a number of {len(text)} digits")
@@ -78,7 +80,7 @@ def _scientific(parser: Parser, value: Fraction) -> Node | None:
     power = integer(-exponent if negative else exponent)
     if exponent > MAX_DIGITS:
         return multiply(Num(value), Pow(integer(10), power))
-    return Num(value * Fraction(10) ** power.value)
+    return Num(value * Fraction(10) ** int(power.value))
 
 
 def _mixed(parser: Parser, whole: Fraction) -> Node | None:
@@ -89,29 +91,28 @@ def _mixed(parser: Parser, whole: Fraction) -> Node | None:
         saved = list(parser.tokens)
         parser.take()
         try:
-            top, bottom = parser.argument(), parser.argument()
+            part = _proper_fraction(parser.argument(), parser.argument())
         except NotMathError:
-            top = bottom = Sym("?")
-        if _is_proper(top, bottom) and parser.peek().value != "^":
-            return Num(whole + top.value / bottom.value)  # type: ignore[union-attr]
+            part = None
+        if part is not None and parser.peek().value != "^":
+            return Num(whole + part)
         parser.tokens, parser.position = saved, start
         return None
     if token.kind == "num" and token.spaced and parser.peek(1).value == "/" and parser.peek(2).kind == "num":
-        top, bottom = (Num(Fraction(parser.peek(i).value)) for i in (0, 2))
-        if not _is_proper(top, bottom) or parser.peek(3).value == "^":
+        part = _proper_fraction(Num(Fraction(token.value)), Num(Fraction(parser.peek(2).value)))
+        if part is None or parser.peek(3).value == "^":
             raise NotMathError("a mixed number with an improper fraction")
         parser.position += 3
-        return Num(whole + top.value / bottom.value)
+        return Num(whole + part)
     return None
 
 
-def _is_proper(top: Node, bottom: Node) -> bool:
-    return (
-        isinstance(top, Num)
-        and isinstance(bottom, Num)
-        and top.value.denominator == bottom.value.denominator == 1
-        and 0 <= top.value < bottom.value
-    )
+def _proper_fraction(top: Node, bottom: Node) -> Fraction | None:
+    """top / bottom if that is a proper fraction of integers."""
+    if not isinstance(top, Num) or not isinstance(bottom, Num):
+        return None
+    is_whole = top.value.denominator == bottom.value.denominator == 1
+    return top.value / bottom.value if is_whole and 0 <= top.value < bottom.value else None
 
 
 def _repeated_block(tail: str) -> tuple[str, str] | None:

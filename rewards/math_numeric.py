@@ -1,6 +1,7 @@
 """Numeric values of expressions at seeded points, to reject. Never to accept: agreement is no proof.
 
-The arithmetic is mpmath's, in a context of its own for each call: no precision is shared between threads. Sizes are checked
+The arithmetic is mpmath's, in a context of its own for each call: no precision is shared between threads. Sizes are
+checked
 before anything large is computed.
 """
 
@@ -30,7 +31,7 @@ class NotNumericError(ValueError):
 
 def new_context(bits: int) -> Any:
     """An mpmath context of this precision that nobody else uses."""
-    import mpmath
+    import mpmath  # type: ignore[import-untyped]
 
     context = mpmath.MPContext()
     context.prec = bits
@@ -38,7 +39,8 @@ def new_context(bits: int) -> Any:
 
 
 def compare_numerically(left: Node, right: Node, *, negative_points: bool = False) -> Agreement:
-    """`differ` if the two expressions have different values at some seeded point; `unknown` if no point could be computed.
+    """`differ` if the two expressions have different values at some seeded point; `unknown` if no point could be
+    computed.
 
     With `negative_points`, symbols take negative values too, and only points where both are real throughout count.
     """
@@ -107,7 +109,8 @@ def _agree_at(context: Any, left: Node, right: Node, point: Mapping[str, Fractio
 
 
 def evaluate(node: Node, context: Any, point: Mapping[str, Fraction], *, real_only: bool = False) -> Any:
-    """The value at a point, in the precision of the context. Raises NotNumericError, or an ArithmeticError of mpmath's."""
+    """The value at a point, in the precision of the context. Raises NotNumericError, or an ArithmeticError of
+    mpmath's."""
     match node:
         case Num(value):
             return context.mpf(value.numerator) / context.mpf(value.denominator)
@@ -164,9 +167,12 @@ def _power(node: Pow, base: Any, exponent: Node, context: Any, point: Mapping[st
 
 
 _PLAIN = {
-    "sin": "sin", "cos": "cos", "tan": "tan", "cot": "cot", "sec": "sec", "csc": "csc", "arcsin": "asin", "arccos": "acos",
-    "arctan": "atan", "arccot": "acot", "arcsec": "asec", "arccsc": "acsc", "sinh": "sinh", "cosh": "cosh", "tanh": "tanh",
-    "coth": "coth", "sech": "sech", "csch": "csch", "arcsinh": "asinh", "arccosh": "acosh", "arctanh": "atanh", "ln": "log",
+    "sin": "sin", "cos": "cos", "tan": "tan", "cot": "cot", "sec": "sec", "csc": "csc", "arcsin": "asin",
+    "arccos": "acos",
+    "arctan": "atan", "arccot": "acot", "arcsec": "asec", "arccsc": "acsc", "sinh": "sinh", "cosh": "cosh",
+    "tanh": "tanh",
+    "coth": "coth", "sech": "sech", "csch": "csch", "arcsinh": "asinh", "arccosh": "acosh", "arctanh": "atanh",
+    "ln": "log",
     "floor": "floor", "ceil": "ceil", "sgn": "sign", "Re": "re", "Im": "im", "arg": "arg", "erf": "erf",
 }  # fmt: skip
 

@@ -171,10 +171,7 @@ class Parser:
             token = self.peek()
             if token.value == "!" and token.kind == "op":
                 self.take()
-                if self.accept("!"):
-                    node = Fn("fact2", (node,))
-                else:
-                    node = Fn("fact", (node,))
+                node = Fn("fact2" if self.accept("!") else "fact", (node,))
             elif token.value == "'" and isinstance(node, Sym):
                 self.take()
                 node = Sym(node.name + "'")
@@ -418,7 +415,8 @@ def _extends(factor: Node) -> bool:
 
 
 def plain(node: Node) -> Node:
-    """A quantity inside an expression as its value: a percent is a hundredth, a degree pi/180; other units do not occur."""
+    """A quantity inside an expression as its value: a percent is a hundredth, a degree pi/180; other units do not
+    occur."""
     if not isinstance(node, Quantity):
         return node
     if node.unit == "%":
@@ -430,7 +428,8 @@ def plain(node: Node) -> Node:
 
 _NOT_A_FACTOR = frozenset(
     [
-        r"\le", r"\ge", r"\ne", r"\in", r"\notin", r"\approx", r"\sim", r"\cong", r"\equiv", r"\cup", r"\cap", r"\setminus",
+        r"\le", r"\ge", r"\ne", r"\in", r"\notin", r"\approx", r"\sim", r"\cong", r"\equiv", r"\cup", r"\cap",
+        r"\setminus",
         r"\pm", r"\mp", r"\cdot", r"\times", r"\div", r"\to", r"\mapsto", r"\and", r"\or", r"\subset", r"\subseteq",
         r"\supset", r"\supseteq", r"\rangle", r"\rfloor", r"\rceil", r"\end", r"\Rightarrow", r"\Leftrightarrow",
         r"\implies", r"\oplus", r"\otimes", r"\circ", r"\prime", r"\pmod", r"\bmod", r"\mod", r"\propto", r"\parallel",

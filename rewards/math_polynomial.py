@@ -1,6 +1,8 @@
-"""Polynomials with rational coefficients in named atoms, exponents rational or symbolic: the arithmetic of normal forms.
+"""Polynomials with rational coefficients in named atoms, exponents rational or symbolic: the arithmetic of normal
+forms.
 
-A monomial maps atoms (strings) to exponents; a polynomial maps monomials to coefficients. Everything is bounded: what grows
+A monomial maps atoms (strings) to exponents; a polynomial maps monomials to coefficients. Everything is bounded: what
+grows
 past the bounds raises TooLargeError and stays symbolic.
 """
 
@@ -8,9 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fractions import Fraction
+from functools import lru_cache
+from math import gcd, isqrt, lcm
 from typing import TypeAlias
 
 MAX_TERMS = 300
+_TRIAL_DIVISION_LIMIT = 1_000
 MAX_BITS = 20_000
 """Bits of a coefficient's numerator and denominator together."""
 
@@ -142,3 +147,33 @@ def _spell_monomial(monomial: Monomial) -> str:
 
 def _spell_exponent(exponent: Exponent) -> str:
     return str(exponent) if isinstance(exponent, Fraction) else spell(dict(exponent))
+
+
+def content_of(polynomial: Polynomial) -> Fraction:
+    """The positive rational that divides all coefficients."""
+    top = bottom = 0
+    for coefficient in polynomial.values():
+        top = gcd(top, coefficient.numerator)
+        bottom = lcm(bottom or 1, coefficient.denominator)
+    return Fraction(top, bottom)
+
+
+@lru_cache(maxsize=2048)
+def factorize(value: int) -> tuple[tuple[int, int], ...]:
+    """(factor, power) pairs by trial division up to a bound; what remains is one factor, or the square of one."""
+    if value.bit_length() > MAX_BITS:
+        raise TooLargeError("a number too large to factor")
+    found: list[tuple[int, int]] = []
+    divisor = 2
+    while divisor <= _TRIAL_DIVISION_LIMIT and divisor * divisor <= value:
+        power = 0
+        while value % divisor == 0:
+            value //= divisor
+            power += 1
+        if power:
+            found.append((divisor, power))
+        divisor += 1 if divisor == 2 else 2
+    if value > 1:
+        root = isqrt(value)
+        found.append((root, 2) if root * root == value else (value, 1))
+    return tuple(found)

@@ -52,8 +52,10 @@ def verify_math(completion: str, gold: str, *, policy: MathPolicy = DEFAULT_POLI
     """Whether the completion's answer is the gold: reward 1.0 or 0.0, with the reason in `detail`.
 
     `gold` is the answer itself, or a solution that states it (`\\boxed{}`, `####`). Safe from any thread and process; a
-    verdict takes at most about `policy.deadline_s`. Status: `unparsed` (no answer, or none that can be read), `timeout` (the
-    symbolic stage did not finish), `error` (its worker failed, or the gold is empty). Never raises for what a model writes.
+    verdict takes at most about `policy.deadline_s`. Status: `unparsed` (no answer, or none that can be read),
+    `timeout` (the
+    symbolic stage did not finish), `error` (its worker failed, or the gold is empty). Never raises for what a model
+    writes.
     """
     start = time.perf_counter()
     explanation = explain_math(completion, gold, policy=policy)
@@ -76,7 +78,8 @@ def verify_math_many(
 
 
 def math_reward(problem: Problem, completion: str) -> RewardResult:
-    """The registry's `math` (and TRL's name, `accuracy`): `verify_math` against `problem.answer`; None without an answer."""
+    """The registry's `math` (and TRL's name, `accuracy`): `verify_math` against `problem.answer`; None without an
+    answer."""
     if problem.answer is None:
         return RewardResult(reward=None, detail=f"problem {problem.id!r} has no answer to compare with")
     return verify_math(completion, problem.answer)

@@ -1,4 +1,5 @@
-"""Whether two scalar expressions are equal, by stages: trees, normal forms, numbers to reject, proofs, sympy to confirm."""
+"""Whether two scalar expressions are equal, by stages: trees, normal forms, numbers to reject, proofs, sympy to
+confirm."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ from rewards.math_ast import (
     add,
     children,
     contains,
+    multiply,
     negate,
+    render,
     replace_children,
     symbols,
 )
@@ -137,16 +140,14 @@ def rounds_to(exact: Node, decimal: Fraction, places: int) -> bool:
 
 
 def keeps_order(node: Node) -> bool:
-    """Whether capital letters in the tree look like matrices: transposed, inverted, or with nothing else around them."""
+    """Whether capital letters in the tree look like matrices: something is transposed, or nothing else stands there."""
     return contains_matrix_mark(node) or _only_capitals(node)
 
 
 @lru_cache(maxsize=4096)
 def contains_matrix_mark(node: Node) -> bool:
-    """A transpose, or the inverse of a capital letter or of a product of them."""
+    """A transpose."""
     if isinstance(node, Fn) and node.name == "transpose":
-        return True
-    if isinstance(node, Pow) and node.exponent == Num(Fraction(-1)) and _only_capitals(node.base) and False:
         return True
     return any(contains_matrix_mark(child) for child in children(node))
 
@@ -164,8 +165,6 @@ def _freeze_products(node: Node) -> Node:
     ordered = [f for f in below if _is_matrix_like(f)]
     if len({_letter(f) for f in ordered}) < 2:
         return replace_children(node, below)
-    from rewards.math_ast import multiply, render
-
     frozen = Sym("·".join(render(f) for f in ordered))
     rest = tuple(f for f in below if not _is_matrix_like(f))
     return multiply(*rest, frozen) if rest else frozen
@@ -215,8 +214,6 @@ def _add_matrices(matrices: list[Matrix]) -> Node:
 
 
 def _multiply(left: Node, right: Node) -> Node:
-    from rewards.math_ast import multiply
-
     if isinstance(left, Matrix) and isinstance(right, Matrix):
         if len(left.rows[0]) != len(right.rows) or len(left.rows) * len(right.rows[0]) * len(right.rows) > 1000:
             return Fn("undefined", (left, right))

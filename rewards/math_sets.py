@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 from rewards.math_answer import is_inequality
-from rewards.math_ast import INFINITY, Interval, Node, Num, Rel, Seq, SetOp, Sym, contains, negate
+from rewards.math_ast import INFINITY, Interval, Node, Num, Rel, Seq, SetOp, Sym, add, contains, negate
 from rewards.math_normal import normal_form
 from rewards.math_numeric import real_value
-from rewards.math_polynomial import as_constant
+from rewards.math_polynomial import as_constant, scale
 from rewards.math_scalar import Outcome, Prover, compare_scalars, different
 
 REALS = Sym("bb_R")
@@ -75,20 +76,11 @@ def _solve_one(op: str, left: Node, right: Node) -> RealSet | None:
         op, left, right = _FLIPPED.get(op, op), right, left
     if isinstance(left, Sym) and left.name not in ("oo", "pi", "e") and real_value(right) is not None:
         return _half_line(op, left.name, right)
-    form = normal_form(left), normal_form(right)
-    if (
-        form[0] is None
-        or form[1] is None
-        or as_constant(form[0].denominator) is None
-        or as_constant(form[1].denominator) is None
-    ):
+    form = normal_form(add(left, negate(right)))
+    denominator = None if form is None else as_constant(form.denominator)
+    if form is None or denominator is None:
         return None
-    from rewards.math_polynomial import plus, scale
-
-    total = plus(
-        scale(form[0].numerator, 1 / (as_constant(form[0].denominator) or 1)),
-        scale(form[1].numerator, -1 / (as_constant(form[1].denominator) or 1)),
-    )
+    total = scale(form.numerator, 1 / denominator)
     linear = {m: c for m, c in total.items() if m}
     if len(linear) != 1:
         return None
@@ -100,7 +92,7 @@ def _solve_one(op: str, left: Node, right: Node) -> RealSet | None:
         or monomial[0][0] in "piei"
     ):
         return None
-    bound = Num(-total.get((), coefficient * 0) / coefficient)
+    bound = Num(-total.get((), Fraction(0)) / coefficient)
     return _half_line(op if coefficient > 0 else _FLIPPED.get(op, op), monomial[0][0], bound)
 
 

@@ -1,6 +1,8 @@
-"""Persistent worker processes that confirm equality with sympy: warmed, limited in memory, killed at a deadline, recycled.
+"""Persistent worker processes that confirm equality with sympy: warmed, limited in memory, killed at a deadline,
+recycled.
 
-The parent uses pipes and `select`, no signals: any thread of any process may ask. A forked child gets workers of its own.
+The parent uses pipes and `select`, no signals: any thread of any process may ask. A forked child gets workers of its
+own.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ _FUNCTIONS = {
 
 
 def build(tree: list[Any]) -> sympy.Expr:
-    """A sympy expression from a tree of `math_sympy.encode`; what is not on the list becomes a symbol by its spelling."""
+    """A sympy expression from a tree of `math_sympy.encode`; what is not on the list becomes a symbol by its
+    spelling."""
     kind, *rest = tree
     if kind == "num":
         return sympy.Rational(int(rest[0]), int(rest[1]))
@@ -90,7 +91,7 @@ def main() -> None:
     for line in sys.stdin:
         left, right = json.loads(line)
         try:
-            reply = {"equal": is_zero(build(left) - build(right))}
+            reply: dict[str, Any] = {"equal": is_zero(build(left) - build(right))}
         except MemoryError:
             reply = {"error": "out of memory"}
         except Exception as error:  # noqa: BLE001 (the worker boundary: reported, and counted by the parent)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from rewards.math_notation import words
+
 SCALES: Mapping[str, int] = {
     "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
 }  # fmt: skip
@@ -63,14 +65,19 @@ _CANONICAL = {
 LETTER_UNITS = frozenset(["m", "g", "s", "h", "l", "L", "J", "N", "W", "V", "K"])
 """Single letters that may be units where a number is asked; elsewhere they are variables."""
 
-_NOT_UNITS = frozenset(
-    ["if", "when", "not", "or", "and", "where", "with", "than", "is", "are", "but", "except", "only", "otherwise", "mod", "modulo", "plus", "minus", "times", "half", "less", "more", "at", "from", "to", "both", "either", "neither", "nor", "no", "wrong", "incorrect", "false", "unless", "for", "all", "some", "none", "approximately", "about", "maybe", "possibly", "perhaps", "between", "was", "were", "be", "would", "could", "should", "i", "we", "it", "this", "that", "over", "under", "divided", "root", "squareroot", "pi", "infinity", "infinite", "undefined", "quarter", "third", "thirds", "quarters", "halves", "fifth", "fifths", "twice", "double", "triple", "pair", "pairs", "score", "base", "choose", "factorial", "power", "negative", "positive", "remainder", "versus", "vs", "because", "since", "so", "then", "else", "yes"]
-)  # fmt: skip
+_NOT_UNITS = words(
+    "if when not or and where with than is are but except only otherwise mod modulo plus minus times half less more "
+    "at from to both either neither nor no wrong incorrect false unless for all some none approximately about maybe "
+    "possibly perhaps between was were be would could should i we it this that over under divided root squareroot pi "
+    "infinity infinite undefined quarter third thirds quarters halves fifth fifths twice double triple pair pairs "
+    "score base choose factorial power negative positive remainder versus vs because since so then else yes"
+)
 _MAX_UNIT_WORDS = 5
 
 
 def canonical_unit(phrase: str) -> str | None:
-    """One spelling for a unit phrase (`square centimeters`, `cm^2`, `km/h`, `apples`); None if the words are no unit."""
+    """One spelling for a unit phrase (`square centimeters`, `cm^2`, `km/h`, `apples`); None if the words are no
+    unit."""
     phrase = (
         phrase.strip().rstrip(".").lower().replace("⋅", " ").replace(" per ", "/").replace("²", "^2").replace("³", "^3")
     )
@@ -91,12 +98,12 @@ def canonical_unit(phrase: str) -> str | None:
 
 
 def _canonical_part(part: str) -> str | None:
-    words = re.sub(r"\s*\^\s*\{?(-?\d+)\}?", r"^\1", part).split()
-    if len(words) > _MAX_UNIT_WORDS:
+    parts = re.sub(r"\s*\^\s*\{?(-?\d+)\}?", r"^\1", part).split()
+    if len(parts) > _MAX_UNIT_WORDS:
         return None
     power = ""
     out: list[str] = []
-    for word in words:
+    for word in parts:
         base, caret, exponent = word.partition("^")
         if base in _NOT_UNITS or not (base.isalpha() or base in ("%", "$", "€", "£", "¢")):
             return None
@@ -104,7 +111,7 @@ def _canonical_part(part: str) -> str | None:
             power = "^2"
         elif base in ("cubic", "cubed", "cu"):
             power = "^3"
-        elif base in ("of", "the", "a", "an", "in") and len(words) > 1:
+        elif base in ("of", "the", "a", "an", "in") and len(parts) > 1:
             continue
         else:
             out.append(_CANONICAL.get(base, _singular(base)) + caret + exponent)

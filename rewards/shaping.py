@@ -1,7 +1,9 @@
-"""Rewards for form and length, as users of TRL and open-r1 know them. None of them looks at whether the answer is right,
+"""Rewards for form and length, as users of TRL and open-r1 know them. None of them looks at whether the answer is
+right,
 except the cosine, which scales it.
 
-Rewards of text take `(problem, completion)`; rewards of length are called as TRL calls them, since they count tokens. Each
+Rewards of text take `(problem, completion)`; rewards of length are called as TRL calls them, since they count tokens.
+Each
 with parameters has a maker (`make_overlong_reward(...)`); the registry's name is the maker's default.
 """
 
@@ -21,7 +23,8 @@ _TAGS = ("<think>\n", "\n</think>\n", "\n<answer>\n", "\n</answer>")
 
 
 def tag_count_reward(problem: Problem, completion: str) -> float:
-    """A quarter for each of `<think>`, `</think>`, `<answer>`, `</answer>` that stands exactly once on a line of its own.
+    """A quarter for each of `<think>`, `</think>`, `<answer>`, `</answer>` that stands exactly once on a line of its
+    own.
 
     The tags with their line breaks are those of open-r1's `tag_count_reward`.
     """
@@ -40,7 +43,8 @@ def make_overlong_reward(*, max_completion_length: int = 16_384, soft_punish_cac
     """
     if not 0 < soft_punish_cache <= max_completion_length:
         raise ValueError(
-            f"soft_punish_cache must be from 1 to max_completion_length ({max_completion_length}), got {soft_punish_cache}"
+            f"soft_punish_cache must be from 1 to max_completion_length ({max_completion_length}), "
+            f"got {soft_punish_cache}"
         )
     free = max_completion_length - soft_punish_cache
 
@@ -62,8 +66,10 @@ def make_cosine_length_reward(
 ) -> LengthReward:
     """Correctness scaled by length on a cosine (arXiv 2502.03373; open-r1's `cosine`), lengths in tokens.
 
-    A right answer falls from `max_value_correct` at length 0 to `min_value_correct` at `max_len`; a wrong one rises from
-    `min_value_wrong` to `max_value_wrong`: being wrong at length costs less than being wrong at once. Beyond `max_len` the
+    A right answer falls from `max_value_correct` at length 0 to `min_value_correct` at `max_len`; a wrong one rises
+    from
+    `min_value_wrong` to `max_value_wrong`: being wrong at length costs less than being wrong at once. Beyond
+    `max_len` the
     value stays. Needs the column `answer` (or `solution`); None for a row without one, or whose verdict timed out.
     """
     if max_len < 1:

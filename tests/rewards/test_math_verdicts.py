@@ -70,9 +70,12 @@ def form(text):
 @pytest.mark.parametrize(
     ("left", "right"),
     [
-        (r"\frac{1}{1+\sqrt2}", r"\sqrt2-1"), (r"\tan^2 x+1", r"\sec^2 x"), ("4^n", "2^{2n}"), (r"\binom{n}{2}", r"\frac{n(n-1)}{2}"),
-        (r"e^{i\pi}", "-1"), (r"\ln 12", r"2\ln 2+\ln 3"), (r"\frac{2024!}{2023!}", "2024"), (r"\cos(\pi - x)", r"-\cos x"),
-        (r"\frac{\sqrt{x+1}}{x+1}", "(x+1)^{-1/2}"), (r"\sum_{k=1}^n k^2", r"\sum_{i=1}^n i^2"), (r"\sqrt[3]{-8}", "-2"),
+        (r"\frac{1}{1+\sqrt2}", r"\sqrt2-1"), (r"\tan^2 x+1", r"\sec^2 x"), ("4^n", "2^{2n}"), (r"\binom{n}{2}",
+        r"\frac{n(n-1)}{2}"),
+        (r"e^{i\pi}", "-1"), (r"\ln 12", r"2\ln 2+\ln 3"), (r"\frac{2024!}{2023!}", "2024"), (r"\cos(\pi - x)",
+        r"-\cos x"),
+        (r"\frac{\sqrt{x+1}}{x+1}", "(x+1)^{-1/2}"), (r"\sum_{k=1}^n k^2", r"\sum_{i=1}^n i^2"), (r"\sqrt[3]{-8}",
+        "-2"),
     ],
 )  # fmt: skip
 def test_equal_normal_forms(left, right):
