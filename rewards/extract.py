@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rewards.latex import read_braced
+from rewards.math_units import is_known_unit
 
 Source = Literal["box", "boxes", "answer tag", "####", "answer phrase", "whole text", "last expression"]
 
@@ -54,6 +55,7 @@ _AFTER_VALUE = re.compile(r"\s|$|[.,;:!?*~)<”’\]]|[A-Za-z\\-]|\"(?!\))|'s\b"
 _DENIED = re.compile(
     r"\b(?:not|isn't|isnt|never|cannot be|can't be|neither|nor)\s+(?:[A-Za-z]+\s+){0,2}$", re.IGNORECASE
 )
+_CALCULATOR = re.compile(r"<<[^<>]*>>")
 _HEDGE = re.compile(r"\s*(?:,\s*)?(?:or|and)\s+(?:(?:possibly|maybe|perhaps|also|even)\s+)?$", re.IGNORECASE)
 
 
@@ -291,7 +293,7 @@ def _without_statement(text: str) -> Extraction | None:
 
 def _last_expression(line: str) -> str | None:
     """The last formula of a line, or the last run of digits and signs; several joined by "or" or "and" together."""
-    line = line.split("<|", 1)[0]
+    line = _CALCULATOR.sub("", line.split("<|", 1)[0])
     pieces: list[tuple[int, int, str]] = [
         (m.start(), m.end(), next(g for g in m.groups() if g)) for m in _MATH.finditer(line)
     ]
@@ -308,6 +310,8 @@ def _last_expression(line: str) -> str | None:
             scale = _AFTER_RUN.match(blanked, start + len(value))
             if scale:
                 value += " " + scale[1]
+            elif unit := _unit_after(blanked[start + len(value) :]):
+                value += " " + unit
             pieces.append((start, start + len(value), value))
     if not pieces:
         return None
@@ -323,6 +327,12 @@ def _last_expression(line: str) -> str | None:
             break
         chosen.insert(0, piece)
     return ", ".join(value.strip() for _, _, value in chosen)
+
+
+def _unit_after(text: str) -> str:
+    """The unit that the next words are (`km`, `square meters`), or nothing: of other words only the number is meant."""
+    words = re.match(r"\s*((?:(?:square|cubic)\s+)?[A-Za-z]+)", text)
+    return words[1] if words and is_known_unit(words[1]) else ""
 
 
 def _stands_alone(line: str, start: int, end: int) -> bool:

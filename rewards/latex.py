@@ -148,6 +148,8 @@ def _read_words(words: str, *, is_font: bool, spaced: bool) -> list[Token]:
     stripped = words.strip()
     if not stripped:
         return []
+    if len(stripped) == 3 and stripped[0] == "(" and stripped[1] in "ABCDEFGHIJ" and stripped[2] == ")":
+        return [Token("sym", stripped[1], spaced)]
     if stripped in FUNCTIONS:
         return [Token("cmd", "\\" + stripped, spaced)]
     inner = tokenize(words.replace("$", " "))

@@ -52,6 +52,10 @@ _INTRODUCTION = re.compile(
     r"(?:answer|result)\s*(?:is|:|=)\s*:?\s*\}?\s*",
     re.IGNORECASE,
 )
+_SET_BUILDER = re.compile(
+    r"\\\{\s*[A-Za-z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid|\\vert|\||:|\\colon)\s*(?P<condition>.*)\\\}$",
+    re.DOTALL,
+)
 _APPROXIMATE_WORDS = frozenset(["about", "approximately", "roughly", "around", "approx", "nearly"])
 MAX_TREE_DEPTH = 120
 """Trees are compared and hashed recursively."""
@@ -80,6 +84,11 @@ def read_answer(text: str) -> Reading:
     text = strip_wrappers(fold_unicode(text[: MAX_ANSWER_CHARS + 1]))
     if len(text) > MAX_ANSWER_CHARS:
         return Reading(text=text[:100], node=Text(f"<{len(text)} characters or more>"), is_decimal=False)
+    built = _SET_BUILDER.match(text)
+    if built is not None:
+        inner = read_answer(built["condition"]).node
+        if is_inequality(inner) or isinstance(inner, SetOp):
+            return Reading(text=text, node=inner, is_decimal=False)
     choice = _read_choice(text)
     if choice is not None:
         return Reading(text=text, node=choice, is_decimal=False)
@@ -339,6 +348,8 @@ def _read_operand(parser: Parser) -> Node:
     """An expression with its currency and unit, a set expression, a ratio, or words."""
     if parser.peek().kind == "text":
         words = _read_unit(parser)
+        if parser.peek().value in _RELATIONS:
+            raise NotMathError("a relation in prose")
         if len(words) == 1:
             return Sym(words)
         kept = [w for w in words.lower().split() if w not in _ARTICLES]
@@ -400,6 +411,8 @@ def _read_unit(parser: Parser) -> str:
 
 def _read_set_expression(parser: Parser) -> Node:
     node = parser.expression()
+    if parser.accept(r"\choose"):
+        return Fn("binom", (node, parser.expression()))
     while (op := _SET_OPERATORS.get(parser.peek().value)) is not None:
         parser.take()
         right = parser.expression()

@@ -33,6 +33,7 @@ NUMBER_WORDS = {
     "eleven": 11, "twelve": 12, "thirteen": 13, "fourteen": 14, "fifteen": 15, "sixteen": 16, "seventeen": 17,
     "eighteen": 18, "nineteen": 19, "twenty": 20,
 }  # fmt: skip
+REAL_WORDS = frozenset(["all real numbers", "all reals", "real numbers", "all real number"])
 EMPTY_WORDS = frozenset(["empty set", "no solution", "no solutions", "no real solutions", "no real solution"])
 
 
@@ -51,6 +52,8 @@ def choice_letter(node: Node) -> str | None:
 
 def unwrap(node: Node) -> Node:
     """A set, list or bracket of one value as the value."""
+    if isinstance(node, Text) and node.words in REAL_WORDS:
+        return Sym("bb_R")
     while isinstance(node, Seq) and node.kind in ("set", "list", "bracket") and len(node.items) == 1:
         node = node.items[0]
     return node
@@ -69,6 +72,9 @@ def _is_name(node: Node) -> bool:
         return node.name not in CONSTANTS
     if isinstance(node, Fn):
         return node.name.startswith(("call:", "accent:")) or node.name == "det"
+    if isinstance(node, Mul):
+        # dy/dx
+        return all(n[0] == "d" and len(n) > 1 for n in symbols(node)) and bool(symbols(node))
     return isinstance(node, Text) or (
         isinstance(node, Seq) and node.kind == "tuple" and all(_is_name(i) for i in node.items)
     )
@@ -83,8 +89,13 @@ def split_label(node: Node) -> tuple[Node | None, Node]:
     itself)."""
     if not isinstance(node, Rel):
         return None, node
-    if node.ops == ("in",) and _is_name(node.parts[0]):
-        return None, node
+    if (
+        node.ops == ("in",)
+        and _is_name(node.parts[0])
+        and isinstance(node.parts[1], Seq)
+        and node.parts[1].kind == "set"
+    ):
+        return node.parts[0], node.parts[1]
     if not is_equation(node):
         return None, node
     first, last = node.parts[0], node.parts[-1]

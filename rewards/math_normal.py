@@ -277,6 +277,11 @@ class Normalizer:
     def monomial_power(self, monomial: Monomial, coefficient: Fraction, exponent: Exponent) -> Quotient:
         """A single term to a power that is no integer."""
         result, below = self.rational_power(coefficient, exponent)
+        if any("(" in name and name[0] != "(" and power != 1 for name, power in monomial):
+            # sqrt(cos^2) is |cos|, and a function has no sign that could be assumed.
+            name = f"({spell({monomial: Fraction(1)})})"
+            self.bases[name] = {monomial: Fraction(1)}
+            return self.product(result, self.reduce(((name, exponent),), Fraction(1))), below
         for name, power in monomial:
             if name == "i" and isinstance(exponent, Fraction):
                 raise TooLargeError("a root of the imaginary unit")

@@ -71,7 +71,8 @@ FUNCTIONS = words(
 PLAIN_NAMES = words("pi alpha beta gamma delta epsilon theta lambda sigma phi omega infty")
 CONNECTIVES = frozenset({"and", "or"})
 SHORT_WORDS = words(
-    "yes no odd all and or of the is not one two six ten cm km mm kg mg ml ft hr hrs mph kph deg sec min pm am any if "
+    "yes no odd all and or so we he she his her let get was can but who "
+    "how of the is not one two six ten cm km mm kg mg ml ft hr hrs mph kph deg sec min pm am any if "
     "in "
     "per are for has its day big new old red tie win may mon tue wed thu fri sat sun jan feb mar apr jun jul aug sep "
     "oct "

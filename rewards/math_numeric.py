@@ -85,7 +85,7 @@ def _point(names: list[str], index: int, sign: int) -> dict[str, Fraction]:
     point = {}
     for position, name in enumerate(names):
         digest = hashlib.blake2b(f"{name}/{index}".encode(), digest_size=4).digest()
-        size = Fraction(int.from_bytes(digest, "big") % 9973 + 2500, 5003)
+        size = Fraction(int.from_bytes(digest, "big") % 9973 + 2500, 5003) * (1 + 2 * (index % 2))
         is_negative = sign < 0 or (sign == 0 and (position + index) % 2 == 0)
         point[name] = -size if is_negative else size
     return point

@@ -197,6 +197,13 @@ class Parser:
                 exponent = self.exponent()
                 if exponent == Sym("T") and _is_capital(node):
                     node = Fn("transpose", (node,))
+                elif (
+                    exponent == integer(-1)
+                    and isinstance(node, Sym)
+                    and node.name in _APPLIED
+                    and self.peek().value == "("
+                ):
+                    node = self._maybe_call(node.name + "^-1")
                 elif exponent == ONE and isinstance(node, Sym) and (node.name.isupper() or "_" in node.name):
                     # S^1 is the circle, not S.
                     node = Sym(node.name + "^1")
@@ -268,6 +275,8 @@ class Parser:
                 return self._command(token.value)
             case "op" if token.value == "{":
                 node = self.expression()
+                if self.accept(r"\choose"):
+                    node = Fn("binom", (node, self.expression()))
                 self.expect("}")
                 return node
             case "op" if token.value in ("(", "["):
@@ -299,15 +308,19 @@ class Parser:
         """`f(x)`: a call if the letter is used for functions, or if the brackets hold several values."""
         if self.peek().value != "(" or self.peek().kind != "op":
             return Sym(name)
-        letter = name.split("_")[0].rstrip("'")
+        letter = name.split("_")[0].split("^")[0].rstrip("'")
         start, bars = self.position, list(self.open_bars)
         self.take()
-        if letter in _APPLIED or "'" in name or self._holds_comma():
+        if letter in _APPLIED or "'" in name or self._holds_comma() or self._is_definition():
             args = self.items(")")
             self.expect(")")
             return Fn("call:" + name, args)
         self.position, self.open_bars = start, bars
         return Sym(name)
+
+    def _is_definition(self) -> bool:
+        """Whether `x) =` follows: p(x) = ... defines a function."""
+        return self.peek().kind == "sym" and self.peek(1).value == ")" and self.peek(2).value == "="
 
     def _holds_comma(self) -> bool:
         depth = 0

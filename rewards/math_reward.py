@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from rewards.extract import Extraction, extract_answer, extract_statement
+from rewards.extract import Extraction, after_thoughts, extract_answer, extract_statement
 from rewards.math_answer import Reading, read_answer
 from rewards.math_ast import Node, Text, render
 from rewards.math_decide import Decider
@@ -18,6 +18,7 @@ from rewards.types import Problem, RewardResult, Status
 
 DEFAULT_POLICY = MathPolicy()
 _MAX_SHOWN = 120
+_MAX_WORDS_CHARS = 200
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +101,10 @@ def explain_math(completion: str, gold: str, *, policy: MathPolicy = DEFAULT_POL
     extraction = extract_answer(completion)
     if extraction is None or not extraction.text.strip():
         return Explanation(extraction=None, gold=gold_reading, answer=None, outcome=None, status="unparsed", reward=0.0)
+    if isinstance(gold_reading.node, Text) and extraction.source == "last expression":
+        # Words are asked: a formula picked out of them is not what was said.
+        whole = after_thoughts(completion).strip()
+        extraction = Extraction(whole, "whole text") if len(whole) <= _MAX_WORDS_CHARS else extraction
     answer = read_answer(extraction.text)
     if (
         isinstance(answer.node, Text)

@@ -89,10 +89,10 @@ def compare_scalars(gold: Node, answer: Node, prove: Prover) -> Outcome:
     assumes_positive = True
     if one_form is not None and two_form is not None:
         one_value, two_value = one_form.constant(), two_form.constant()
-        if one_value is not None and two_value is not None:
+        assumes_positive = one_form.assumes_positive or two_form.assumes_positive
+        if one_value is not None and two_value is not None and not assumes_positive:
             return Outcome("equal", "exact") if one_value == two_value else different("exact")
         proven = are_same(one_form, two_form)
-        assumes_positive = one_form.assumes_positive or two_form.assumes_positive
         if not proven and is_shifted(one_form, two_form):
             return different("exact difference")
         if proven and not assumes_positive:

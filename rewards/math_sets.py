@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from rewards.math_answer import is_inequality
-from rewards.math_ast import INFINITY, Interval, Node, Num, Rel, Seq, SetOp, Sym, add, contains, negate
+from rewards.math_ast import INFINITY, Fn, Interval, Node, Num, Rel, Seq, SetOp, Sym, add, contains, negate
 from rewards.math_normal import normal_form
 from rewards.math_numeric import real_value
 from rewards.math_polynomial import as_constant, scale
@@ -72,6 +72,15 @@ def _solve(relation: Rel) -> RealSet | None:
 
 
 def _solve_one(op: str, left: Node, right: Node) -> RealSet | None:
+    if isinstance(right, Fn) and right.name == "abs":
+        op, left, right = _FLIPPED.get(op, op), right, left
+    if isinstance(left, Fn) and left.name == "abs":
+        # |a| < c lies between -c and c, |a| > c outside.
+        halves = [_solve_one(op, left.args[0], right), _solve_one(_FLIPPED.get(op, op), left.args[0], negate(right))]
+        size = real_value(right)
+        if size is None or size <= 0:
+            return None
+        return _combine("intersection" if op in ("<", "<=", "!=") else "union", halves)
     if isinstance(right, Sym) and right.name not in ("oo", "pi", "e"):
         op, left, right = _FLIPPED.get(op, op), right, left
     if isinstance(left, Sym) and left.name not in ("oo", "pi", "e") and real_value(right) is not None:

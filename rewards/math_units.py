@@ -97,6 +97,17 @@ def canonical_unit(phrase: str) -> str | None:
     return "/".join(out)
 
 
+def is_known_unit(phrase: str) -> bool:
+    """Whether the phrase is a unit of measurement of the table, not any noun."""
+    *powers, word = phrase.lower().split()
+    return (
+        word in _CANONICAL
+        and len(word) > 1
+        and word not in ("in", "min")
+        and all(p in ("square", "cubic") for p in powers)
+    )
+
+
 def _canonical_part(part: str) -> str | None:
     parts = re.sub(r"\s*\^\s*\{?(-?\d+)\}?", r"^\1", part).split()
     if len(parts) > _MAX_UNIT_WORDS:
