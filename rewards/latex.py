@@ -39,6 +39,7 @@ _TOKEN = re.compile(
     r"|(?P<op>\*\*|<=|>=|!=|==|->|\.\.\.|.)",
     re.DOTALL,
 )
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _WORDY = re.compile(r"[A-Za-z]*[aeiouyAEIOUY][A-Za-z]*$")
 _DIFFERENTIAL = re.compile(r"d[A-Zrstuvwxyz]$")
 
@@ -69,19 +70,14 @@ def fold_unicode(text: str) -> str:
 def read_braced(text: str, start: int) -> int:
     """Index just past the brace group that opens at `start`, or -1 if it never closes. Linear; `\\{` does not count."""
     depth = 0
-    i = start
-    while i < len(text):
-        c = text[i]
-        if c == "\\":
-            i += 2
-            continue
-        if c == "{":
+    for match in _BRACE.finditer(text, start):
+        brace = match.group()
+        if brace == "{":
             depth += 1
-        elif c == "}":
+        elif brace == "}":
             depth -= 1
             if depth == 0:
-                return i + 1
-        i += 1
+                return match.end()
     return -1
 
 

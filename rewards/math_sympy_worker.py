@@ -51,6 +51,9 @@ def build(tree: list[Any]) -> sympy.Expr:
 
 def is_zero(difference: sympy.Expr) -> bool:
     """Whether sympy proves that the expression is zero, by the cheap means first."""
+    inverse = (sympy.atan, sympy.asin, sympy.acos, sympy.log)
+    if not difference.free_symbols and difference.has(*inverse) and _is_zero_constant(difference):
+        return True
     for simplify in (sympy.expand, sympy.radsimp, _expand_functions, sympy.sqrtdenest, sympy.trigsimp, sympy.simplify):
         difference = simplify(difference)
         if difference == 0:

@@ -29,7 +29,7 @@ from rewards.extract import after_thoughts, closed_boxes, extract_answer
         (r"\boxed{1}. Sorry, the answer is 2.", "2", "answer phrase"),
         ("The answer is 5. No: the answer is 6.", "6", "answer phrase"),
         ("The answer is 42 or 43.", "42 or 43", "answer phrase"),
-        ("So he has 30 dollars left.", "30", "last expression"),
+        ("So he has 30 dollars left.", "30 dollars", "last expression"),
         ("They need 5 million dollars.", "5 million", "last expression"),
         ("It must be $3$ or $4$", "3, 4", "last expression"),
         (r"\frac{1}{2}", r"\frac{1}{2}", "whole text"),
