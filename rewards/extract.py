@@ -26,7 +26,7 @@ _MAX_JOINED_BOXES = 64
 _MAX_EMPTY_BOXES = 16
 _BOX = re.compile(r"(?:\\|\x08)?(?:boxed|fbox|framebox|oxed)\s*\{|\\(?:boxed|fbox)\s+(?=[^\s{])|\\boxed(?=\d)")
 _JOINT = re.compile(
-    r"(?:[\s,;:&$*_.]|\\[,;:!()\[\]]|\\quad|\\qquad|\\ |~|\\text\s*\{|\}|\band\b|\bor\b|\bas well as\b"
+    r"(?:[\s,;:&$*_./|]|\\[,;:!()\[\]]|\\quad|\\qquad|\\ |~|\\text\s*\{|\}|\band\b|\bor\b|\bas well as\b"
     r"|\balso\b|\bpossibly\b|\bmaybe\b|\\(?:mathrm|mathbf)\s*\{|\\(?:lor|land|vee)|[A-Za-z]\w?(?:_\{?\w\}?)?\s*(?:=|\\in))*+$"
 )
 _PHRASE = re.compile(
@@ -53,7 +53,8 @@ _RUN = re.compile(
 _AFTER_RUN = re.compile(r"\s*(hundred|thousand|million|billion|trillion|dozen|percent|pct|degrees)\b", re.IGNORECASE)
 _AFTER_VALUE = re.compile(r"\s|$|[.,;:!?*~)<”’\]]|[A-Za-z\\-]|\"(?!\))|'s\b")
 _DENIED = re.compile(
-    r"\b(?:not|isn't|isnt|never|cannot be|can't be|neither|nor)\s+(?:[A-Za-z]+\s+){0,2}$", re.IGNORECASE
+    r"\b(?:not|isn't|isnt|never|cannot be|can't be|neither|nor|(?:more|less|fewer|greater|larger|smaller) than)\s+(?:[A-Za-z]+\s+){0,2}$",
+    re.IGNORECASE,
 )
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _HEDGE = re.compile(r"\s*(?:,\s*)?(?:or|and)\s+(?:(?:possibly|maybe|perhaps|also|even)\s+)?$", re.IGNORECASE)

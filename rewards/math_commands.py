@@ -52,7 +52,7 @@ def read_command(parser: Parser, name: str) -> Node:
         letter = parser.subscript_text()
         return parser.symbol(f"{_ALPHABETS[name]}_{letter}")
     if name in _ACCENTS or name == r"\overline":
-        return Fn("accent:" + word, (parser.argument(),))
+        return Fn("accent:" + ("overline" if word == "bar" else word), (parser.argument(),))
     if name in (r"\lfloor", r"\lceil"):
         node = parser.isolated_expression()
         parser.expect(r"\r" + word[1:])
