@@ -53,7 +53,8 @@ _RUN = re.compile(
 _AFTER_RUN = re.compile(r"\s*(hundred|thousand|million|billion|trillion|dozen|percent|pct|degrees)\b", re.IGNORECASE)
 _AFTER_VALUE = re.compile(r"\s|$|[.,;:!?*~)<”’\]]|[A-Za-z\\-]|\"(?!\))|'s\b")
 _DENIED = re.compile(
-    r"\b(?:not|isn't|isnt|never|cannot be|can't be|neither|nor|(?:more|less|fewer|greater|larger|smaller) than)\s+(?:[A-Za-z]+\s+){0,2}$",
+    r"\b(?:not|isn't|isnt|never|cannot be|can't be|neither|nor|(?:more|less|fewer|greater|larger|smaller) than)\s+"
+    r"(?:[A-Za-z]+\s+){0,2}$",
     re.IGNORECASE,
 )
 _CALCULATOR = re.compile(r"<<[^<>]*>>")

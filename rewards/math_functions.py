@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 MAX_FACTORIAL = 2_050
 _MAX_FACTORIAL_SHIFT = 12
+_MAX_MULTIPLE = 8
 _ONE: Polynomial = {(): Fraction(1)}
 
 
@@ -241,6 +242,10 @@ def _sine_cosine(rules: Normalizer, name: str, value: Quotient) -> Polynomial:
         special = special_cosine(turn if name == "cos" else turn - Fraction(1, 2))
         if special is not None:
             return special
+    if bottom == _ONE:
+        expanded = _multiple_angle(rules, name, rest, turn)
+        if expanded is not None:
+            return expanded
     quarters = (turn * 2).numerator // (turn * 2).denominator if rest or (turn * 2).denominator > 1 else 0
     leftover = turn - Fraction(quarters, 2)
     angle = plus(rest, scale(atom("pi"), leftover)) if leftover else rest
@@ -255,6 +260,33 @@ def _sine_cosine(rules: Normalizer, name: str, value: Quotient) -> Polynomial:
         sign *= direction
     suffix = "" if bottom == _ONE else f"/[{spell(bottom)}]"
     return scale(atom(f"{kind}({spelled}{suffix})"), Fraction(sign))
+
+
+def _multiple_angle(rules: Normalizer, name: str, rest: Polynomial, turn: Fraction) -> Polynomial | None:
+    """cos and sin of a sum of integer multiples, over the cos and sin of the single angles; None if it is too long."""
+    parts: list[tuple[Polynomial, Polynomial]] = []
+    for monomial, coefficient in rest.items():
+        if abs(coefficient.numerator) > _MAX_MULTIPLE or len(rest) > 3:
+            return None
+        angle = spell({monomial: Fraction(1, coefficient.denominator)})
+        single = (atom(f"cos({angle})"), atom(f"sin({angle})"))
+        parts.extend(
+            [single if coefficient > 0 else (single[0], scale(single[1], Fraction(-1)))] * abs(coefficient.numerator)
+        )
+    if len(parts) < 2 and not (turn and parts):
+        return None
+    if turn:
+        cosine, sine = special_cosine(turn), special_cosine(turn - Fraction(1, 2))
+        if cosine is None or sine is None:
+            return None
+        parts.append((cosine, sine))
+    total = parts[0]
+    for c, s in parts[1:]:
+        total = (
+            plus(rules.product(total[0], c), scale(rules.product(total[1], s), Fraction(-1))),
+            plus(rules.product(total[1], c), rules.product(total[0], s)),
+        )
+    return total[0] if name == "cos" else total[1]
 
 
 def _factorial(rules: Normalizer, value: Quotient, number: Fraction | None) -> Quotient | None:

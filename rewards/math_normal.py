@@ -301,6 +301,17 @@ class Normalizer:
         if isinstance(exponent, Fraction):
             return None
         turn = dict(exponent)
+        logarithms = [m for m in turn if any(n.startswith("ln(") and n[3:-1].isalnum() and e == 1 for n, e in m)]
+        if logarithms:
+            # e^(a ln 2) = 2^a
+            value = ONE_POLYNOMIAL
+            for monomial in logarithms:
+                name = next(n for n, e in monomial if n.startswith("ln(") and n[3:-1].isalnum() and e == 1)
+                factor = freeze({tuple(item for item in monomial if item[0] != name): turn.pop(monomial)})
+                base = f"#{name[3:-1]}" if name[3:-1].isdigit() else name[3:-1]
+                value = self.product(value, self.reduce(((base, factor),), Fraction(1)))
+            left = freeze(turn)
+            return value if left == 0 else self.product(value, atom("e", left))
         angle = turn.pop((("i", Fraction(1)), ("pi", Fraction(1))), None)
         if angle is None:
             return None

@@ -137,9 +137,10 @@ class WorkerPool:
             proof = worker.ask(left, right, deadline_s)
             if proof in ("timeout", "error") or worker.questions >= MAX_QUESTIONS:
                 worker.close()
-            else:
-                with self._lock:
-                    self._idle.append(worker)
+                # The next one starts loading now, so that the next question need not wait for it.
+                worker = Worker(memory_mb)
+            with self._lock:
+                self._idle.append(worker)
             return proof
 
     def warm(self, memory_mb: int) -> None:

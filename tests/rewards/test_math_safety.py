@@ -24,13 +24,14 @@ CASES = [
     (r"\boxed{" + r"\sqrt{" * 400 + "2" + "}" * 400 + "}", "2", 0.0),
     ("{" * 200_000, "2", 0.0),
     (r"\sum_{n=1}^{\infty}\frac{1}{n^2}", "2", 0.0),
-    (r"\cos(3x)", r"4\cos^3 x - 3\cos x", 1.0),
+    (r"2\arctan\frac13", r"\arctan\frac34", 1.0),
     ("x" * 1_000_000, "x", 0.0),
 ]
 
 
 def grade_all(_=None):
-    return [verify_math(answer, gold).reward for answer, gold, _ in CASES]
+    # A deadline for busy machines: the point here is who may ask, not how fast.
+    return [verify_math(answer, gold, policy=MathPolicy(deadline_s=30)).reward for answer, gold, _ in CASES]
 
 
 EXPECTED = [expected for _, _, expected in CASES]
@@ -63,7 +64,7 @@ def test_the_symbolic_stage_ends_at_its_deadline_as_a_timeout():
 
 
 def test_a_verdict_that_needs_more_time_is_a_timeout_and_not_remembered():
-    answer, gold = r"\cos(5x)", r"16\cos^5 x-20\cos^3 x+5\cos x"
+    answer, gold = r"2\arctan\frac{1}{2}", r"\arctan\frac{4}{3}"
     assert verify_math(answer, gold, policy=MathPolicy(deadline_s=1e-6)).status == "timeout"
     assert verify_math(answer, gold, policy=MathPolicy(deadline_s=20)).reward == 1.0
     assert verify_math(answer, gold, policy=MathPolicy(use_sympy=False)).reward == 0.0
