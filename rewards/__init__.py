@@ -10,10 +10,17 @@ from rewards.types import Problem, RewardResult
 
 if TYPE_CHECKING:
     from rewards.grader import Grader
+    from rewards.math_policy import MathPolicy
+    from rewards.math_reward import verify_math, verify_math_many
 
-__all__ = ["Grader", "Problem", "RewardResult", "resolve_reward"]
+__all__ = ["Grader", "MathPolicy", "Problem", "RewardResult", "resolve_reward", "verify_math", "verify_math_many"]
 
-_LAZY = {"Grader": "rewards.grader"}
+_LAZY = {
+    "Grader": "rewards.grader",
+    "MathPolicy": "rewards.math_policy",
+    "verify_math": "rewards.math_reward",
+    "verify_math_many": "rewards.math_reward",
+}
 """Name -> module of what is imported when it is first asked for: a grading worker imports this package too."""
 
 

@@ -18,9 +18,16 @@ from pathlib import Path
 from typing import Any
 
 BUILT_IN: Mapping[str, str] = {
+    "accuracy": "rewards.math_reward:math_reward",
+    "boxed": "rewards.shaping:boxed_reward",
+    "cosine_length": "rewards.shaping:cosine_length_reward",
     "countdown": "rewards.countdown:countdown_reward",
     "format": "rewards.format_reward:format_reward",
     "format_open": "rewards.format_reward:format_open_reward",
+    "math": "rewards.math_reward:math_reward",
+    "overlong": "rewards.shaping:overlong_reward",
+    "repetition": "rewards.shaping:repetition_reward",
+    "tag_count": "rewards.shaping:tag_count_reward",
 }
 """Name -> `module:function` of the rewards that come with the package."""
 
