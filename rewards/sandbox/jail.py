@@ -1,0 +1,149 @@
+"""What a forked process does to itself before it runs a program: the walls, put up in the one order that works."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rewards.sandbox import landlock, linux, namespaces, seccomp
+
+MIB = 1 << 20
+STACK_BYTES = 64 * MIB
+MAX_DESCRIPTORS = 64
+MAX_SCRATCH_FILES = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Walls:
+    """What stands around every run of one zygote."""
+
+    namespaces: bool
+    """The zygote lives in namespaces of its own, and each run gets a pid and a mount namespace more."""
+    landlock_abi: int
+    """The Landlock version in use; 0: none."""
+    seccomp: bool
+    """System calls are filtered."""
+    drop_user: bool
+    """The zygote is root outside any user namespace, and runs become nobody."""
+    readable: tuple[str, ...]
+    """Files and folders of the runtime."""
+    runnable: tuple[str, ...]
+    """Files and folders whose programs may be executed, by profiles that may execute at all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunLimits:
+    """Limits of one process, in the units the kernel takes."""
+
+    address_space: int
+    """Bytes of address space over what the zygote has; 0: unlimited."""
+    data: int
+    """Bytes of writable private memory, for runtimes that reserve address space freely; 0: unlimited."""
+    cpu_s: int
+    """Processor seconds."""
+    file_bytes: int
+    """Largest file, captured output included."""
+    disk_bytes: int
+    """Total size of the scratch folder."""
+    max_threads: int
+    """Most threads."""
+
+
+def confine(
+    walls: Walls,
+    limits: RunLimits,
+    descriptors: Sequence[int],
+    *,
+    profile: seccomp.Profile,
+    scratch: str,
+    base_address_space: int,
+    status: int,
+) -> int:
+    """Put up the walls around this freshly forked process; `descriptors` become 0, 1, 2...; all others close.
+
+    Returns the new number of `status`, the one descriptor kept beside them. OSError naming what failed.
+    """
+    os.setsid()
+    _reset_signals()
+    if walls.namespaces:
+        namespaces.mount_scratch(limits.disk_bytes, MAX_SCRATCH_FILES)
+    os.chdir(scratch)
+    ruleset = _make_ruleset(walls, scratch) if walls.landlock_abi else None
+    if walls.drop_user:
+        namespaces.become_unprivileged()
+    if sys.platform == "linux":
+        linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+        linux.prctl(linux.PR_SET_DUMPABLE, 0)
+        linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
+        linux.drop_capabilities()
+    if ruleset is not None:
+        landlock.enforce_ruleset(ruleset)
+    status = _rearrange_descriptors(descriptors, status)
+    _set_limits(limits, base_address_space, nproc=walls.namespaces)
+    if walls.seccomp:
+        seccomp.install_filter(seccomp.assemble_filter(profile, os.getpid(), platform.machine()))
+    return status
+
+
+def _make_ruleset(walls: Walls, scratch: str) -> int:
+    places = [(path, landlock.READ) for path in walls.readable]
+    places += [(path, landlock.RUN) for path in walls.runnable]
+    places += [(path, landlock.READ) for path in ("/dev/zero", "/dev/random", "/dev/urandom")]
+    places += [("/dev/null", landlock.READ | landlock.WRITE), (scratch, landlock.WRITE | landlock.RUN)]
+    rules = [landlock.open_rule(path, rights) for path, rights in places if os.path.exists(path)]
+    ruleset = landlock.make_ruleset(rules, walls.landlock_abi)
+    for rule in rules:
+        os.close(rule.descriptor)
+    return ruleset
+
+
+def _reset_signals() -> None:
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _rearrange_descriptors(descriptors: Sequence[int], status: int) -> int:
+    """`descriptors` to 0, 1, 2..., `status` right after them, the rest closed."""
+    top = 64
+    high = [os.dup2(source, top + index, inheritable=False) for index, source in enumerate([*descriptors, status])]
+    for index, source in enumerate(high):
+        os.dup2(source, index, inheritable=index < len(descriptors))
+    os.closerange(len(high), _highest_descriptor())
+    return len(descriptors)
+
+
+def _highest_descriptor() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # closerange() is one close_range call on Linux; elsewhere it tries each number.
+    return soft if sys.platform != "linux" else 1 << 30
+
+
+def _set_limits(limits: RunLimits, base_address_space: int, *, nproc: bool) -> None:
+    wanted = {
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_CPU: limits.cpu_s,
+        resource.RLIMIT_FSIZE: limits.file_bytes,
+        resource.RLIMIT_NOFILE: MAX_DESCRIPTORS,
+        resource.RLIMIT_STACK: STACK_BYTES,
+        resource.RLIMIT_MEMLOCK: 0,
+    }
+    if limits.address_space:
+        wanted[resource.RLIMIT_AS] = base_address_space + limits.address_space
+    if limits.data:
+        wanted[resource.RLIMIT_DATA] = limits.data
+    if nproc:
+        # Counted per user of the namespace, so over the zygote's own processes only.
+        wanted[resource.RLIMIT_NPROC] = limits.max_threads
+    for kind, value in wanted.items():
+        _, hard = resource.getrlimit(kind)
+        ceiling = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (ceiling, ceiling))
