@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 BUILT_IN: Mapping[str, str] = {
+    "code": "rewards.code_reward:code_reward",
+    "code_fraction": "rewards.code_reward:code_fraction_reward",
     "countdown": "rewards.countdown:countdown_reward",
     "format": "rewards.format_reward:format_reward",
 }

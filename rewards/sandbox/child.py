@@ -30,8 +30,9 @@ def run_payload(home: str) -> int:
     payload: dict[str, Any] = json.loads(_read_all(PAYLOAD))
     mode = payload["mode"]
     _prepare_process(home)
-    if mode == "exec":
-        os.execve(payload["executable"], payload["arguments"], os.environ)
+    if mode in ("exec", "compile"):
+        _write_files(payload.get("files", {}))
+        return _guarded(lambda: _compile(payload) if mode == "compile" else _become(payload))
     if mode == "stdio":
         os.close(PAYLOAD)
         return _as_main(payload["program"])
@@ -176,6 +177,28 @@ def _describe(error: BaseException) -> str:
         return f"{type(error).__name__}: {error}"[:300]
     except BaseException:  # a __str__ of the program's own
         return "an exception that cannot be shown"
+
+
+def _become(payload: Mapping[str, Any]) -> None:
+    """Turn into a program of another language."""
+    os.execve(payload["executable"], payload["arguments"], os.environ)
+
+
+def _compile(payload: Mapping[str, Any]) -> None:
+    """Run a compiler on the files in scratch and hand out what it wrote, through descriptor 4."""
+    arguments = payload["arguments"]
+    pid = os.posix_spawn(arguments[0], arguments, os.environ)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if status != 0:
+        raise SystemExit(status if status > 0 else 1)
+    with open(payload["output"], "rb") as file:
+        _write_all(RESULTS, file.read())
+
+
+def _write_files(files: Mapping[str, str]) -> None:
+    for name, text in files.items():
+        with open(name, "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(text)
 
 
 def _read_all(descriptor: int) -> bytes:

@@ -61,8 +61,9 @@ class SandboxUnavailableError(SandboxError):
 class Role:
     """One process of a run."""
 
-    descriptors: Sequence[int]
-    """Become its descriptors 0, 1, 2...; number 3 holds its payload."""
+    descriptors: Sequence[int | str]
+    """Become its descriptors 0, 1, 2...; number 3 holds its payload. `"0r"` and `"0w"` are the ends of a pipe, number 0,
+    that exists between the roles alone, so that each sees the other's end of it close."""
     limits: Mapping[str, int]
     """Fields of `jail.RunLimits`."""
     profile: str = "threads"
@@ -150,8 +151,10 @@ class Sandbox:
         flat: list[int] = []
         described = []
         for role in roles:
-            indices = list(range(len(flat), len(flat) + len(role.descriptors)))
-            flat += role.descriptors
+            indices: list[int | str] = []
+            for descriptor in role.descriptors:
+                indices.append(descriptor if isinstance(descriptor, str) else len(flat))
+                flat += [] if isinstance(descriptor, str) else [descriptor]
             described.append({"descriptors": indices, "limits": dict(role.limits), "profile": role.profile})
         with self._zygote() as zygote:
             reply = zygote.request({"roles": described, "wall_s": wall_s}, flat, wall_s + GRACE_S)

@@ -206,7 +206,8 @@ class _Supervisor:
         killed: str | None = "hung up"
         error: str | None = None
         try:
-            for role in request["roles"]:
+            roles = _connect(request["roles"], descriptors)
+            for role in roles:
                 runs.append(self._fork(role, descriptors))
             # The roles hold their own copies now; a pipe must not stay open here when one of them ends.
             while descriptors:
@@ -364,6 +365,21 @@ class _Supervisor:
         with contextlib.suppress(BlockingIOError):
             while os.read(self._wake, 512):
                 pass
+
+
+def _connect(roles: Iterable[Mapping[str, Any]], descriptors: list[int]) -> list[dict[str, Any]]:
+    """The roles with the pipes between them made and added to `descriptors`."""
+    ends: dict[str, int] = {}
+    connected = []
+    for role in roles:
+        indices = []
+        for wanted in role["descriptors"]:
+            if isinstance(wanted, str) and wanted not in ends:
+                ends[f"{wanted[:-1]}r"], ends[f"{wanted[:-1]}w"] = len(descriptors), len(descriptors) + 1
+                descriptors.extend(os.pipe())
+            indices.append(ends[wanted] if isinstance(wanted, str) else wanted)
+        connected.append({**role, "descriptors": indices})
+    return connected
 
 
 def _count_threads(pid: int) -> int:
