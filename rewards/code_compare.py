@@ -34,8 +34,8 @@ def outputs_match(actual: bytes, expected: str) -> bool:
 def values_match(actual: Any, expected: Any, depth: int = 0) -> bool:
     """Whether a plain value equals the expected one.
 
-    A tuple equals a list, floats may be off by 1e-6, a bool is no int, and a dict's keys may have become strings on their
-    way through JSON. Values of other types than plain data never match.
+    A tuple equals a list, floats may be off by 1e-6, a bool is no int, and a dict's keys may have become strings on
+    their way through JSON. Values of other types than plain data never match.
     """
     if depth > _MAX_DEPTH:
         return False
@@ -85,10 +85,10 @@ def _floats_match(actual: float, expected: float) -> bool:
     return abs(actual - expected) <= max(TOLERANCE, RELATIVE_TOLERANCE * abs(expected))
 
 
-def _numbers_match(actual: float, expected: float) -> bool:
+def _numbers_match(actual: int | float, expected: int | float) -> bool:
     if isinstance(actual, int) and isinstance(expected, int):
         return actual == expected
-    if isinstance(actual, float) and isinstance(expected, float):
+    if type(actual) is float and type(expected) is float:
         return _floats_match(actual, expected)
     if not math.isfinite(actual) or not math.isfinite(expected):
         return False

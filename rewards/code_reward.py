@@ -55,8 +55,8 @@ def score_program(
     `Limits`, which the argument overrides) and, for stdio, `language` if it likes. May be called from many threads.
 
     The program is never the cause of an exception. A run that could not be judged for reasons of the machine's has the
-    status `error` and no reward. ValueError for a malformed problem; SandboxUnavailableError if the machine does not offer
-    the minimum level of isolation. `stop_at_failure`: tests after the first failed one count as failed, unrun.
+    status `error` and no reward. ValueError for a malformed problem; SandboxUnavailableError if the machine does not
+    offer the minimum level of isolation. `stop_at_failure`: tests after the first failed one count as failed, unrun.
     """
     started = time.monotonic()
     _check_problem(problem)
@@ -144,7 +144,9 @@ def _check_problem(problem: Mapping[str, Any]) -> None:
     if style not in STYLES:
         raise ValueError(f"problem: style must be one of {', '.join(STYLES)}, got {style!r}")
     if style != "stdio" and not isinstance(problem.get("entry_point"), str):
-        raise ValueError(f"problem: a {style} problem needs entry_point, a function's name; got {problem.get('entry_point')!r}")
+        raise ValueError(
+            f"problem: a {style} problem needs entry_point, a function's name; got {problem.get('entry_point')!r}"
+        )
     if style == "assert":
         if not isinstance(problem.get("tests"), str) or not problem["tests"].strip():
             raise ValueError("problem: an assert problem needs tests, source code with assertions")

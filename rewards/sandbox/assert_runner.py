@@ -18,11 +18,11 @@ from rewards.sandbox import wire
 
 RESULTS, CALL_OUT, ANSWER_IN = 4, 5, 6
 MAX_FRAME_BYTES = 16 << 20
-_COMMON_MODULES = (
-    "math random re string copy collections itertools functools operator heapq bisect datetime json sys typing cmath "
-    "statistics decimal fractions"
-).split()
-_TYPING_NAMES = "List Tuple Dict Set Optional Any Union Iterable Callable".split()
+_COMMON_MODULES = """
+math random re string copy collections itertools functools operator heapq bisect datetime json sys typing cmath
+statistics decimal fractions
+""".split()  # noqa: SIM905 - a list of names reads better as text
+_TYPING_NAMES = ("List", "Tuple", "Dict", "Set", "Optional", "Any", "Union", "Iterable", "Callable")
 
 
 class ProgramError(Exception):
@@ -96,7 +96,7 @@ class _Proxy:
 
 
 def run_tests(source: str, entry_point: str) -> int:
-    """Run the tests and write what came of them, a line an event: the static count, `+`, `-why`, and `.` at the very end."""
+    """Run the tests and write what came of them: the static count, `+` or `-why` per assertion, `.` at the very end."""
     connection = _Connection()
     record = _Recorder()
     try:
@@ -113,7 +113,7 @@ def run_tests(source: str, entry_point: str) -> int:
         module = types.ModuleType("__main__")
         sys.modules["__main__"] = module
         exec(compile(tree, "tests.py", "exec", dont_inherit=True), names)  # noqa: S102 - the jail is for this
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - whatever ends the tests is what came of them
         record.write(f"-{type(error).__name__}: {error}"[:300])
         return 0
     if not connection.is_broken:
@@ -134,7 +134,7 @@ class _Recorder:
                 self.write("+")
             else:
                 self.write(f"-assert {text}")
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a test that raises has failed, whatever it raised
             self.write(f"-{type(error).__name__} in assert {text}: {error}"[:300])
 
 
@@ -195,7 +195,7 @@ class _Namespace(dict[str, Any]):
 
 
 def _append_check_call(tree: ast.Module, entry_point: str) -> None:
-    """HumanEval's tests define `check(candidate)` and leave the call to the harness; so do those that only define tests."""
+    """HumanEval's tests define `check(candidate)` and leave the call to the harness; others define `test_...` alone."""
     defined = [n.name for n in tree.body if isinstance(n, ast.FunctionDef)]
     called = {
         n.func.id

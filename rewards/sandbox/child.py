@@ -1,7 +1,7 @@
-"""What runs inside the jail: a program as `__main__`, its functions called with given arguments, or the tests that call it.
+"""What runs inside the jail: a program as `__main__`, its functions called with given arguments, or its tests.
 
 Everything here shares a process with the program, which may rewrite any of it; so it sends values and never verdicts.
-The exception is `run_tests`, whose process holds the tests and no program: the calls it makes go to the program's process.
+The exception is `run_tests`, whose process holds the tests and no program: its calls go to the program's process.
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ def _prepare_process(home: str) -> None:
         numpy_random.seed()
     sys.argv = ["solution.py"]
     stdin = io.BufferedReader(io.FileIO(0, closefd=False))
-    sys.stdin = sys.__stdin__ = io.TextIOWrapper(stdin, "utf-8", "surrogateescape")
+    sys.stdin = io.TextIOWrapper(stdin, "utf-8", "surrogateescape")
     stdout, stderr = (io.BufferedWriter(io.FileIO(number, "w", closefd=False)) for number in (1, 2))
-    sys.stdout = sys.__stdout__ = io.TextIOWrapper(stdout, "utf-8", "surrogateescape")
-    sys.stderr = sys.__stderr__ = io.TextIOWrapper(stderr, "utf-8", "backslashreplace", line_buffering=True)
+    sys.stdout = io.TextIOWrapper(stdout, "utf-8", "surrogateescape")
+    sys.stderr = io.TextIOWrapper(stderr, "utf-8", "backslashreplace", line_buffering=True)
+    vars(sys).update(__stdin__=sys.stdin, __stdout__=sys.stdout, __stderr__=sys.stderr)
 
 
 def _as_main(source: str) -> int:
@@ -79,14 +80,14 @@ def _guarded(action: Callable[[], Any]) -> int:
             return (stop.code or 0) & 0xFF
         print(stop.code, file=sys.stderr)
         return 1
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - as the interpreter does at the top
         traceback.print_exc(limit=-8)
         return 1
     return 0
 
 
 def _call_function(payload: Mapping[str, Any]) -> int:
-    """Call the entry point with each case's arguments; one line of JSON a case, after one that says the program loaded."""
+    """Call the entry point with each case's arguments: one line of JSON a case, after one that says it loaded."""
     namespace, error = _load_program(payload["program"])
     if namespace is None:
         os.write(RESULTS, wire.dumps({"e": error}) + b"\n")
@@ -157,7 +158,7 @@ def _find_entry_point(namespace: Mapping[str, Any], name: str) -> Any:
 def _load_program(source: str) -> tuple[Mapping[str, Any] | None, str]:
     try:
         return _execute(source), ""
-    except BaseException as error:  # whatever a program raises, it did not load
+    except BaseException as error:  # noqa: BLE001 - whatever a program raises, it did not load
         return None, _describe(error)
 
 
@@ -168,14 +169,14 @@ def _answer(action: Callable[[], Any], opaque: wire.Hook | None) -> dict[str, An
         if type(value) is _InPlace:
             return {"v": None, "in_place": wire.encode(value.arguments, opaque)}
         return {"v": wire.encode(value, opaque)}
-    except BaseException as error:  # the caller must hear of it, whatever it is
+    except BaseException as error:  # noqa: BLE001 - the caller must hear of it, whatever it is
         return {"e": _describe(error), "kind": type(error).__name__}
 
 
 def _describe(error: BaseException) -> str:
     try:
         return f"{type(error).__name__}: {error}"[:300]
-    except BaseException:  # a __str__ of the program's own
+    except BaseException:  # noqa: BLE001 - a __str__ of the program's own
         return "an exception that cannot be shown"
 
 

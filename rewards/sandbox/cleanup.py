@@ -1,4 +1,4 @@
-"""Removing and measuring a folder that a hostile program has filled: any depth, any names, any modes, links never followed."""
+"""Removing and measuring a folder that a hostile program has filled: any depth, name or mode; links never followed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import contextlib
 import itertools
 import os
 import stat
+
+MAX_DEPTH = 64
+"""Folders in folders; a path of thousands takes quadratic time to walk."""
 
 
 def remove_tree(path: str) -> None:
@@ -27,21 +30,22 @@ def remove_tree(path: str) -> None:
     os.rmdir(path)
 
 
-def measure_tree(path: str, most_entries: int) -> tuple[int, int]:
-    """(bytes allocated, entries) under a folder that may be changing; stops counting after `most_entries`."""
+def is_tree_larger(path: str, *, most_bytes: int, most_entries: int) -> bool:
+    """Whether a folder, which may be changing, holds more allocated bytes or entries than that, or goes too deep."""
     size, entries = 0, 0
-    pending = [path]
-    while pending and entries <= most_entries:
-        with contextlib.suppress(OSError), os.scandir(pending.pop()) as listing:
+    pending = [(path, 0)]
+    while pending:
+        folder, depth = pending.pop()
+        with contextlib.suppress(OSError), os.scandir(folder) as listing:
             for entry in listing:
                 entries += 1
                 with contextlib.suppress(OSError):
                     size += entry.stat(follow_symlinks=False).st_blocks * 512
                     if entry.is_dir(follow_symlinks=False):
-                        pending.append(entry.path)
-                if entries > most_entries:
-                    break
-    return size, entries
+                        pending.append((entry.path, depth + 1))
+                if size > most_bytes or entries > most_entries or depth > MAX_DEPTH:
+                    return True
+    return False
 
 
 def _empty_one_level(folder: int) -> list[str]:

@@ -8,7 +8,7 @@ import tempfile
 
 
 def open_anonymous_file(data: bytes = b"") -> int:
-    """A descriptor of an unnamed file that holds `data`, at its beginning. The caller closes it; OSError if there is no room."""
+    """A descriptor, the caller's to close, at the start of an unnamed file of `data`. OSError if there is no room."""
     if sys.platform == "linux":
         descriptor = os.memfd_create("run")
     else:

@@ -65,7 +65,9 @@ def make_ruleset(rules: Sequence[Rule], abi: int) -> int:
     if abi >= 6:
         fields.append(0b11)  # abstract sockets and signals
     attributes = struct.pack(f"<{len(fields)}Q", *fields)
-    ruleset = linux.call("landlock_create_ruleset", create_string_buffer(attributes, len(attributes)), len(attributes), 0)
+    ruleset = linux.call(
+        "landlock_create_ruleset", create_string_buffer(attributes, len(attributes)), len(attributes), 0
+    )
     for rule in rules:
         rights = rule.rights & handled & (_OF_FILES if rule.is_file else -1)
         attribute = create_string_buffer(struct.pack("<Qi", rights, rule.descriptor), 12)

@@ -95,15 +95,16 @@ def compile_program(sandbox: Sandbox, name: str, program: str, limits: Limits) -
         heap = [f"--max-old-space-size={int(limits.memory_mb)}"] if language.interpreter == "node" else []
         arguments = [language.command, *heap, *language.options, language.source]
         files = {language.source: program}
-        return Compiled(payload={"mode": "exec", "executable": language.command, "arguments": arguments, "files": files})
+        return Compiled(
+            payload={"mode": "exec", "executable": language.command, "arguments": arguments, "files": files}
+        )
     payload = {
         "mode": "compile",
         "arguments": [language.command, *language.options, "-o", "main", language.source],
         "files": {language.source: program},
         "output": "main",
     }
-    files = [open_anonymous_file(json.dumps(payload).encode()), open_anonymous_file(), open_anonymous_file()]
-    source, errors, binary = files
+    source, errors, binary = (open_anonymous_file(data) for data in (json.dumps(payload).encode(), b"", b""))
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     try:
         role = Role(descriptors=(null, null, errors, source, binary), limits=_COMPILER_LIMITS, profile="compile")
@@ -115,7 +116,7 @@ def compile_program(sandbox: Sandbox, name: str, program: str, limits: Limits) -
         # A file that someone could still write is not executed: the descriptor that runs is one for reading alone.
         read_only = os.open(f"/proc/self/fd/{binary}", os.O_RDONLY | os.O_CLOEXEC)
     finally:
-        for descriptor in (*files, null):
+        for descriptor in (source, errors, binary, null):
             os.close(descriptor)
     return Compiled(payload={"mode": "exec", "executable": 4, "arguments": ["main"]}, descriptors=(read_only,))
 

@@ -41,7 +41,7 @@ class Limits:
 
 
 def merge_limits(*layers: Mapping[str, Any] | Limits | None) -> Limits:
-    """Defaults, overridden by each layer in turn. ValueError for an unknown key or a value that is no positive number."""
+    """Defaults, overridden by each layer in turn. ValueError for an unknown key or a value not positive."""
     merged: dict[str, Any] = {}
     names = [field.name for field in dataclasses.fields(Limits)]
     for layer in layers:

@@ -1,4 +1,4 @@
-"""The few Linux calls the jail needs that Python's `os` does not have, by ctypes. Importing it does nothing on any platform."""
+"""The few Linux calls the jail needs that Python's `os` does not have, by ctypes. Importing it does nothing."""
 
 from __future__ import annotations
 

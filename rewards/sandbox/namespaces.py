@@ -1,6 +1,6 @@
-"""A file system of its own: user, mount, pid, network, IPC and UTS namespaces around the zygote, a private root in them.
+"""A world of its own: user, mount, pid, network, IPC and UTS namespaces around the zygote, a private root in them.
 
-The root is a read-only tmpfs that holds bind mounts of the runtime, four devices and an empty folder, on which every run
+The root is a read-only tmpfs that holds bind mounts of the runtime, four devices and an empty folder, where every run
 mounts a scratch tmpfs of its own. Everything else of the host is not there to be opened, listed or stat'ed.
 """
 
@@ -88,7 +88,9 @@ def _make_root(readable: Sequence[str]) -> None:
         if os.path.islink(link) and not os.path.lexists(stage + link):
             os.symlink(os.readlink(link), stage + link)
     os.makedirs(stage + SCRATCH)
-    linux.mount(None, stage, None, linux.MS_REMOUNT | linux.MS_BIND | linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV)
+    linux.mount(
+        None, stage, None, linux.MS_REMOUNT | linux.MS_BIND | linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV
+    )
     os.chdir(stage)
     linux.call("pivot_root", b".", b".")
     linux.call("umount2", b".", linux.MNT_DETACH)

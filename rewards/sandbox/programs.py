@@ -1,4 +1,4 @@
-"""The three ways to run a Python program: with input, with calls, with tests. What comes back is data to be judged here."""
+"""The three ways to run a program: with input, with calls, with tests. What comes back is data, to be judged here."""
 
 from __future__ import annotations
 
@@ -91,8 +91,9 @@ def call_function(
 ) -> list[CallOutcome]:
     """Call the entry point once per `{"args", "kwargs"}`, all in one process as long as that goes well.
 
-    Each call has `limits.wall_s`: one that is cut off after others had used the time is tried again first in a process of
-    its own. A call that ends its process fails, and the ones after it get a new process. SandboxError if the sandbox fails.
+    Each call has `limits.wall_s`: one that is cut off after others had used the time is tried again, first in a process
+    of its own. A call that ends its process fails, and those after it get a new process. SandboxError if the sandbox
+    fails.
     """
     answers: list[CallOutcome] = []
     spent = 0.0
@@ -146,7 +147,10 @@ def kernel_limits(limits: Limits, *, reserves_address_space: bool = False) -> di
 def _call_once(
     sandbox: Sandbox, program: str, entry_point: str, calls: Sequence[Mapping[str, Any]], limits: Limits
 ) -> tuple[list[Any], Outcome, str]:
-    cases = [{"args": wire.encode(list(c.get("args", ()))), "kwargs": wire.encode(dict(c.get("kwargs") or {}))} for c in calls]
+    cases = [
+        {"args": wire.encode(list(c.get("args", ()))), "kwargs": wire.encode(dict(c.get("kwargs") or {}))}
+        for c in calls
+    ]
     payload = _payload({"mode": "function", "program": program, "entry_point": entry_point, "cases": cases})
     with _files(payload, b"", b"") as (program_file, err, results), _null() as null:
         role = Role(descriptors=(null, null, err, program_file, results), limits=kernel_limits(limits))

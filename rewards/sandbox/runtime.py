@@ -58,7 +58,9 @@ def _library_dirs() -> list[str]:
     """Where shared libraries lie: the multiarch folders where the distribution has them, else the classic ones."""
     triple = sysconfig.get_config_var("MULTIARCH")
     multiarch = [f"/lib/{triple}", f"/usr/lib/{triple}"] if triple else []
-    found = [path for path in multiarch if os.path.isdir(path)] or [path for path in _LIBRARY_DIRS if os.path.isdir(path)]
+    found = [path for path in multiarch if os.path.isdir(path)] or [
+        path for path in _LIBRARY_DIRS if os.path.isdir(path)
+    ]
     own = [sysconfig.get_config_var("LIBDIR") or ""]
     return found + [path for path in own if path.startswith(sys.base_prefix) and sys.base_prefix != "/usr"]
 

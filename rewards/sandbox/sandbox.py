@@ -62,7 +62,7 @@ class Role:
     """One process of a run."""
 
     descriptors: Sequence[int | str]
-    """Become its descriptors 0, 1, 2...; number 3 holds its payload. `"0r"` and `"0w"` are the ends of a pipe, number 0,
+    """Become its descriptors 0, 1, 2...; number 3 holds its payload. `"0r"` and `"0w"` are the ends of a pipe, pipe 0,
     that exists between the roles alone, so that each sees the other's end of it close."""
     limits: Mapping[str, int]
     """Fields of `jail.RunLimits`."""
@@ -102,8 +102,8 @@ class Sandbox:
     ) -> None:
         """`level`: use this one, not the strongest there is. `packages`: importable by programs, if installed.
 
-        `runnable`: files and folders whose programs a compiled language needs. `workers`: runs at a time, by default one
-        a core. `scratch_dir`: where scratch folders go at levels B to D (default: the temporary folder).
+        `runnable`: files and folders whose programs a compiled language needs. `workers`: runs at a time, one a core
+        by default. `scratch_dir`: where scratch folders go at levels B to D (default: the temporary folder).
         """
         for name, value in (("minimum_level", minimum_level), ("level", level)):
             if value is not None and value not in LEVELS:
@@ -116,7 +116,9 @@ class Sandbox:
         self._minimum_level = minimum_level
         self._packages = tuple(packages)
         self._runnable = tuple(os.path.realpath(path) for path in runnable if os.path.exists(path))
-        self._workers = workers or len(os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1))
+        self._workers = workers or len(
+            os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
+        )
         self._scratch_dir = scratch_dir
         self._level: Level | None = None
         self._reasons: dict[Level, str] = {}
@@ -160,9 +162,7 @@ class Sandbox:
             reply = zygote.request({"roles": described, "wall_s": wall_s}, flat, wall_s + GRACE_S)
         if reply["error"]:
             raise SandboxError(f"the jail could not be set up at level {self._level}: {reply['error']}")
-        return Outcome(
-            exit_code=reply["exit"], killed=reply["killed"], wall_s=reply["wall_s"], cpu_s=reply["cpu_s"]
-        )
+        return Outcome(exit_code=reply["exit"], killed=reply["killed"], wall_s=reply["wall_s"], cpu_s=reply["cpu_s"])
 
     def close(self) -> None:
         """End all zygotes, and what runs in them."""
@@ -323,5 +323,7 @@ def _make_scratch_dir(parent: str | None) -> str:
         os.chmod(path, 0o711)  # a program that is nobody must be able to reach its own folder in it
     except OSError as error:
         where = parent or "the temporary folder"
-        raise SandboxError(f"no scratch folder can be made in {where}: {error}; sandbox.scratch_dir chooses another") from error
+        raise SandboxError(
+            f"no scratch folder can be made in {where}: {error}; sandbox.scratch_dir chooses another"
+        ) from error
     return path

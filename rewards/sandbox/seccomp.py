@@ -21,11 +21,11 @@ Profile = Literal["threads", "exec", "compile"]
 
 ALLOWED = """
 read write readv writev pread64 pwrite64 preadv pwritev preadv2 pwritev2 lseek close close_range
-open openat creat stat fstat lstat newfstatat statx access faccessat faccessat2 readlink readlinkat getdents getdents64
-getcwd chdir fchdir mkdir mkdirat rmdir unlink unlinkat rename renameat renameat2 symlink symlinkat umask
-ftruncate fallocate fsync fdatasync fadvise64 flock statfs fstatfs sendfile copy_file_range dup dup2 dup3 pipe pipe2 fcntl
-poll ppoll select pselect6 epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2 eventfd eventfd2
-timerfd_create timerfd_settime timerfd_gettime ioctl
+open openat creat stat fstat lstat newfstatat statx access faccessat faccessat2 readlink readlinkat getdents
+getdents64 getcwd chdir fchdir mkdir mkdirat rmdir unlink unlinkat rename renameat renameat2 symlink symlinkat umask
+ftruncate fallocate fsync fdatasync fadvise64 flock statfs fstatfs sendfile copy_file_range dup dup2 dup3 pipe pipe2
+fcntl poll ppoll select pselect6 epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2
+eventfd eventfd2 timerfd_create timerfd_settime timerfd_gettime ioctl
 mmap munmap mprotect mremap msync madvise mincore brk membarrier
 futex set_robust_list set_tid_address rseq arch_prctl prctl clone exit exit_group wait4 waitid
 rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigtimedwait rt_sigsuspend sigaltstack restart_syscall
@@ -35,7 +35,7 @@ getpid gettid getppid getpgrp getpgid getsid getuid geteuid getgid getegid getgr
 getrlimit setrlimit prlimit64 getrusage sysinfo uname getcpu getpriority getrandom
 sched_yield sched_getaffinity sched_getparam sched_getscheduler sched_get_priority_max sched_get_priority_min
 socketpair sendto recvfrom getsockopt getsockname shutdown
-""".split()
+""".split()  # noqa: SIM905 - a list of names reads better as text
 NOT_IMPLEMENTED = ("clone3", "openat2")
 """Answered ENOSYS: their flags lie behind pointers where no filter can see them, and glibc falls back."""
 
@@ -97,7 +97,7 @@ def install_filter(program: bytes) -> None:
 
 
 def _conditions(profile: Profile, pid: int) -> Mapping[str, list[Instruction]]:
-    """What a listed call's arguments must be; only the low 32 bits are looked at, as the kernel does for all of these."""
+    """What a listed call's arguments must be; of these the kernel itself only reads the low 32 bits."""
     open_flags = {name: _deny_open_flags(position) for name, position in (("open", 1), ("openat", 2))}
     own_pid = {name: _require_value(0, (pid,)) for name in ("kill", "tgkill")}
     clone = _require_clone() if profile != "compile" else _deny_bits(0, _CLONE_NAMESPACES)

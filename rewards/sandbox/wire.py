@@ -1,4 +1,4 @@
-"""Plain data across the jail's wall: values of exact builtin types as JSON text, read back by code that trusts none of it.
+"""Plain data across the jail's wall: values of exact builtin types as JSON, read back by code that trusts none of it.
 
     None, bool, str, small int   themselves                  list              [...]
     {"i": "0x..."}               int                         {"t": [...]}      tuple
@@ -26,13 +26,16 @@ from typing import Any
 MAX_DEPTH = 200
 MAX_ITEMS = 200_000
 """Most items taken from an iterator."""
+MAX_TEXT = 2 << 20
+"""Longest text or bytes, in characters."""
 
 Hook = Callable[[Any], Any]
 
+_PLAIN: tuple[Any, ...] = ([], (), {}, {}.values(), {}.items(), set(), range(0), "", b"")
 _ITERATORS: frozenset[type] = frozenset(
     [types.GeneratorType, map, filter, zip, enumerate, reversed]
-    + [type(iter(x)) for x in ([], (), {}, {}.values(), {}.items(), set(), range(0), "", b"")]
-    + [type(reversed(x)) for x in ([], {})]
+    + [type(iter(x)) for x in _PLAIN]
+    + [type(reversed(list[int]())), type(reversed(dict[int, int]()))]
     + [itertools.chain, itertools.accumulate, itertools.combinations, itertools.permutations, itertools.product]
     + [itertools.islice, itertools.starmap, itertools.takewhile, itertools.dropwhile, itertools.groupby]
 )
@@ -47,7 +50,11 @@ class WireError(ValueError):
 def encode(value: Any, opaque: Hook | None = None, depth: int = 0) -> Any:
     """`value` as JSON-able data; what is not plain goes to `opaque` if given, else raises WireError."""
     kind = type(value)
-    if value is None or kind is bool or kind is str:
+    if value is None or kind is bool:
+        return value
+    if kind in (str, bytes, bytearray) and len(value) > MAX_TEXT:
+        raise WireError(f"{kind.__name__} longer than {MAX_TEXT}")
+    if kind is str:
         return value
     if kind is int:
         return value if -(1 << 53) < value < 1 << 53 else {"i": hex(value)}
@@ -89,7 +96,7 @@ def encode(value: Any, opaque: Hook | None = None, depth: int = 0) -> Any:
 
 
 def decode(data: Any, handle: Hook | None = None, depth: int = 0) -> Any:
-    """The value that `encode` described, built of exact builtin types. WireError for anything it would not have written."""
+    """The value that `encode` described, built of exact builtin types. WireError for what it would not have written."""
     kind = type(data)
     if data is None or kind is bool or kind is str or kind is int:
         return data

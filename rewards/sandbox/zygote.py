@@ -1,14 +1,13 @@
-"""The supervisor of the jail: a lean process, started fresh, that forks one child per run and holds no test and no answer.
+"""The supervisor of the jail: a lean process, started fresh, that forks a child per run and holds no test or answer.
 
     trainer -- socket --> zygote (warm imports, subreaper, not dumpable) -- fork --> walls -- program
 
-It obeys one request at a time, `{"roles": [...], "wall_s": ...}` with the descriptors of every role, and answers how the
-last role ended. When the socket closes, it ends, and everything under it with it.
+It obeys one request at a time, `{"roles": [...], "wall_s": ...}` with the descriptors of every role, and answers how
+the last role ended. When the socket closes, it ends, and everything under it with it.
 """
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import ctypes
 import gc
@@ -32,11 +31,11 @@ TICK_S = 0.02
 PARENT_CHECK_S = 2.0
 """How often it is checked that the trainer is still there, seconds; its socket may outlive it in a forked worker."""
 _M_ARENA_MAX = -8
-_WARM = (
-    "abc array bisect calendar cmath collections.abc contextlib copy dataclasses datetime decimal enum fractions functools "
-    "hashlib heapq io itertools json math numbers operator os.path random re statistics string struct textwrap threading "
-    "time traceback types typing"
-).split()
+_WARM = """
+abc array bisect calendar cmath collections.abc contextlib copy dataclasses datetime decimal enum fractions functools
+hashlib heapq io itertools json math numbers operator os.path random re statistics string struct textwrap threading
+time traceback types typing
+""".split()  # noqa: SIM905 - a list of names reads better as text
 
 
 def main(control_number: int) -> int:
@@ -50,7 +49,7 @@ def main(control_number: int) -> int:
         return 0
     try:
         return _set_up_and_serve(control, config)
-    except Exception as error:  # the trainer must hear why, whatever it is: it decides which level to try next
+    except Exception as error:  # noqa: BLE001 - the trainer must hear why and decides which level to try next
         with contextlib.suppress(OSError):
             send_message(control, {"error": f"{type(error).__name__}: {error}"})
         return 1
@@ -101,7 +100,7 @@ def _can_become_unprivileged(readable: Iterable[str]) -> bool:
         try:
             namespaces.become_unprivileged()
             os._exit(0 if all(os.access(path, os.R_OK) for path in readable) else 1)
-        except BaseException:
+        except BaseException:  # noqa: BLE001
             os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
@@ -126,7 +125,6 @@ def _warm_up(config: Mapping[str, Any]) -> None:
     # What `import site` gives a program, without the .pth files that it would run.
     site.setquit()
     site.sethelper()
-    builtins.copyright = builtins.credits = ""  # type: ignore[attr-defined]
     gc.collect()
     gc.freeze()
 
@@ -276,7 +274,7 @@ class _Supervisor:
                     base_address_space=self._address_space(),
                     status=status,
                 )
-            except BaseException as error:  # said, not swallowed: a run without its walls is refused
+            except BaseException as error:  # noqa: BLE001 - said, not swallowed: a run without its walls is refused
                 os.write(status, f"{type(error).__name__}: {error}".encode()[:4000])
                 os._exit(1)
             os.close(status)
@@ -324,8 +322,7 @@ class _Supervisor:
                 continue
             if _count_threads(run.pid) > run.max_threads:
                 return "threads"
-            size, entries = cleanup.measure_tree(run.scratch, jail.MAX_SCRATCH_FILES)
-            if size > run.disk_bytes or entries > jail.MAX_SCRATCH_FILES:
+            if cleanup.is_tree_larger(run.scratch, most_bytes=run.disk_bytes, most_entries=jail.MAX_SCRATCH_FILES):
                 return "disk"
         return None
 
@@ -389,4 +386,3 @@ def _count_threads(pid: int) -> int:
             return int(file.read().rpartition(b")")[2].split()[17])
     except (OSError, IndexError):
         return 0
-

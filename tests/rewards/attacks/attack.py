@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -24,8 +24,6 @@ class Attack:
     """The lowest; a containment attack must run to its end and find every door shut, which earns 1.0."""
     max_s: float = 8.0
     """Seconds after which it must be over."""
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    """Limits of the run."""
 
 
 _PRELUDE = """
@@ -64,19 +62,33 @@ STDIO = {
 FUNCTION = {
     "style": "function",
     "entry_point": "add",
-    "cases": [{"args": [3, 4], "expected": 7}, {"args": [10, -4], "expected": 6}, {"args": ["a", "b"], "expected": "ab"}],
+    "cases": [
+        {"args": [3, 4], "expected": 7},
+        {"args": [10, -4], "expected": 6},
+        {"args": ["a", "b"], "expected": "ab"},
+    ],
     "limits": {"wall_s": 2},
 }
 ASSERT = {
     "style": "assert",
     "entry_point": "add",
-    "tests": "def check(candidate):\n    assert candidate(3, 4) == 7\n    assert candidate(10, -4) == 6\n    assert candidate('a', 'b') == 'ab'\n",
+    "tests": """
+def check(candidate):
+    assert candidate(3, 4) == 7
+    assert candidate(10, -4) == 6
+    assert candidate("a", "b") == "ab"
+""",
     "limits": {"wall_s": 2},
 }
 LISTS = {
     "style": "assert",
     "entry_point": "order",
-    "tests": "assert order([3, 1, 2]) == [1, 2, 3]\nx = [5, 4]\nassert len(order(x)) == len(x)\nassert order([2, 1]) == sorted([2, 1])",
+    "tests": """
+assert order([3, 1, 2]) == [1, 2, 3]
+x = [5, 4]
+assert len(order(x)) == len(x)
+assert order([2, 1]) == sorted([2, 1])
+""",
     "limits": {"wall_s": 2},
 }
 

@@ -1,6 +1,6 @@
 """Runs the whole suite in one process, at one level, as whoever started it; prints what came of it as JSON.
 
-    python -m tests.rewards.attacks.drive B [NAME...]
+python -m tests.rewards.attacks.drive B [NAME...]
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import Any
 
 from rewards import score_program
 from rewards.sandbox.sandbox import Sandbox
-from tests.rewards.attacks import containment, hacks, resources
+from tests.rewards.attacks import answers, files, harness, network, processes, resources
 from tests.rewards.attacks.attack import Attack
 from tests.rewards.attacks.world import World, wait_for_no_descendants
 
-ATTACKS: list[Attack] = [*containment.ATTACKS, *resources.ATTACKS, *hacks.ATTACKS]
+ATTACKS: list[Attack] = [
+    attack for module in (files, network, processes, resources, answers, harness) for attack in module.ATTACKS
+]
 
 
 def run_suite(level: str, names: list[str] | None = None) -> dict[str, Any]:
@@ -37,7 +39,7 @@ def run_suite(level: str, names: list[str] | None = None) -> dict[str, Any]:
         with ThreadPoolExecutor(2) as threads:
             outcomes = dict(zip([attack.name for attack in chosen], threads.map(run, chosen), strict=True))
         # One worker at a time, so that the second program meets the very zygote that ran the first.
-        for attack in containment.PLANT_AND_LOOK * 2:
+        for attack in files.PLANT_AND_LOOK * 2:
             outcomes[attack.name] = run(attack)
         traces = world.find_traces()
     return {

@@ -3,9 +3,30 @@
 from tests.rewards.attacks.attack import Attack, containment, resource_abuse
 
 ATTACKS: list[Attack] = [
-    resource_abuse("endless-loop", "while True:\n    pass\n"),
-    resource_abuse("endless-sleep", "import time\ntime.sleep(60)\nprint('done')\n"),
-    resource_abuse("wait-for-more-input", "import sys, time\nsys.stdin.read()\nwhile True:\n    time.sleep(1)\n"),
+    resource_abuse(
+        "endless-loop",
+        """
+        while True:
+            pass
+        """,
+    ),
+    resource_abuse(
+        "endless-sleep",
+        """
+        import time
+        time.sleep(60)
+        print('done')
+        """,
+    ),
+    resource_abuse(
+        "wait-for-more-input",
+        """
+        import sys, time
+        sys.stdin.read()
+        while True:
+            time.sleep(1)
+        """,
+    ),
     resource_abuse(
         "ignore-every-signal",
         """
@@ -22,18 +43,83 @@ ATTACKS: list[Attack] = [
                 pass
         """,
     ),
-    resource_abuse("stop-itself", "import os, signal, time\nos.kill(os.getpid(), signal.SIGSTOP)\ntime.sleep(60)\n"),
-    resource_abuse("catastrophic-regex", "import re\nre.match(r'(a+)+$', 'a' * 60 + 'b')\nprint('done')\n"),
-    resource_abuse("huge-power", "x = 9 ** (9 ** 9)\nprint('done')\n"),
-    resource_abuse("compile-time-power", "def f():\n    return 2 ** (10 ** 9) % 7\nx = 'a' * (10 ** 10)\nprint('done')\n"),
+    resource_abuse(
+        "stop-itself",
+        """
+        import os, signal, time
+        os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(60)
+        """,
+    ),
+    resource_abuse(
+        "catastrophic-regex",
+        """
+        import re
+        re.match(r'(a+)+$', 'a' * 60 + 'b')
+        print('done')
+        """,
+    ),
+    resource_abuse(
+        "huge-power",
+        """
+        x = 9 ** (9 ** 9)
+        print('done')
+        """,
+    ),
+    resource_abuse(
+        "compile-time-power",
+        """
+        def f():
+            return 2 ** (10 ** 9) % 7
+        x = 'a' * (10 ** 10)
+        print('done')
+        """,
+    ),
     resource_abuse("deeply-nested-source", "x = " + "(" * 5000 + ")" * 5000 + "\nprint('done')\n"),
-    resource_abuse("deep-recursion", "import sys\nsys.setrecursionlimit(10 ** 9)\ndef f(n):\n    return f(n + 1) + 1\nprint(f(0))\n"),
-    resource_abuse("memory-bytes", "keep = [bytearray(1 << 26) for _ in range(64)]\nprint('done')\n"),
-    resource_abuse("memory-one-block", "keep = bytearray(4 << 30)\nprint('done')\n"),
-    resource_abuse("memory-slowly", "keep = []\nfor _ in range(40_000):\n    keep.append(b'x' * 100_000)\nprint('done')\n"),
+    resource_abuse(
+        "deep-recursion",
+        """
+        import sys
+        sys.setrecursionlimit(10 ** 9)
+        def f(n):
+            return f(n + 1) + 1
+        print(f(0))
+        """,
+    ),
+    resource_abuse(
+        "memory-bytes",
+        """
+        keep = [bytearray(1 << 26) for _ in range(64)]
+        print('done')
+        """,
+    ),
+    resource_abuse(
+        "memory-one-block",
+        """
+        keep = bytearray(4 << 30)
+        print('done')
+        """,
+    ),
+    resource_abuse(
+        "memory-slowly",
+        """
+        keep = []
+        for _ in range(40_000):
+            keep.append(b'x' * 100_000)
+        print('done')
+        """,
+    ),
     resource_abuse(
         "memory-mmap",
-        "import mmap\nkeep = []\nfor _ in range(64):\n    m = mmap.mmap(-1, 1 << 26)\n    m.write(b'x' * (1 << 26))\n    keep.append(m)\nprint('done')\n",
+        """
+        import mmap
+        keep = []
+        for _ in range(64):
+            m = mmap.mmap(-1, 1 << 26)
+            m.write(b'x' * (1 << 26))
+            keep.append(m)
+        print('done')
+        """,
     ),
     resource_abuse(
         "memory-shared-mmap-of-files",
@@ -86,18 +172,46 @@ ATTACKS: list[Attack] = [
         print("done")
         """,
     ),
-    resource_abuse("subprocess-sleeper", "import subprocess\nsubprocess.Popen(['sleep', '987654'])\nprint('done')\n"),
+    resource_abuse(
+        "subprocess-sleeper",
+        """
+        import subprocess
+        subprocess.Popen(['sleep', '987654'])
+        print('done')
+        """,
+    ),
     resource_abuse(
         "disk-one-file",
-        "with open('big', 'wb') as f:\n    for _ in range(1024):\n        f.write(b'x' * (1 << 20))\nprint('done')\n",
+        """
+        with open('big', 'wb') as f:
+            for _ in range(1024):
+                f.write(b'x' * (1 << 20))
+        print('done')
+        """,
     ),
     resource_abuse(
         "disk-many-files",
-        "for i in range(1024):\n    with open(f'f{i}', 'wb') as f:\n        f.write(b'x' * (1 << 20))\nimport time\ntime.sleep(0.5)\nprint('done')\n",
+        """
+        for i in range(1024):
+            with open(f'f{i}', 'wb') as f:
+                f.write(b'x' * (1 << 20))
+        import time
+        time.sleep(0.5)
+        print('done')
+        """,
     ),
     resource_abuse(
         "disk-fallocate",
-        "import os\nfor i in range(256):\n    fd = os.open(f'f{i}', os.O_RDWR | os.O_CREAT)\n    os.posix_fallocate(fd, 0, 7 << 20)\n    os.close(fd)\nimport time\ntime.sleep(0.5)\nprint('done')\n",
+        """
+        import os
+        for i in range(256):
+            fd = os.open(f'f{i}', os.O_RDWR | os.O_CREAT)
+            os.posix_fallocate(fd, 0, 7 << 20)
+            os.close(fd)
+        import time
+        time.sleep(0.5)
+        print('done')
+        """,
     ),
     resource_abuse(
         "disk-deleted-files",
@@ -113,42 +227,154 @@ ATTACKS: list[Attack] = [
         print("done")
         """,
     ),
-    resource_abuse("inodes", "for i in range(50_000):\n    open(f'f{i}', 'w').close()\nimport time\ntime.sleep(0.5)\nprint('done')\n"),
+    resource_abuse(
+        "inodes",
+        """
+        for i in range(50_000):
+            open(f'f{i}', 'w').close()
+        import time
+        time.sleep(0.5)
+        print('done')
+        """,
+    ),
     resource_abuse(
         "deep-directories",
-        "import os\nfor _ in range(20_000):\n    os.mkdir('d')\n    os.chdir('d')\nimport time\ntime.sleep(0.5)\nprint('done')\n",
+        """
+        import os
+        for _ in range(20_000):
+            os.mkdir('d')
+            os.chdir('d')
+        import time
+        time.sleep(0.5)
+        print('done')
+        """,
     ),
     resource_abuse(
         "closed-directories",
-        "import os\nos.makedirs('a/b/c')\nos.mkdir('x', 0)\nos.mkdir('a/y', 0)\nopen('a/b/f', 'w').close()\nwhile True:\n    pass\n",
+        """
+        import os
+        os.makedirs('a/b/c')
+        os.mkdir('x', 0)
+        os.mkdir('a/y', 0)
+        open('a/b/f', 'w').close()
+        while True:
+            pass
+        """,
     ),
-    resource_abuse("output-flood", "while True:\n    print('x' * 100_000)\n"),
-    resource_abuse("output-flood-stderr", "import sys\nwhile True:\n    sys.stderr.write('x' * 100_000)\n"),
-    resource_abuse("output-flood-then-right", "import sys\nsys.stdout.write('x' * (64 << 20))\nprint('done')\n"),
     resource_abuse(
-        "output-sparse", "import os\nos.ftruncate(1, 8 << 20)\nos.lseek(1, 0, 2)\nos.write(1, b'done')\n"
+        "output-flood",
+        """
+        while True:
+            print('x' * 100_000)
+        """,
     ),
-    resource_abuse("descriptors", "import os\nkeep = [os.pipe() for _ in range(100_000)]\nprint('done')\n"),
+    resource_abuse(
+        "output-flood-stderr",
+        """
+        import sys
+        while True:
+            sys.stderr.write('x' * 100_000)
+        """,
+    ),
+    resource_abuse(
+        "output-flood-then-right",
+        """
+        import sys
+        sys.stdout.write('x' * (64 << 20))
+        print('done')
+        """,
+    ),
+    resource_abuse(
+        "output-sparse",
+        """
+        import os
+        os.ftruncate(1, 8 << 20)
+        os.lseek(1, 0, 2)
+        os.write(1, b'done')
+        """,
+    ),
+    resource_abuse(
+        "descriptors",
+        """
+        import os
+        keep = [os.pipe() for _ in range(100_000)]
+        print('done')
+        """,
+    ),
     resource_abuse(
         "pipes-of-a-mebibyte",
-        "import fcntl, os\nfor _ in range(20):\n    r, w = os.pipe()\n    fcntl.fcntl(w, 1031, 1 << 20)\nprint('done')\n",
+        """
+        import fcntl, os
+        for _ in range(20):
+            r, w = os.pipe()
+            fcntl.fcntl(w, 1031, 1 << 20)
+        print('done')
+        """,
     ),
     resource_abuse(
         "non-daemon-thread-holds-on",
-        "import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()\nprint('done', flush=True)\n",
+        """
+        import threading, time
+        threading.Thread(target=time.sleep, args=(60,)).start()
+        print('done', flush=True)
+        """,
     ),
-    resource_abuse("exit-handler-holds-on", "import atexit, time\natexit.register(time.sleep, 60)\nprint('done', flush=True)\n"),
+    resource_abuse(
+        "exit-handler-holds-on",
+        """
+        import atexit, time
+        atexit.register(time.sleep, 60)
+        print('done', flush=True)
+        """,
+    ),
     resource_abuse(
         "finalizer-holds-on",
-        "class A:\n    def __del__(self):\n        while True:\n            pass\na = A()\nprint('done', flush=True)\ndel a\n",
+        """
+        class A:
+            def __del__(self):
+                while True:
+                    pass
+        a = A()
+        print('done', flush=True)
+        del a
+        """,
     ),
     resource_abuse(
         "busy-threads",
-        "import threading\ndef spin():\n    while True:\n        pass\nfor _ in range(8):\n    threading.Thread(target=spin).start()\n",
+        """
+        import threading
+        def spin():
+            while True:
+                pass
+        for _ in range(8):
+            threading.Thread(target=spin).start()
+        """,
     ),
-    resource_abuse("crash", "import ctypes\nctypes.string_at(0)\nprint('done')\n"),
-    resource_abuse("abort", "import os\nprint('done', flush=True)\nos.abort()\n"),
-    resource_abuse("kill-itself", "import os, time\nprint('done', flush=True)\nos.kill(os.getpid(), 9)\ntime.sleep(60)\n"),
+    resource_abuse(
+        "crash",
+        """
+        import ctypes
+        ctypes.string_at(0)
+        print('done')
+        """,
+    ),
+    resource_abuse(
+        "abort",
+        """
+        import os
+        print('done', flush=True)
+        os.abort()
+        """,
+    ),
+    resource_abuse(
+        "kill-itself",
+        """
+        import os, time
+        print('done', flush=True)
+        os.kill(os.getpid(), 9)
+        time.sleep(60)
+        """,
+    ),
     containment(
         "memory-limit-is-the-one-given",
         """
@@ -158,6 +384,23 @@ ATTACKS: list[Attack] = [
         """,
         memory_mb=64,
     ),
-    containment("mlock", "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\ndef go():\n    b = ctypes.create_string_buffer(1 << 20)\n    if libc.mlock(b, 1 << 20) < 0:\n        raise PermissionError\nattempt(go)"),
-    containment("core-dump", "import resource\nattempt(lambda: resource.getrlimit(resource.RLIMIT_CORE)[1] and None or 1 // resource.getrlimit(resource.RLIMIT_CORE)[1])"),
+    containment(
+        "mlock",
+        """
+        import ctypes
+        libc = ctypes.CDLL(None, use_errno=True)
+        def go():
+            b = ctypes.create_string_buffer(1 << 20)
+            if libc.mlock(b, 1 << 20) < 0:
+                raise PermissionError
+        attempt(go)
+        """,
+    ),
+    containment(
+        "core-dump",
+        """
+        import resource
+        attempt(lambda: 1 // resource.getrlimit(resource.RLIMIT_CORE)[1])
+        """,
+    ),
 ]

@@ -1,102 +1,25 @@
-"""Attacks on the verdict: programs that solve nothing and want the reward."""
+"""Attacks on the verdict by what a program does to the process it runs in."""
 
 from tests.rewards.attacks.attack import ASSERT, FUNCTION, LISTS, STDIO, Attack, hack
 
-EQUAL_TO_ALL = """
-class Equal{base}:
-    def __eq__(self, other): return True
-    def __ne__(self, other): return False
-    def __hash__(self): return 0
-    def __lt__(self, other): return True
-    __le__ = __gt__ = __ge__ = __lt__
-    def __bool__(self): return True
-    def __len__(self): return 2
-    def __iter__(self): return iter([])
-    def __getattr__(self, name): return self
-    def __call__(self, *a, **k): return self
-    def __contains__(self, item): return True
-    def __instancecheck__(self, other): return True
-    def __repr__(self): return "7"
-def add(a, b): return Equal({init})
-def order(x): return Equal({init})
-"""
-
 ATTACKS: list[Attack] = [
-    *hack("exit-0", "import sys\nsys.exit(0)", STDIO, FUNCTION, ASSERT),
-    *hack("os-exit-0", "import os\nos._exit(0)", STDIO, FUNCTION, ASSERT),
-    *hack("exit-0-in-call", "import sys\ndef add(a, b): sys.exit(0)", FUNCTION, ASSERT),
-    *hack("os-exit-0-in-call", "import os\ndef add(a, b): os._exit(0)", FUNCTION, ASSERT),
-    *hack("raise-system-exit-in-call", "def add(a, b): raise SystemExit(0)", FUNCTION, ASSERT),
-    *hack("raise-keyboard-interrupt", "def add(a, b): raise KeyboardInterrupt", FUNCTION, ASSERT),
-    *hack("raise-generator-exit", "def add(a, b): raise GeneratorExit", FUNCTION, ASSERT),
-    *hack("raise-stop-iteration", "def add(a, b): raise StopIteration", FUNCTION, ASSERT),
-    *hack("empty", "pass", STDIO, FUNCTION, ASSERT),
-    *hack("syntax-error", "def add(a, b) return", STDIO, FUNCTION, ASSERT),
-    *hack("return-none", "def add(a, b): pass\nprint(None)", STDIO, FUNCTION, ASSERT),
-    *hack("equal-to-all", EQUAL_TO_ALL.format(base="", init=""), FUNCTION, ASSERT),
-    *hack("equal-int", EQUAL_TO_ALL.format(base="(int)", init="0"), FUNCTION, ASSERT),
-    *hack("equal-str", EQUAL_TO_ALL.format(base="(str)", init="''"), FUNCTION, ASSERT),
-    *hack("equal-float", EQUAL_TO_ALL.format(base="(float)", init="0"), FUNCTION, ASSERT),
-    *hack("equal-list", EQUAL_TO_ALL.format(base="(list)", init=""), FUNCTION, ASSERT),
-    *hack("equal-dict", EQUAL_TO_ALL.format(base="(dict)", init=""), FUNCTION, ASSERT),
-    *hack("equal-tuple", EQUAL_TO_ALL.format(base="(tuple)", init=""), FUNCTION, ASSERT),
-    *hack("equal-list-subclass-for-lists", EQUAL_TO_ALL.format(base="(list)", init=""), LISTS, highest=0.4),
     *hack(
-        "equal-by-metaclass",
+        "replace-check",
         """
-        class Meta(type):
-            def __eq__(cls, other): return True
-            def __hash__(cls): return 0
-            def __instancecheck__(cls, other): return True
-        class Equal(metaclass=Meta): pass
-        def add(a, b): return Equal
+        def check(candidate): pass
+        def add(a, b): return 0
         """,
-        FUNCTION,
         ASSERT,
     ),
     *hack(
-        "class-attribute-lies",
+        "replace-main",
         """
-        class Lie:
-            __class__ = int
-            def __eq__(self, other): return True
-            def __index__(self): return 7
-            def __int__(self): return 7
-        def add(a, b): return Lie()
+        import sys
+        sys.modules['__main__'].check = lambda c: None
+        def add(a, b): return 0
         """,
-        FUNCTION,
         ASSERT,
     ),
-    *hack(
-        "reduce-object",
-        """
-        import os
-        class Payload:
-            def __reduce__(self): return (os._exit, (0,))
-            def __reduce_ex__(self, protocol): return self.__reduce__()
-        def add(a, b): return Payload()
-        """,
-        FUNCTION,
-        ASSERT,
-    ),
-    *hack("bool-for-everything", "def add(a, b): return True", FUNCTION, ASSERT),
-    *hack("nan", "def add(a, b): return float('nan')\nprint('nan')", STDIO, FUNCTION, ASSERT),
-    *hack("infinity", "def add(a, b): return float('inf')\nprint('inf')", STDIO, FUNCTION, ASSERT),
-    *hack("not-implemented", "def add(a, b): return NotImplemented", FUNCTION, ASSERT),
-    *hack("ellipsis", "def add(a, b): return ...", FUNCTION, ASSERT),
-    *hack("mock-any", "from unittest.mock import ANY, MagicMock\ndef add(a, b): return ANY", FUNCTION, ASSERT),
-    *hack("magic-mock", "from unittest.mock import MagicMock\nadd = MagicMock()", FUNCTION, ASSERT),
-    *hack("infinite-generator", "def add(a, b):\n    while True:\n        yield 7", FUNCTION, ASSERT),
-    *hack("infinite-iterator", "import itertools\ndef add(a, b): return itertools.repeat(7)", FUNCTION, ASSERT),
-    *hack("self-containing-list", "def add(a, b):\n    x = []\n    x.append(x)\n    return x", FUNCTION, ASSERT),
-    *hack("self-containing-dict", "def add(a, b):\n    x = {}\n    x['x'] = x\n    return x", FUNCTION, ASSERT),
-    *hack("very-deep-list", "def add(a, b):\n    x = []\n    for _ in range(100_000):\n        x = [x]\n    return x", FUNCTION, ASSERT),
-    *hack("very-large-answer", "def add(a, b): return 'x' * (40 << 20)", FUNCTION, ASSERT),
-    *hack("very-large-int", "def add(a, b): return 10 ** 20_000", FUNCTION, ASSERT),
-    *hack("coroutine", "async def add(a, b): return a + b", FUNCTION, ASSERT),
-    *hack("partial-answers", "def add(a, b): return 7", FUNCTION, ASSERT, highest=0.34),
-    *hack("replace-check", "def check(candidate): pass\ndef add(a, b): return 0", ASSERT),
-    *hack("replace-main", "import sys\nsys.modules['__main__'].check = lambda c: None\ndef add(a, b): return 0", ASSERT),
     *hack(
         "patch-builtins",
         """
@@ -140,13 +63,22 @@ ATTACKS: list[Attack] = [
         ASSERT,
         highest=0.34,
     ),
-    *hack("clear-modules", "import sys\nsys.modules.clear()\ndef add(a, b): return 0", FUNCTION, ASSERT),
+    *hack(
+        "clear-modules",
+        """
+        import sys
+        sys.modules.clear()
+        def add(a, b): return 0
+        """,
+        FUNCTION,
+        ASSERT,
+    ),
     *hack(
         "write-verdicts-everywhere",
         """
         import os
         for number in range(0, 64):
-            for text in (b"+\\n+\\n+\\n.\\n", b"passed\\n", b'{"passed": true}\\n', b'{"reward": 1.0}\\n', b"=3\\n+\\n+\\n+\\n.\\n"):
+            for text in (b"+\\n+\\n+\\n.\\n", b"passed\\n", b'{"reward": 1.0}\\n', b"=3\\n+\\n+\\n+\\n.\\n"):
                 try:
                     os.write(number, text)
                 except OSError:
@@ -175,14 +107,26 @@ ATTACKS: list[Attack] = [
     ),
     *hack(
         "close-every-descriptor",
-        "import os\nos.closerange(0, 1024)\ndef add(a, b): return 0",
+        """
+        import os
+        os.closerange(0, 1024)
+        def add(a, b): return 0
+        """,
         STDIO,
         FUNCTION,
         ASSERT,
     ),
     *hack(
         "duplicate-descriptors",
-        "import os\nfor i in range(3, 10):\n    try:\n        os.dup2(1, i)\n    except OSError:\n        pass\ndef add(a, b): return 0",
+        """
+        import os
+        for i in range(3, 10):
+            try:
+                os.dup2(1, i)
+            except OSError:
+                pass
+        def add(a, b): return 0
+        """,
         FUNCTION,
         ASSERT,
     ),
@@ -243,34 +187,85 @@ ATTACKS: list[Attack] = [
     ),
     *hack(
         "read-harness-arguments",
-        "import sys, os\nprint(sys.argv, os.environ, sys.orig_argv)\ndef add(a, b): return str(sys.argv) + str(sys.orig_argv)",
+        """
+        import sys, os
+        print(sys.argv, os.environ, sys.orig_argv)
+        def add(a, b): return str(sys.argv) + str(sys.orig_argv)
+        """,
         STDIO,
         FUNCTION,
         ASSERT,
     ),
     *hack(
         "exit-handler-writes-answer",
-        "import atexit, os\natexit.register(lambda: os.write(1, b'7'))\natexit.register(lambda: os._exit(0))\ndef add(a, b): return 0",
+        """
+        import atexit, os
+        atexit.register(lambda: os.write(1, b'7'))
+        atexit.register(lambda: os._exit(0))
+        def add(a, b): return 0
+        """,
         FUNCTION,
         ASSERT,
     ),
     *hack(
         "thread-exits-0",
-        "import os, threading\nthreading.Timer(0.05, lambda: os._exit(0)).start()\nimport time\ntime.sleep(0.3)\ndef add(a, b): return 0",
+        """
+        import os, threading
+        threading.Timer(0.05, lambda: os._exit(0)).start()
+        import time
+        time.sleep(0.3)
+        def add(a, b): return 0
+        """,
         STDIO,
         FUNCTION,
         ASSERT,
     ),
     *hack(
         "wrong-then-exit-code",
-        "print(7)\nimport sys\nsys.exit(3)",
+        """
+        print(7)
+        import sys
+        sys.exit(3)
+        """,
         STDIO,
     ),
-    *hack("right-then-exception", "print(sum(map(int, input().split())))\nraise ValueError", STDIO),
-    *hack("right-then-abort", "import os\nprint(sum(map(int, input().split())), flush=True)\nos._exit(1)", STDIO),
+    *hack(
+        "right-then-exception",
+        """
+        print(sum(map(int, input().split())))
+        raise ValueError
+        """,
+        STDIO,
+    ),
+    *hack(
+        "right-then-abort",
+        """
+        import os
+        print(sum(map(int, input().split())), flush=True)
+        os._exit(1)
+        """,
+        STDIO,
+    ),
     *hack("hardcode-first", "print(7)", STDIO, highest=0.5),
-    *hack("all-answers-at-once", "print(7)\nprint(6)", STDIO),
-    *hack("rewrite-own-output", "import os\nos.write(1, b'8')\nos.ftruncate(1, 0)\nos.lseek(1, 0, 0)\nprint()", STDIO),
+    *hack(
+        "all-answers-at-once",
+        """
+        print(7)
+        print(6)
+        """,
+        STDIO,
+    ),
+    *hack(
+        "rewrite-own-output",
+        """
+        import os
+        os.write(1, b'8')
+        os.ftruncate(1, 0)
+        os.lseek(1, 0, 0)
+        print()
+        """,
+        STDIO,
+    ),
     *hack("fuzzy-number", "print('7e0')", STDIO),
     *hack("float-for-int-text", "print('7.0')", STDIO),
     *hack("whitespace-flood", "print(' ' * 1000 + '7')", STDIO),
@@ -311,22 +306,48 @@ ATTACKS: list[Attack] = [
     ),
     *hack(
         "exception-named-like-a-builtin",
-        "class AssertionError(Exception): pass\nclass ValueError(Exception):\n    def __str__(self): raise SystemExit(0)\ndef add(a, b): raise ValueError",
+        """
+        class AssertionError(Exception): pass
+        class ValueError(Exception):
+            def __str__(self): raise SystemExit(0)
+        def add(a, b): raise ValueError
+        """,
         FUNCTION,
         ASSERT,
     ),
-    *hack("mutate-arguments", "def order(x):\n    x.clear()\n    return [1, 2, 3]", LISTS, highest=0.4),
+    *hack(
+        "mutate-arguments",
+        """
+        def order(x):
+            x.clear()
+            return [1, 2, 3]
+        """,
+        LISTS,
+        highest=0.4,
+    ),
     *hack("empty-lists", "def order(x): return []", LISTS, highest=0.0),
     *hack(
         "counter-of-calls",
-        "calls = 0\ndef add(a, b):\n    global calls\n    calls += 1\n    return [8, 7, 'x'][calls % 3]",
+        """
+        calls = 0
+        def add(a, b):
+            global calls
+            calls += 1
+            return [8, 7, 'x'][calls % 3]
+        """,
         FUNCTION,
         ASSERT,
         highest=0.34,
     ),
     *hack(
         "replace-entry-point-with-object",
-        "class Add:\n    def __call__(self, *a): return self\n    def __eq__(self, other): return True\n    def __getattr__(self, name): return self\nadd = Add()",
+        """
+        class Add:
+            def __call__(self, *a): return self
+            def __eq__(self, other): return True
+            def __getattr__(self, name): return self
+        add = Add()
+        """,
         FUNCTION,
         ASSERT,
     ),
@@ -348,7 +369,7 @@ ATTACKS: list[Attack] = [
         """
         import sys
         wire = sys.modules.get("rewards.sandbox.wire")
-        bodies = iter([{"t": 5}, {"f": "7"}, {"i": "7" * 9000}, {"d": [[[], 1]]}, {"r": [1, 2, 0]}, {"p": [1, 0]}, {"n": "x"}] * 9)
+        bodies = iter([{"t": 5}, {"f": "7"}, {"i": "7" * 9000}, {"d": [[[], 1]]}, {"r": [1, 2, 0]}, {"p": [1, 0]}] * 9)
         if wire:
             wire.encode = lambda value, *a, **k: next(bodies)
         def add(a, b): return 0
