@@ -8,13 +8,16 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
+from rewards.sandbox import wire
+
 TOLERANCE = 1e-6
 """Absolute error that a float may have."""
 RELATIVE_TOLERANCE = 1e-9
 """And for large ones what rounding in the last printed digits makes of it; matters from 1000 on."""
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,4})?")
-_MAX_DEPTH = 200
+_MAX_NUMBER = 400
+"""Longest token that is read as a number."""
 
 
 def outputs_match(actual: bytes, expected: str) -> bool:
@@ -31,29 +34,32 @@ def outputs_match(actual: bytes, expected: str) -> bool:
     return all(a == e or _lines_match(a, e) for a, e in zip(actual_lines, expected_lines, strict=True))
 
 
-def values_match(actual: Any, expected: Any, depth: int = 0) -> bool:
-    """Whether a plain value equals the expected one.
+def values_match(actual: Any, expected: Any) -> bool:
+    """Whether plain data, as it came over the wire (`sandbox.wire`), is the expected value.
 
-    A tuple equals a list, floats may be off by 1e-6, a bool is no int, and a dict's keys may have become strings on
-    their way through JSON. Values of other types than plain data never match.
+    A tuple equals a list, floats may be off by 1e-6, a bool is no int, and a dict's keys are compared as JSON writes them.
+    The data is walked along the expected value and never built into objects: a hostile program must not get to choose
+    what is hashed or multiplied in the trainer.
     """
-    if depth > _MAX_DEPTH:
-        return False
-    if isinstance(expected, bool) or isinstance(actual, bool):
-        return isinstance(expected, bool) and isinstance(actual, bool) and actual == expected
-    if isinstance(expected, int | float) and isinstance(actual, int | float):
-        return _numbers_match(actual, expected)
+    if expected is None or isinstance(expected, bool | str):
+        return type(actual) is type(expected) and bool(actual == expected)
+    if isinstance(expected, int | float):
+        number = _read_number(actual)
+        return number is not None and _numbers_match(number, expected)
     if isinstance(expected, list | tuple):
+        items = actual if type(actual) is list else _body(actual, "t")
         return (
-            isinstance(actual, list | tuple)
-            and len(actual) == len(expected)
-            and all(values_match(a, e, depth + 1) for a, e in zip(actual, expected, strict=True))
+            type(items) is list
+            and len(items) == len(expected)
+            and all(values_match(a, e) for a, e in zip(items, expected, strict=True))
         )
     if isinstance(expected, Mapping):
-        return isinstance(actual, dict) and _dicts_match(actual, expected, depth)
+        pairs = _body(actual, "d")
+        return type(pairs) is list and _dicts_match(pairs, expected)
     if isinstance(expected, set | frozenset):
-        return isinstance(actual, set | frozenset) and actual == expected
-    return type(actual) is type(expected) and bool(actual == expected)
+        items = _body(actual, "s" if isinstance(expected, set) else "z")
+        return type(items) is list and {wire.dumps(i) for i in items} == {wire.dumps(wire.encode(i)) for i in expected}
+    return bool(actual == wire.encode(expected))
 
 
 def _lines(text: str) -> list[str]:
@@ -74,7 +80,9 @@ def _lines_match(actual: str, expected: str) -> bool:
 
 
 def _tokens_match(actual: str, expected: str) -> bool:
-    if "." not in expected or not _NUMBER.fullmatch(expected) or not _NUMBER.fullmatch(actual):
+    if "." not in expected or max(len(actual), len(expected)) > _MAX_NUMBER:
+        return False
+    if not _NUMBER.fullmatch(expected) or not _NUMBER.fullmatch(actual):
         return False
     return _floats_match(float(actual), float(expected))
 
@@ -85,29 +93,54 @@ def _floats_match(actual: float, expected: float) -> bool:
     return abs(actual - expected) <= max(TOLERANCE, RELATIVE_TOLERANCE * abs(expected))
 
 
+def _body(data: Any, tag: str) -> Any:
+    """What a tagged value holds; None if the data is not of that kind."""
+    return data.get(tag) if type(data) is dict and len(data) == 1 else None
+
+
+def _read_number(data: Any) -> int | float | None:
+    if type(data) is int:
+        return data
+    try:
+        if type(text := _body(data, "i")) is str:
+            return int(text, 16)
+        if type(text := _body(data, "f")) is str:
+            return float.fromhex(text)
+    except (ValueError, OverflowError):
+        pass
+    return None
+
+
 def _numbers_match(actual: int | float, expected: int | float) -> bool:
     if isinstance(actual, int) and isinstance(expected, int):
         return actual == expected
     if type(actual) is float and type(expected) is float:
         return _floats_match(actual, expected)
-    if not math.isfinite(actual) or not math.isfinite(expected):
+    if not math.isfinite(actual if type(actual) is float else expected):
         return False
     # An int against a float: exactly, since a float near a large int is many ints at once.
     return abs(Fraction(actual) - Fraction(expected)) <= Fraction(TOLERANCE)
 
 
-def _dicts_match(actual: dict[Any, Any], expected: Mapping[Any, Any], depth: int) -> bool:
-    if len(actual) != len(expected):
-        return False
-    if all(isinstance(key, str) for key in expected):
-        actual = {_json_key(key): value for key, value in actual.items()}
-    return all(key in actual and values_match(actual[key], value, depth + 1) for key, value in expected.items())
+def _dicts_match(pairs: list[Any], expected: Mapping[Any, Any]) -> bool:
+    actual = {}
+    for pair in pairs:
+        if type(pair) is not list or len(pair) != 2:
+            return False
+        actual[_key_text(pair[0])] = pair[1]
+    wanted = {_key_text(wire.encode(key)): value for key, value in expected.items()}
+    return (
+        len(pairs) == len(actual) == len(wanted)
+        and actual.keys() == wanted.keys()
+        and all(values_match(actual[key], value) for key, value in wanted.items())
+    )
 
 
-def _json_key(key: Any) -> Any:
-    """The key as JSON writes it, since the expected value went through JSON."""
-    if key is None or isinstance(key, bool):
-        return {None: "null", True: "true", False: "false"}[key]
-    if isinstance(key, float):
-        return repr(key)
-    return str(key) if isinstance(key, int) and abs(key) < 10**300 else key
+def _key_text(key: Any) -> str:
+    """A key as JSON writes it; one that JSON does not know as the wire does."""
+    if type(key) is str:
+        return key
+    number = _read_number(key)
+    if type(number) is float:
+        return repr(number)
+    return wire.dumps(key).decode()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rewards.code_compare import outputs_match, values_match
+from rewards.sandbox import wire
 from rewards.sandbox.languages import Compiled, compile_program, find_language
 from rewards.sandbox.limits import Limits, merge_limits
 from rewards.sandbox.programs import CallOutcome, call_function, run_tests, run_with_input
@@ -77,7 +78,7 @@ def score_program(
     return RewardResult(
         reward=verdict.passed / verdict.total,
         status=status,
-        detail=f"{detail}; {verdict.detail}" if verdict.detail else detail,
+        detail=_printable(f"{detail}; {verdict.detail}" if verdict.detail else detail),
         elapsed_s=time.monotonic() - started,
     )
 
@@ -154,11 +155,10 @@ def _check_problem(problem: Mapping[str, Any]) -> None:
     cases = problem.get("cases")
     if not isinstance(cases, Sequence) or isinstance(cases, str) or not cases:
         raise ValueError(f"problem: a {style} problem needs cases, a list that is not empty")
-    needed = ("stdin", "stdout") if style == "stdio" else ("expected",)
+    needed = "stdout" if style == "stdio" else "expected"
     for number, case in enumerate(cases):
-        missing = [key for key in needed if not isinstance(case, Mapping) or key not in case]
-        if missing:
-            raise ValueError(f"problem: case {number} lacks {', '.join(missing)}")
+        if not isinstance(case, Mapping) or needed not in case:
+            raise ValueError(f"problem: case {number} of a {style} problem lacks {needed}")
 
 
 def _judge_stdio(
@@ -194,7 +194,9 @@ def _run_cases(
         if spent > limits.problem_s:
             is_timeout, detail = True, detail or "no time left for this problem"
             break
-        run = run_with_input(sandbox, payload, case["stdin"].encode("utf-8", "surrogateescape"), limits, extra=extra)
+        run = run_with_input(
+            sandbox, payload, case.get("stdin", "").encode("utf-8", "surrogateescape"), limits, extra=extra
+        )
         spent += run.outcome.wall_s
         failure = ""
         if run.outcome.killed == "wall":
@@ -246,7 +248,12 @@ def _judge_tests(
 def _explain(answer: CallOutcome, expected: Any) -> str:
     if answer.error is not None:
         return answer.error
-    return f"returned a {type(answer.value).__name__} that is not the expected {type(expected).__name__}"
+    return f"returned {_shorten(wire.dumps(answer.value))}, expected {_shorten(repr(expected).encode())}"
+
+
+def _printable(text: str) -> str:
+    """One line without control characters, which a program could send to the terminal that shows a log."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _shorten(text: bytes) -> str:

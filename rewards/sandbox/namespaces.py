@@ -7,11 +7,13 @@ mounts a scratch tmpfs of its own. Everything else of the host is not there to b
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 
 from rewards.sandbox import linux
 
-SCRATCH = "/sandbox"
+SCRATCH_PARENT = "/sandbox"
+SCRATCH = f"{SCRATCH_PARENT}/work"
 UNPRIVILEGED_ID = 65534
 """Who a program is outside when the trainer is root, and who it believes to be inside."""
 
@@ -45,7 +47,10 @@ def become_unprivileged() -> None:
 
 
 def mount_scratch(disk_bytes: int, max_files: int) -> None:
-    """In a run's process: a mount namespace of its own, with an empty scratch folder of limited size in it."""
+    """In a run's process: a mount namespace of its own, with an empty scratch folder of limited size in it.
+
+    Landlock sees through the mount: what is allowed under `SCRATCH_PARENT`, which is read-only, is allowed in it.
+    """
     _unshare(linux.CLONE_NEWNS)
     options = f"size={disk_bytes},nr_inodes={max_files},mode=0700,uid={UNPRIVILEGED_ID},gid={UNPRIVILEGED_ID}"
     linux.mount("scratch", SCRATCH, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, options)
@@ -88,6 +93,7 @@ def _make_root(readable: Sequence[str]) -> None:
         if os.path.islink(link) and not os.path.lexists(stage + link):
             os.symlink(os.readlink(link), stage + link)
     os.makedirs(stage + SCRATCH)
+    socket.sethostname("sandbox")
     linux.mount(
         None, stage, None, linux.MS_REMOUNT | linux.MS_BIND | linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV
     )

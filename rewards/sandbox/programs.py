@@ -39,7 +39,7 @@ class CallOutcome:
     """One call of the entry point."""
 
     value: Any = None
-    """What it returned, rebuilt of plain data here; only meaningful without an error."""
+    """What it returned, as it came over the wire; only meaningful without an error."""
     error: str | None = None
     """What it raised, or how the process ended instead."""
     is_timeout: bool = False
@@ -172,10 +172,7 @@ def _call_once(
 
 def _read_answer(line: Any) -> CallOutcome:
     if type(line) is dict and "v" in line:
-        try:
-            return CallOutcome(value=wire.decode(line["v"]))
-        except wire.WireError as error:
-            return CallOutcome(error=str(error))
+        return CallOutcome(value=line["v"])
     return CallOutcome(error=str(line.get("e"))[:300] if type(line) is dict else "not an answer")
 
 

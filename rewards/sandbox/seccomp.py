@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -47,14 +48,17 @@ _PRCTL_ALLOWED = (15, 16)  # the name of the thread: set, get
 _AF_UNIX = 1
 
 _RET_KILL, _RET_ERRNO, _RET_ALLOW = 0x8000_0000, 0x0005_0000, 0x7FFF_0000
-_LOAD, _JEQ, _JGE, _JSET, _AND, _RET = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
+_LOAD, _JEQ, _JGT, _JGE, _JSET, _AND, _RET = 0x20, 0x15, 0x25, 0x35, 0x45, 0x54, 0x06
+_OWN_PID = 0x7A5A_5A5A
+"""Stands for the process's own id until the filter is installed; larger than any id there can be."""
 
 Instruction = tuple[int, int, int, int]
 """(code, jump if true, jump if false, constant), as in `struct sock_filter`."""
 
 
-def assemble_filter(profile: Profile, pid: int, machine: str) -> bytes:
-    """The filter's instructions, 8 bytes each, for a process `pid` (in its own namespace) on `machine`.
+@functools.cache
+def assemble_filter(profile: Profile, machine: str) -> bytes:
+    """The filter's instructions, 8 bytes each, for any process on `machine`; `install_filter` makes it one process's.
 
     ValueError for a machine that is neither x86_64 nor aarch64.
     """
@@ -68,38 +72,42 @@ def assemble_filter(profile: Profile, pid: int, machine: str) -> bytes:
     ]
     if machine == "x86_64":
         program += [(_JGE, 0, 1, 0x4000_0000), _answer(_RET_KILL)]
-    conditions = _conditions(profile, pid)
+    conditions = _conditions(profile)
     allowed = list(ALLOWED)
     if profile != "threads":
         allowed += ["execve", "execveat"]
     if profile == "compile":
         allowed += ["fork", "vfork", "chmod", "fchmod", "fchmodat"]
-    for name in allowed:
-        number = syscall_number(name, machine)
-        if number is None:
-            continue
-        body = conditions.get(name, [_answer(_RET_ALLOW)])
-        assert len(body) < 256
-        program += [(_JEQ, 0, len(body), number), *body]
+    numbers = {name: number for name in allowed if (number := syscall_number(name, machine)) is not None}
     for name in NOT_IMPLEMENTED:
         number = syscall_number(name, machine)
         assert number is not None
         program += [(_JEQ, 0, 1, number), _answer(_RET_ERRNO | errno.ENOSYS)]
-    program.append(_answer(_RET_ERRNO | errno.EPERM))
+    for name in sorted(conditions.keys() & numbers.keys()):
+        body = conditions[name]
+        program += [(_JEQ, 0, len(body), numbers.pop(name)), *body]
+    # The kernel walks the filter once per call number when it is installed, so it is kept short: ranges, in order.
+    for first, last in _ranges(sorted(numbers.values())):
+        program += [(_JGE, 1, 0, first), _DENY, (_JGT, 1, 0, last), _ALLOW]
+    program.append(_DENY)
     return b"".join(struct.pack("<HBBI", *instruction) for instruction in program)
 
 
-def install_filter(program: bytes) -> None:
-    """Put the calling thread under the filter; no_new_privs must be set. OSError where the kernel has no seccomp."""
+def install_filter(program: bytes, pid: int) -> None:
+    """Put the calling thread, of process `pid` in its own namespace, under an assembled filter.
+
+    no_new_privs must be set. OSError where the kernel has no seccomp.
+    """
+    program = program.replace(struct.pack("<I", _OWN_PID), struct.pack("<I", pid))
     instructions = ctypes.create_string_buffer(program, len(program))
     fprog = ctypes.create_string_buffer(struct.pack("<HxxxxxxQ", len(program) // 8, ctypes.addressof(instructions)), 16)
     linux.call("seccomp", 1, 0, fprog)
 
 
-def _conditions(profile: Profile, pid: int) -> Mapping[str, list[Instruction]]:
+def _conditions(profile: Profile) -> Mapping[str, list[Instruction]]:
     """What a listed call's arguments must be; of these the kernel itself only reads the low 32 bits."""
     open_flags = {name: _deny_open_flags(position) for name, position in (("open", 1), ("openat", 2))}
-    own_pid = {name: _require_value(0, (pid,)) for name in ("kill", "tgkill")}
+    own_pid = {name: _require_value(0, (_OWN_PID,)) for name in ("kill", "tgkill")}
     clone = _require_clone() if profile != "compile" else _deny_bits(0, _CLONE_NAMESPACES)
     return {
         **open_flags,
@@ -108,11 +116,22 @@ def _conditions(profile: Profile, pid: int) -> Mapping[str, list[Instruction]]:
         "fcntl": _deny_values(1, _FCNTL_DENIED),
         "ioctl": _require_value(1, _IOCTLS),
         "prctl": _require_value(0, _PRCTL_ALLOWED),
-        "prlimit64": _require_value(0, (0, pid)),
+        "prlimit64": _require_value(0, (0, _OWN_PID)),
         "socketpair": _require_value(0, (_AF_UNIX,)),
         # An address would make a connected pair into a socket that reaches others.
         "sendto": _require_null(4),
     }
+
+
+def _ranges(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Sorted numbers as (first, last) of what follows without a gap."""
+    ranges: list[tuple[int, int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1] = (ranges[-1][0], number)
+        else:
+            ranges.append((number, number))
+    return ranges
 
 
 def _answer(value: int) -> Instruction:

@@ -13,6 +13,7 @@ import ctypes
 import gc
 import importlib
 import os
+import platform
 import select
 import signal
 import site
@@ -23,7 +24,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rewards.sandbox import child, cleanup, jail, landlock, linux, namespaces
+from rewards.sandbox import child, cleanup, jail, landlock, linux, namespaces, seccomp
 from rewards.sandbox.messages import receive_message, send_message
 
 TICK_S = 0.02
@@ -31,6 +32,8 @@ TICK_S = 0.02
 PARENT_CHECK_S = 2.0
 """How often it is checked that the trainer is still there, seconds; its socket may outlive it in a forked worker."""
 _M_ARENA_MAX = -8
+MAX_ROLES = 2
+"""Processes of one run."""
 _WARM = """
 abc array bisect calendar cmath collections.abc contextlib copy dataclasses datetime decimal enum fractions functools
 hashlib heapq io itertools json math numbers operator os.path random re statistics string struct textwrap threading
@@ -60,10 +63,10 @@ def _set_up_and_serve(control: socket.socket, config: Mapping[str, Any]) -> int:
     if config["namespaces"]:
         assert proc is not None, "namespaces without /proc"
         namespaces.enter_namespaces((*config["readable"], *config["runnable"]), proc)
-        supervisor = os.fork()
-        if supervisor:
+        pid = os.fork()
+        if pid:
             control.close()
-            return _outlive(supervisor)
+            return _outlive(pid)
     abi = landlock.landlock_abi() if config["landlock"] else 0
     is_root = os.geteuid() == 0
     walls = jail.Walls(
@@ -76,7 +79,12 @@ def _set_up_and_serve(control: socket.socket, config: Mapping[str, Any]) -> int:
     )
     _settle(walls)
     _warm_up(config)
-    _Supervisor(control, walls, proc, config["scratch"]).serve({"landlock_abi": abi, "drop_user": walls.drop_user})
+    supervisor = _Supervisor(control, walls, proc, config["scratch"])
+    for profile in ("threads", "exec", "compile") if walls.seccomp else ():
+        seccomp.assemble_filter(profile, platform.machine())
+    gc.collect()
+    gc.freeze()
+    supervisor.serve({"landlock_abi": abi, "drop_user": walls.drop_user})
     return 0
 
 
@@ -125,8 +133,6 @@ def _warm_up(config: Mapping[str, Any]) -> None:
     # What `import site` gives a program, without the .pth files that it would run.
     site.setquit()
     site.sethelper()
-    gc.collect()
-    gc.freeze()
 
 
 @dataclass(slots=True)
@@ -157,6 +163,10 @@ class _Supervisor:
         self._walls = walls
         self._scratch = scratch
         self._count = 0
+        self._scratch_parents = _make_scratch_parents(walls, scratch)
+        self._rulesets = [
+            jail.make_ruleset(walls, path) if walls.landlock_abi else -1 for path in self._scratch_parents
+        ]
         self._proc = proc
         self._own_pids = os.open("self/ns/pid", os.O_RDONLY, dir_fd=proc) if walls.namespaces else None
         self._statm = None if proc is None else os.open("self/statm", os.O_RDONLY, dir_fd=proc)
@@ -205,8 +215,8 @@ class _Supervisor:
         error: str | None = None
         try:
             roles = _connect(request["roles"], descriptors)
-            for role in roles:
-                runs.append(self._fork(role, descriptors))
+            for position, role in enumerate(roles):
+                runs.append(self._fork(role, position, descriptors))
             # The roles hold their own copies now; a pipe must not stay open here when one of them ends.
             while descriptors:
                 os.close(descriptors.pop())
@@ -234,9 +244,9 @@ class _Supervisor:
             "cpu_s": sum(run.cpu_s for run in runs),
         }
 
-    def _fork(self, role: Mapping[str, Any], descriptors: list[int]) -> _Run:
+    def _fork(self, role: Mapping[str, Any], position: int, descriptors: list[int]) -> _Run:
         limits = jail.RunLimits(**role["limits"])
-        scratch = self._make_scratch()
+        scratch = self._make_scratch(position)
         status_read, status_write = os.pipe()
         os.set_blocking(status_read, False)
         if self._walls.namespaces:
@@ -244,7 +254,7 @@ class _Supervisor:
         try:
             pid = os.fork()
             if pid == 0:
-                self._become_child(role, limits, descriptors, scratch, status_write)
+                self._become_child(role, position, limits, descriptors, scratch, status_write)
         finally:
             os.close(status_write)
             if self._own_pids is not None:
@@ -258,7 +268,13 @@ class _Supervisor:
         )
 
     def _become_child(
-        self, role: Mapping[str, Any], limits: jail.RunLimits, descriptors: list[int], scratch: str, status: int
+        self,
+        role: Mapping[str, Any],
+        position: int,
+        limits: jail.RunLimits,
+        descriptors: list[int],
+        scratch: str,
+        status: int,
     ) -> None:
         """In the forked process: walls, then the program. Does not return."""
         code = 1
@@ -271,6 +287,7 @@ class _Supervisor:
                     [descriptors[index] for index in role["descriptors"]],
                     profile=role["profile"],
                     scratch=home,
+                    ruleset=self._rulesets[position],
                     base_address_space=self._address_space(),
                     status=status,
                 )
@@ -282,11 +299,11 @@ class _Supervisor:
         finally:
             os._exit(code)
 
-    def _make_scratch(self) -> str:
+    def _make_scratch(self, position: int) -> str:
         if self._walls.namespaces:
             return ""
         self._count += 1
-        path = os.path.join(self._scratch, f"run-{self._count}")
+        path = os.path.join(self._scratch_parents[position], f"run-{self._count}")
         os.mkdir(path, 0o700)
         if self._walls.drop_user:
             os.chown(path, namespaces.UNPRIVILEGED_ID, namespaces.UNPRIVILEGED_ID)
@@ -362,6 +379,16 @@ class _Supervisor:
         with contextlib.suppress(BlockingIOError):
             while os.read(self._wake, 512):
                 pass
+
+
+def _make_scratch_parents(walls: jail.Walls, scratch: str) -> list[str]:
+    """A folder for each role's scratch folders: roles that run side by side must not reach into each other's."""
+    if walls.namespaces:
+        return [namespaces.SCRATCH_PARENT] * MAX_ROLES
+    parents = [os.path.join(scratch, f"role-{position}") for position in range(MAX_ROLES)]
+    for path in parents:
+        os.mkdir(path, 0o711)
+    return parents
 
 
 def _connect(roles: Iterable[Mapping[str, Any]], descriptors: list[int]) -> list[dict[str, Any]]:

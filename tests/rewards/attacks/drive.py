@@ -15,12 +15,12 @@ from typing import Any
 
 from rewards import score_program
 from rewards.sandbox.sandbox import Sandbox
-from tests.rewards.attacks import answers, files, harness, network, processes, resources
+from tests.rewards.attacks import answers, disk, files, harness, network, processes, resources
 from tests.rewards.attacks.attack import Attack
 from tests.rewards.attacks.world import World, wait_for_no_descendants
 
 ATTACKS: list[Attack] = [
-    attack for module in (files, network, processes, resources, answers, harness) for attack in module.ATTACKS
+    attack for module in (files, disk, network, processes, resources, answers, harness) for attack in module.ATTACKS
 ]
 
 
