@@ -37,7 +37,7 @@ def outputs_match(actual: bytes, expected: str) -> bool:
 def values_match(actual: Any, expected: Any) -> bool:
     """Whether plain data, as it came over the wire (`sandbox.wire`), is the expected value.
 
-    A tuple equals a list, floats may be off by 1e-6, a bool is no int, and a dict's keys are compared as JSON writes them.
+    A tuple equals a list, floats may be off by 1e-6, a bool is no int, a dict's keys are compared as JSON writes them.
     The data is walked along the expected value and never built into objects: a hostile program must not get to choose
     what is hashed or multiplied in the trainer.
     """

@@ -248,7 +248,7 @@ def _judge_tests(
 def _explain(answer: CallOutcome, expected: Any) -> str:
     if answer.error is not None:
         return answer.error
-    return f"returned {_shorten(wire.dumps(answer.value))}, expected {_shorten(repr(expected).encode())}"
+    return f"returned {_shorten(wire.dumps(answer.value))}, expected {_shorten(wire.dumps(wire.encode(expected)))}"
 
 
 def _printable(text: str) -> str:

@@ -26,7 +26,7 @@ from typing import Any
 MAX_DEPTH = 200
 MAX_ITEMS = 200_000
 """Most items taken from an iterator."""
-MAX_TEXT = 2 << 20
+MAX_TEXT = 16 << 20
 """Longest text or bytes, in characters."""
 
 Hook = Callable[[Any], Any]
