@@ -51,9 +51,13 @@ def score_program(
 ) -> RewardResult:
     """The share of the problem's tests that the program passes, run in the jail.
 
-    `problem` is `{"style": "stdio", "cases": [{"stdin", "stdout"}]}`, `{"style": "function", "entry_point", "cases":
-    [{"args", "kwargs", "expected"}]}` or `{"style": "assert", "entry_point", "tests"}`, each with `limits` (fields of
-    `Limits`, which the argument overrides) and, for stdio, `language` if it likes. May be called from many threads.
+    `problem` is one of these, each with `limits` (fields of `Limits`, which the argument overrides) if it likes:
+
+        {"style": "stdio", "cases": [{"stdin", "stdout"}], "language": "python"}
+        {"style": "function", "entry_point", "cases": [{"args", "kwargs", "expected"}]}
+        {"style": "assert", "entry_point", "tests": "source with asserts"}
+
+    A function's case may have `expected_any`, a list of which each value will do. May be called from many threads.
 
     The program is never the cause of an exception. A run that could not be judged for reasons of the machine's has the
     status `error` and no reward. ValueError for a malformed problem; SandboxUnavailableError if the machine does not
@@ -227,7 +231,8 @@ def _judge_function(
     failures = [
         (number, _explain(answer, case["expected"]))
         for number, (answer, case) in enumerate(zip(answers, cases, strict=True))
-        if answer.error is not None or not values_match(answer.value, case["expected"])
+        if answer.error is not None
+        or not any(values_match(answer.value, value) for value in case.get("expected_any", [case["expected"]]))
     ]
     detail = f"case {failures[0][0]}: {failures[0][1]}" if failures else ""
     return _Verdict(
