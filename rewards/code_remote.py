@@ -1,7 +1,7 @@
 """Programs run by a SandboxFusion service, for those who keep one for a cluster; the verdict is still made here.
 
-The service runs what it is sent and answers what was printed (`POST /run_code`). Problems of style `assert` are refused,
-since their tests would share a process with the program there, which can then forge what comes of them.
+The service runs what it is sent and answers what was printed (`POST /run_code`). Problems of style `assert` are
+refused, since their tests would share a process with the program there, which can then forge what comes of them.
 """
 
 from __future__ import annotations

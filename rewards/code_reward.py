@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -87,6 +87,17 @@ def score_program(
     )
 
 
+def make_code_reward(
+    *, scoring: Scoring = "binary", minimum_level: Level = "B"
+) -> Callable[[Problem, str], RewardResult]:
+    """A reward like `code`, of another scoring or in a sandbox of another `sandbox.minimum_level`."""
+
+    def code(problem: Problem, completion: str) -> RewardResult:
+        return score_completion(completion, problem, scoring=scoring, sandbox=default_sandbox(minimum_level))
+
+    return code
+
+
 def code_reward(problem: Problem, completion: str) -> RewardResult:
     """The registry's `code`: 1.0 if the completion's last fenced block passes all of `problem.tests`, else 0.0."""
     return score_completion(completion, problem)
@@ -137,11 +148,9 @@ def extract_program(completion: str, language: str = "python") -> str | None:
 
 
 @functools.cache
-def default_sandbox(minimum_level: Level = "B", language: str = "python") -> Sandbox:
-    """The process's own sandbox for a language, made at its first use."""
-    if language == "python":
-        return Sandbox(minimum_level=minimum_level)
-    return Sandbox(minimum_level=minimum_level, packages=(), runnable=find_language(language).runnable)
+def default_sandbox(minimum_level: Level = "B") -> Sandbox:
+    """The process's own sandbox, made at its first use."""
+    return Sandbox(minimum_level=minimum_level)
 
 
 def _check_problem(problem: Mapping[str, Any]) -> None:
@@ -172,7 +181,7 @@ def _judge_stdio(
     payload: Mapping[str, Any] = {"mode": "stdio", "program": program}
     compiled: Compiled | None = None
     if language != "python":
-        sandbox = default_sandbox(language=language)
+        sandbox = sandbox.with_toolchain(find_language(language).runnable)
         compiled = compile_program(sandbox, language, program, limits)
         if compiled.error is not None:
             return _Verdict(passed=0, total=len(problem["cases"]), detail=compiled.error)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from rewards.sandbox import wire
 from rewards.sandbox.files import open_anonymous_file, read_file, read_tail
 from rewards.sandbox.limits import Limits
-from rewards.sandbox.sandbox import Outcome, Role, Sandbox, SandboxError
+from rewards.sandbox.sandbox import Outcome, Role, Sandbox, SandboxError, SandboxUnavailableError
 
 MIB = 1 << 20
+Answer = TypeVar("Answer")
 MAX_ANSWER_BYTES = 4 * MIB
 """Most bytes of answers read back from the calls of one run: Python objects take some twenty times their text."""
 _TAIL_BYTES = 2000
@@ -67,8 +68,14 @@ def run_with_input(
 ) -> StdioOutcome:
     """Run a program (`{"mode": "stdio", "program": ...}` or an `exec` payload) with `stdin`.
 
-    `extra` descriptors become its numbers 4 and up. SandboxError if the sandbox fails.
+    `extra` descriptors become its numbers 4 and up. SandboxError if the sandbox fails, twice.
     """
+    return _twice(lambda: _run_with_input(sandbox, payload, stdin, limits, extra))
+
+
+def _run_with_input(
+    sandbox: Sandbox, payload: Mapping[str, Any], stdin: bytes, limits: Limits, extra: Sequence[int]
+) -> StdioOutcome:
     is_native = payload["mode"] == "exec"
     with _files(_payload(payload), stdin, b"", b"") as (program, standard_in, out, err):
         role = Role(
@@ -93,7 +100,7 @@ def call_function(
 
     Each call has `limits.wall_s`: one that is cut off after others had used the time is tried again, first in a process
     of its own. A call that ends its process fails, and those after it get a new process. SandboxError if the sandbox
-    fails.
+    fails, twice.
     """
     answers: list[CallOutcome] = []
     spent = 0.0
@@ -101,7 +108,7 @@ def call_function(
         if spent > limits.problem_s:
             over = CallOutcome(error="no time left for this problem", is_timeout=True)
             return answers + [over] * (len(calls) - len(answers))
-        lines, outcome, stderr = _call_once(sandbox, program, entry_point, calls[len(answers) :], limits)
+        lines, outcome, stderr = _call_rest(sandbox, program, entry_point, calls[len(answers) :], limits)
         spent += outcome.wall_s
         if not lines or lines[0] != {"loaded": True}:
             error = str(lines[0].get("e")) if lines and type(lines[0]) is dict else _describe_end(outcome, stderr)
@@ -116,7 +123,11 @@ def call_function(
 
 
 def run_tests(sandbox: Sandbox, program: str, entry_point: str, tests: str, limits: Limits) -> TestsOutcome:
-    """Run `tests` in a process that calls the program in another. SandboxError if the sandbox fails."""
+    """Run `tests` in a process that calls the program in another. SandboxError if the sandbox fails, twice."""
+    return _twice(lambda: _run_tests(sandbox, program, entry_point, tests, limits))
+
+
+def _run_tests(sandbox: Sandbox, program: str, entry_point: str, tests: str, limits: Limits) -> TestsOutcome:
     serve = _payload({"mode": "serve", "program": program})
     check = _payload({"mode": "tests", "tests": tests, "entry_point": entry_point})
     with (
@@ -144,7 +155,17 @@ def kernel_limits(limits: Limits, *, reserves_address_space: bool = False) -> di
     }
 
 
-def _call_once(
+def _twice(action: Callable[[], Answer]) -> Answer:
+    """Do it again if the sandbox failed: its supervisor may have been killed, by the system short of memory for one."""
+    try:
+        return action()
+    except SandboxUnavailableError:
+        raise
+    except SandboxError:
+        return action()
+
+
+def _call_rest(
     sandbox: Sandbox, program: str, entry_point: str, calls: Sequence[Mapping[str, Any]], limits: Limits
 ) -> tuple[list[Any], Outcome, str]:
     cases = [
@@ -152,6 +173,10 @@ def _call_once(
         for c in calls
     ]
     payload = _payload({"mode": "function", "program": program, "entry_point": entry_point, "cases": cases})
+    return _twice(lambda: _call_once(sandbox, payload, limits))
+
+
+def _call_once(sandbox: Sandbox, payload: bytes, limits: Limits) -> tuple[list[Any], Outcome, str]:
     with _files(payload, b"", b"") as (program_file, err, results), _null() as null:
         role = Role(descriptors=(null, null, err, program_file, results), limits=kernel_limits(limits))
         outcome = sandbox.run([role], limits.wall_s)

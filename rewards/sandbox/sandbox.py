@@ -113,7 +113,8 @@ class Sandbox:
             raise SandboxUnavailableError(
                 f"sandbox.level is {level}, below sandbox.minimum_level {minimum_level}; lower the latter to allow it"
             )
-        self._minimum_level = minimum_level
+        self._minimum_level: Level = minimum_level
+        self._forced_level = level
         self._packages = tuple(packages)
         self._runnable = tuple(os.path.realpath(path) for path in runnable if os.path.exists(path))
         self._workers = workers or len(
@@ -121,12 +122,14 @@ class Sandbox:
         )
         self._scratch_dir = scratch_dir
         self._level: Level | None = None
+        self._toolchains: dict[tuple[str, ...], Sandbox] = {}
         self._reasons: dict[Level, str] = {}
         self._reset()
 
     def _reset(self) -> None:
         self._owner = os.getpid()
         self._lock = threading.Lock()
+        self._start_lock = threading.Lock()
         self._free = threading.Semaphore(self._workers)
         self._idle: list[Zygote] = []
         self._busy: set[Zygote] = set()
@@ -145,10 +148,25 @@ class Sandbox:
         """Why stronger levels are not in force, by level."""
         return dict(self._reasons)
 
+    def with_toolchain(self, runnable: Sequence[str]) -> Sandbox:
+        """A sandbox like this one, closed with it, whose programs may also reach and execute what is in `runnable`."""
+        key = tuple(runnable)
+        with self._lock:
+            if key not in self._toolchains:
+                self._toolchains[key] = Sandbox(
+                    minimum_level=self._minimum_level,
+                    level=self._forced_level,
+                    packages=(),
+                    runnable=key,
+                    workers=self._workers,
+                    scratch_dir=self._scratch_dir,
+                )
+            return self._toolchains[key]
+
     def run(self, roles: Sequence[Role], wall_s: float) -> Outcome:
         """Run the roles side by side until the last of them ends or `wall_s` seconds are over, then end them all.
 
-        SandboxError if the sandbox itself failed, twice. The descriptors stay the caller's.
+        SandboxError if the sandbox itself failed. The descriptors stay the caller's.
         """
         flat: list[int] = []
         described = []
@@ -169,8 +187,11 @@ class Sandbox:
         with self._lock:
             zygotes = [*self._idle, *self._busy]
             self._idle.clear()
+            toolchains = list(self._toolchains.values())
         for zygote in zygotes:
             zygote.close()
+        for toolchain in toolchains:
+            toolchain.close()
 
     def __enter__(self) -> Sandbox:
         return self
@@ -204,7 +225,7 @@ class Sandbox:
                     zygote.close()
 
     def _start(self) -> Zygote:
-        with self._lock:
+        with self._start_lock:
             candidates = [self._level] if self._level else self._candidates
             for level in candidates:
                 try:

@@ -109,7 +109,7 @@ def decode(data: Any, handle: Hook | None = None, depth: int = 0) -> Any:
     ((tag, body),) = data.items()
     try:
         return _decode_tagged(tag, body, handle, depth + 1)
-    except (TypeError, ValueError, ArithmeticError, KeyError) as error:
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise WireError(f"not a value: {type(error).__name__}") from error
 
 
@@ -165,7 +165,7 @@ def _decode_tagged(tag: str, body: Any, handle: Hook | None, depth: int) -> Any:
     if build is None or type(body) is not list:
         raise WireError("not a value")
     items = [decode(item, handle, depth) for item in body]
-    if tag in "rp" and not all(type(item) is int for item in items):
+    if tag in _INTS and [type(item) for item in items] != [int] * _INTS[tag]:
         raise WireError("not a value")
     return build(items)
 
@@ -179,6 +179,10 @@ _CONTAINERS: dict[str, Callable[[list[Any]], Any]] = {
     "r": lambda items: range(*items),
     "p": lambda items: fractions.Fraction(*items),
 }
+
+
+_INTS = {"r": 3, "p": 2}
+"""Kinds built of so many ints."""
 
 
 def _string(body: Any) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import gc
 import importlib
 import os
@@ -91,11 +92,11 @@ def _set_up_and_serve(control: socket.socket, config: Mapping[str, Any]) -> int:
 def _outlive(supervisor: int) -> int:
     """Outside the pid namespace: wait for the supervisor, and end it if the trainer is gone."""
     trainer = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
     while True:
         pid, status = os.waitpid(supervisor, os.WNOHANG)
         if pid:
             return os.waitstatus_to_exitcode(status) & 0xFF
-        signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.sigtimedwait([signal.SIGCHLD], PARENT_CHECK_S)
         if os.getppid() != trainer:
             os.kill(supervisor, signal.SIGKILL)
@@ -246,7 +247,7 @@ class _Supervisor:
 
     def _fork(self, role: Mapping[str, Any], position: int, descriptors: list[int]) -> _Run:
         limits = jail.RunLimits(**role["limits"])
-        scratch = self._make_scratch(position)
+        scratch = self._make_scratch(position, limits.disk_bytes)
         status_read, status_write = os.pipe()
         os.set_blocking(status_read, False)
         if self._walls.namespaces:
@@ -299,15 +300,29 @@ class _Supervisor:
         finally:
             os._exit(code)
 
-    def _make_scratch(self, position: int) -> str:
+    def _make_scratch(self, position: int, disk_bytes: int) -> str:
         if self._walls.namespaces:
             return ""
         self._count += 1
+        self._require_room(disk_bytes)
         path = os.path.join(self._scratch_parents[position], f"run-{self._count}")
         os.mkdir(path, 0o700)
         if self._walls.drop_user:
             os.chown(path, namespaces.UNPRIVILEGED_ID, namespaces.UNPRIVILEGED_ID)
         return path
+
+    def _require_room(self, disk_bytes: int) -> None:
+        """A program that may write so much must not fail because others have filled the disk."""
+        disk = os.statvfs(self._scratch)
+        free = disk.f_bavail * disk.f_frsize
+        # A file system without a table of files says that it has none at all.
+        if free < disk_bytes or (disk.f_files and disk.f_favail < jail.MAX_SCRATCH_FILES):
+            raise OSError(
+                errno.ENOSPC,
+                f"{self._scratch} has room for {free >> 20} MiB in {disk.f_favail} files, a run may write "
+                f"{disk_bytes >> 20} MiB in {jail.MAX_SCRATCH_FILES}; make room there, lower limits.disk_mb or choose "
+                "another sandbox.scratch_dir",
+            )
 
     def _address_space(self) -> int:
         if self._statm is None:
