@@ -15,7 +15,7 @@ TOLERANCE = 1e-6
 RELATIVE_TOLERANCE = 1e-9
 """And for large ones what rounding in the last printed digits makes of it; matters from 1000 on."""
 
-_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,4})?")
+_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
 _MAX_NUMBER = 400
 """Longest token that is read as a number."""
 

@@ -181,7 +181,7 @@ def _judge_stdio(
     payload: Mapping[str, Any] = {"mode": "stdio", "program": program}
     compiled: Compiled | None = None
     if language != "python":
-        sandbox = sandbox.with_toolchain(find_language(language).runnable)
+        sandbox = sandbox.with_toolchain(find_language(language).toolchain)
         compiled = compile_program(sandbox, language, program, limits)
         if compiled.error is not None:
             return _Verdict(passed=0, total=len(problem["cases"]), detail=compiled.error)

@@ -42,6 +42,7 @@ def run_payload(home: str) -> int:
 def _prepare_process(home: str) -> None:
     os.environ.clear()
     os.environ.update({"HOME": home, "TMPDIR": home, "PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"})
+    os.environ["OPENSSL_CONF"] = os.devnull  # node ends where it is forbidden to read the one in /etc
     random.seed()
     numpy_random = sys.modules.get("numpy.random")
     if numpy_random is not None:

@@ -32,8 +32,10 @@ class Walls:
     """The zygote is root outside any user namespace, and runs become nobody."""
     readable: tuple[str, ...]
     """Files and folders of the runtime."""
-    runnable: tuple[str, ...]
-    """Files and folders whose programs may be executed, by profiles that may execute at all."""
+    toolchain: tuple[str, ...]
+    """Files and folders of a compiled language: to be read, and executed by the `compile` profile."""
+    executable: tuple[str, ...]
+    """The files that the `exec` profile may execute: an interpreter, and what loads programs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,12 +93,13 @@ def confine(
     return status
 
 
-def make_ruleset(walls: Walls, scratch: str) -> int:
-    """Landlock's ruleset for runs whose scratch folders are below `scratch`. OSError if the kernel refuses it."""
+def make_ruleset(walls: Walls, scratch: str, profile: seccomp.Profile) -> int:
+    """Landlock's ruleset for runs with scratch folders below `scratch`. OSError if the kernel refuses it."""
     places = [(path, landlock.READ) for path in walls.readable]
-    places += [(path, landlock.RUN) for path in walls.runnable]
+    places += [(path, landlock.RUN if profile == "compile" else landlock.READ) for path in walls.toolchain]
+    places += [(path, landlock.RUN) for path in walls.executable if profile == "exec"]
     places += [(path, landlock.READ) for path in ("/dev/zero", "/dev/random", "/dev/urandom")]
-    places += [("/dev/null", landlock.READ | landlock.WRITE), (scratch, landlock.WRITE | landlock.RUN)]
+    places += [("/dev/null", landlock.READ | landlock.WRITE), (scratch, landlock.WRITE)]
     rules = [landlock.open_rule(path, rights) for path, rights in places if os.path.exists(path)]
     ruleset = landlock.make_ruleset(rules, walls.landlock_abi)
     for rule in rules:

@@ -11,6 +11,7 @@ from typing import Any
 
 from rewards.sandbox.files import open_anonymous_file, read_tail
 from rewards.sandbox.limits import Limits
+from rewards.sandbox.runtime import Toolchain, find_toolchain
 from rewards.sandbox.sandbox import Role, Sandbox, SandboxError
 
 COMPILE_S = 30.0
@@ -44,11 +45,9 @@ class Language:
         return os.path.realpath(path)
 
     @property
-    def runnable(self) -> tuple[str, ...]:
-        """What the toolchain needs to reach and to execute."""
-        prefix = os.path.dirname(os.path.dirname(self.command))
-        parts = ("bin", "lib", "lib64", "libexec", "include", "share/nodejs")
-        return tuple(f"{place}/{part}" for place in dict.fromkeys(("/usr", prefix)) for part in parts)
+    def toolchain(self) -> Toolchain:
+        """What its programs need. SandboxError if it is not installed."""
+        return find_toolchain(self.command)
 
 
 LANGUAGES: Mapping[str, Language] = {

@@ -88,7 +88,8 @@ def _make_root(readable: Sequence[str]) -> None:
         raise OSError(2, f"no folder to build the root on (tried {', '.join(_STAGES)})")
     linux.mount("root", stage, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "size=1m,nr_inodes=4096,mode=0755")
     for path in (*readable, *_DEVICES):
-        _bind(path, stage + path)
+        if not any(path != other and _is_inside(path, other) for other in readable):
+            _bind(path, stage + path)
     for link in _LINKS:
         if os.path.islink(link) and not os.path.lexists(stage + link):
             os.symlink(os.readlink(link), stage + link)

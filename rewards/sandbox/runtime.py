@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import struct
 import sys
 import sysconfig
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,25 @@ class Runtime:
     """Files and folders that programs may read."""
     packages: tuple[str, ...]
     """Packages imported before the first program."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Toolchain:
+    """The files that programs of another language need, as real paths."""
+
+    folders: tuple[str, ...] = ()
+    """Compilers and libraries."""
+    executables: tuple[str, ...] = ()
+    """What a program's own process may execute."""
+
+
+def find_toolchain(command: str) -> Toolchain:
+    """The toolchain of a compiler or interpreter at this real path."""
+    prefix = os.path.dirname(os.path.dirname(command))
+    parts = ("bin", "lib", "lib64", "libexec", "include", "share/nodejs")
+    folders = [f"{place}/{part}" for place in ("/usr", prefix) for part in parts]
+    loader = _find_loader(command)
+    return Toolchain(folders=_existing(folders), executables=(command, loader) if loader else (command,))
 
 
 def find_runtime(packages: Sequence[str] = ("numpy",)) -> Runtime:
@@ -52,6 +72,21 @@ def find_runtime(packages: Sequence[str] = ("numpy",)) -> Runtime:
         readable=_existing(readable),
         packages=tuple(found),
     )
+
+
+def _find_loader(command: str) -> str | None:
+    """The program that loads this one's shared libraries, as its ELF header names it; None for a script."""
+    with open(command, "rb") as file:
+        data = file.read(1 << 16)
+    if data[:5] != b"\x7fELF\x02":
+        return None
+    (table,) = struct.unpack_from("<Q", data, 32)
+    entry_size, entries = struct.unpack_from("<HH", data, 54)
+    for number in range(entries):
+        kind, _, offset, _, _, size = struct.unpack_from("<IIQQQQ", data, table + number * entry_size)
+        if kind == 3:  # PT_INTERP
+            return os.path.realpath(data[offset : offset + size].rstrip(b"\0").decode())
+    return None
 
 
 def _library_dirs() -> list[str]:

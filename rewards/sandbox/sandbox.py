@@ -19,7 +19,7 @@ from typing import Any, Literal
 from rewards.sandbox.cleanup import remove_tree
 from rewards.sandbox.files import open_anonymous_file, read_tail
 from rewards.sandbox.messages import receive_message, send_message
-from rewards.sandbox.runtime import Runtime, find_runtime
+from rewards.sandbox.runtime import Runtime, Toolchain, find_runtime
 
 Level = Literal["A", "B", "C", "D"]
 
@@ -96,14 +96,14 @@ class Sandbox:
         minimum_level: Level = "B",
         level: Level | None = None,
         packages: Sequence[str] = ("numpy",),
-        runnable: Sequence[str] = (),
+        toolchain: Toolchain | None = None,
         workers: int | None = None,
         scratch_dir: str | None = None,
     ) -> None:
         """`level`: use this one, not the strongest there is. `packages`: importable by programs, if installed.
 
-        `runnable`: files and folders whose programs a compiled language needs. `workers`: runs at a time, one a core
-        by default. `scratch_dir`: where scratch folders go at levels B to D (default: the temporary folder).
+        `toolchain`: of a language beside Python. `workers`: runs at a time, one a core by default. `scratch_dir`: where
+        scratch folders go at levels B to D (default: the temporary folder).
         """
         for name, value in (("minimum_level", minimum_level), ("level", level)):
             if value is not None and value not in LEVELS:
@@ -116,13 +116,13 @@ class Sandbox:
         self._minimum_level: Level = minimum_level
         self._forced_level = level
         self._packages = tuple(packages)
-        self._runnable = tuple(os.path.realpath(path) for path in runnable if os.path.exists(path))
+        self._toolchain = toolchain or Toolchain()
         self._workers = workers or len(
             os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
         )
         self._scratch_dir = scratch_dir
         self._level: Level | None = None
-        self._toolchains: dict[tuple[str, ...], Sandbox] = {}
+        self._toolchains: dict[Toolchain, Sandbox] = {}
         self._reasons: dict[Level, str] = {}
         self._reset()
 
@@ -148,20 +148,19 @@ class Sandbox:
         """Why stronger levels are not in force, by level."""
         return dict(self._reasons)
 
-    def with_toolchain(self, runnable: Sequence[str]) -> Sandbox:
-        """A sandbox like this one, closed with it, whose programs may also reach and execute what is in `runnable`."""
-        key = tuple(runnable)
+    def with_toolchain(self, toolchain: Toolchain) -> Sandbox:
+        """A sandbox like this one, closed with it, for programs of another language."""
         with self._lock:
-            if key not in self._toolchains:
-                self._toolchains[key] = Sandbox(
+            if toolchain not in self._toolchains:
+                self._toolchains[toolchain] = Sandbox(
                     minimum_level=self._minimum_level,
                     level=self._forced_level,
                     packages=(),
-                    runnable=key,
+                    toolchain=toolchain,
                     workers=self._workers,
                     scratch_dir=self._scratch_dir,
                 )
-            return self._toolchains[key]
+            return self._toolchains[toolchain]
 
     def run(self, roles: Sequence[Role], wall_s: float) -> Outcome:
         """Run the roles side by side until the last of them ends or `wall_s` seconds are over, then end them all.
@@ -229,7 +228,7 @@ class Sandbox:
             candidates = [self._level] if self._level else self._candidates
             for level in candidates:
                 try:
-                    zygote = Zygote(level, self._runtime, self._runnable, self._scratch_dir)
+                    zygote = Zygote(level, self._runtime, self._toolchain, self._scratch_dir)
                 except SandboxError as error:
                     self._reasons[level] = str(error)
                     continue
@@ -249,7 +248,7 @@ class Sandbox:
 class Zygote:
     """The trainer's handle on one supervisor process."""
 
-    def __init__(self, level: Level, runtime: Runtime, runnable: Sequence[str], scratch_dir: str | None) -> None:
+    def __init__(self, level: Level, runtime: Runtime, toolchain: Toolchain, scratch_dir: str | None) -> None:
         """Start it and run nothing in it once, to see that every wall stands. SandboxError if one does not."""
         features = LEVELS[level]
         self._scratch = "" if features["namespaces"] else _make_scratch_dir(scratch_dir)
@@ -275,7 +274,8 @@ class Zygote:
                 **features,
                 "scratch": self._scratch,
                 "readable": runtime.readable,
-                "runnable": runnable,
+                "toolchain": toolchain.folders,
+                "executable": toolchain.executables,
                 "module_path": runtime.module_path,
                 "packages": runtime.packages,
             }

@@ -32,6 +32,7 @@ TICK_S = 0.02
 """How often threads and scratch use are looked at where no namespace limits them, seconds."""
 PARENT_CHECK_S = 2.0
 """How often it is checked that the trainer is still there, seconds; its socket may outlive it in a forked worker."""
+PROFILES: tuple[seccomp.Profile, ...] = ("threads", "exec", "compile")
 _M_ARENA_MAX = -8
 MAX_ROLES = 2
 """Processes of one run."""
@@ -63,7 +64,7 @@ def _set_up_and_serve(control: socket.socket, config: Mapping[str, Any]) -> int:
     proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY) if os.path.isdir("/proc/self") else None
     if config["namespaces"]:
         assert proc is not None, "namespaces without /proc"
-        namespaces.enter_namespaces((*config["readable"], *config["runnable"]), proc)
+        namespaces.enter_namespaces((*config["readable"], *config["toolchain"], *config["executable"]), proc)
         pid = os.fork()
         if pid:
             control.close()
@@ -76,12 +77,13 @@ def _set_up_and_serve(control: socket.socket, config: Mapping[str, Any]) -> int:
         seccomp=config["seccomp"],
         drop_user=is_root and _can_become_unprivileged(config["readable"]),
         readable=tuple(config["readable"]),
-        runnable=tuple(config["runnable"]),
+        toolchain=tuple(config["toolchain"]),
+        executable=tuple(config["executable"]),
     )
     _settle(walls)
     _warm_up(config)
     supervisor = _Supervisor(control, walls, proc, config["scratch"])
-    for profile in ("threads", "exec", "compile") if walls.seccomp else ():
+    for profile in PROFILES if walls.seccomp else ():
         seccomp.assemble_filter(profile, platform.machine())
     gc.collect()
     gc.freeze()
@@ -166,7 +168,8 @@ class _Supervisor:
         self._count = 0
         self._scratch_parents = _make_scratch_parents(walls, scratch)
         self._rulesets = [
-            jail.make_ruleset(walls, path) if walls.landlock_abi else -1 for path in self._scratch_parents
+            {profile: jail.make_ruleset(walls, path, profile) if walls.landlock_abi else -1 for profile in PROFILES}
+            for path in self._scratch_parents
         ]
         self._proc = proc
         self._own_pids = os.open("self/ns/pid", os.O_RDONLY, dir_fd=proc) if walls.namespaces else None
@@ -288,7 +291,7 @@ class _Supervisor:
                     [descriptors[index] for index in role["descriptors"]],
                     profile=role["profile"],
                     scratch=home,
-                    ruleset=self._rulesets[position],
+                    ruleset=self._rulesets[position][role["profile"]],
                     base_address_space=self._address_space(),
                     status=status,
                 )
