@@ -25,6 +25,21 @@ from typing import Any
 Row = Mapping[str, Any]
 CodeProblem = dict[str, Any]
 
+PRELUDE = """
+from math import *
+from operator import *
+from string import *
+from itertools import *
+from functools import *
+from collections import *
+from heapq import *
+from bisect import *
+from builtins import *
+from typing import *
+import sys, os, math, cmath, re, string, random, itertools, functools, collections, heapq, bisect, operator, copy, json
+"""
+"""What the sites of functional problems import for a program; LeetCode's signatures need `List` at least."""
+
 MAX_CASES_BYTES = 256 << 20
 """Largest unpacked set of private cases; the largest of LiveCodeBench is near 100 MiB."""
 
@@ -130,7 +145,7 @@ def _function_problem(name: str, pairs: Sequence[tuple[Any, Any]]) -> CodeProble
         if isinstance(expected, list) and len(expected) == 1 and not isinstance(given, str):
             case["expected_any"] = [expected, expected[0]]
         cases.append(case)
-    return {"style": "function", "entry_point": name, "cases": cases}
+    return {"style": "function", "entry_point": name, "prelude": PRELUDE, "cases": cases}
 
 
 def _text(value: Any) -> str:

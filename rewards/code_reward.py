@@ -57,7 +57,8 @@ def score_program(
         {"style": "function", "entry_point", "cases": [{"args", "kwargs", "expected"}]}
         {"style": "assert", "entry_point", "tests": "source with asserts"}
 
-    A function's case may have `expected_any`, a list of which each value will do. May be called from many threads.
+    A function's case may have `expected_any`, a list of values of which each will do. `prelude`, with stdio and
+    function, is source to run before the program: imports its author could rely on. May be called from many threads.
 
     The program is never the cause of an exception. A run that could not be judged for reasons of the machine's has the
     status `error` and no reward. ValueError for a malformed problem; SandboxUnavailableError if the machine does not
@@ -178,7 +179,7 @@ def _judge_stdio(
     sandbox: Sandbox, program: str, problem: Mapping[str, Any], limits: Limits, stop_at_failure: bool
 ) -> _Verdict:
     language = problem.get("language", "python")
-    payload: Mapping[str, Any] = {"mode": "stdio", "program": program}
+    payload: Mapping[str, Any] = {"mode": "stdio", "program": program, "prelude": problem.get("prelude", "")}
     compiled: Compiled | None = None
     if language != "python":
         sandbox = sandbox.with_toolchain(find_language(language).toolchain)
@@ -236,7 +237,7 @@ def _judge_function(
     sandbox: Sandbox, program: str, problem: Mapping[str, Any], limits: Limits, stop_at_failure: bool
 ) -> _Verdict:
     cases = problem["cases"]
-    answers = call_function(sandbox, program, problem["entry_point"], cases, limits)
+    answers = call_function(sandbox, program, problem["entry_point"], cases, limits, prelude=problem.get("prelude", ""))
     failures = [
         (number, _explain(answer, case["expected"]))
         for number, (answer, case) in enumerate(zip(answers, cases, strict=True))

@@ -96,7 +96,10 @@ class _Proxy:
 
 
 def run_tests(source: str, entry_point: str) -> int:
-    """Run the tests and write what came of them: the static count, `+` or `-why` per assertion, `.` at the very end."""
+    """Run the tests and write what came of them: the static count, `+` or `-why` per assertion, `.` at the very end.
+
+    Of very many that hold, `+1000` stands for so many.
+    """
     connection = _Connection()
     record = _Recorder()
     try:
@@ -116,6 +119,7 @@ def run_tests(source: str, entry_point: str) -> int:
     except BaseException as error:  # noqa: BLE001 - whatever ends the tests is what came of them
         record.write(f"-{type(error).__name__}: {error}"[:300])
         return 0
+    record.flush()
     if not connection.is_broken:
         record.write(".")
     return 0
@@ -124,14 +128,26 @@ def run_tests(source: str, entry_point: str) -> int:
 class _Recorder:
     """Writes the events."""
 
+    def __init__(self) -> None:
+        self._passed = 0
+        self._written = 0
+
     def write(self, line: str) -> None:
         os.write(RESULTS, line.replace("\n", " ").encode("utf-8", "backslashreplace") + b"\n")
+
+    def flush(self) -> None:
+        """Write the assertions that held since the last time."""
+        if self._passed > self._written:
+            self.write(f"+{self._passed - self._written}")
+            self._written = self._passed
 
     def case(self, test: Callable[[], Any], text: str) -> None:
         """One assertion: passed, failed, or raised. A lost program ends the tests."""
         try:
             if test():
-                self.write("+")
+                self._passed += 1
+                if self._passed <= 1000 or self._passed - self._written == 1000:
+                    self.flush()
             else:
                 self.write(f"-assert {text}")
         except Exception as error:  # noqa: BLE001 - a test that raises has failed, whatever it raised

@@ -35,7 +35,7 @@ def run_payload(home: str) -> int:
         return _guarded(lambda: _compile(payload) if mode == "compile" else _become(payload))
     if mode == "stdio":
         os.close(PAYLOAD)
-        return _as_main(payload["program"])
+        return _as_main(payload["program"], payload.get("prelude", ""))
     return _MODES[mode](payload)
 
 
@@ -48,6 +48,8 @@ def _prepare_process(home: str) -> None:
     if numpy_random is not None:
         numpy_random.seed()
     sys.argv = ["solution.py"]
+    # A program may recurse as deep as in an interpreter of its own, where nothing stands below it.
+    sys.setrecursionlimit(1000 + _stack_depth())
     stdin = io.BufferedReader(io.FileIO(0, closefd=False))
     sys.stdin = io.TextIOWrapper(stdin, "utf-8", "surrogateescape")
     stdout, stderr = (io.BufferedWriter(io.FileIO(number, "w", closefd=False)) for number in (1, 2))
@@ -56,18 +58,26 @@ def _prepare_process(home: str) -> None:
     vars(sys).update(__stdin__=sys.stdin, __stdout__=sys.stdout, __stderr__=sys.stderr)
 
 
-def _as_main(source: str) -> int:
+def _stack_depth() -> int:
+    depth, frame = 0, sys._getframe()
+    while frame.f_back is not None:
+        depth, frame = depth + 1, frame.f_back
+    return depth
+
+
+def _as_main(source: str, prelude: str) -> int:
     """Run a program as the interpreter would: threads joined, exit handlers run, output flushed. Its exit status."""
-    status = _guarded(lambda: _execute(source))
+    status = _guarded(lambda: _execute(source, "__main__", prelude))
     status = _guarded(threading._shutdown) or status  # type: ignore[attr-defined]
     status = _guarded(atexit._run_exitfuncs) or status
     return _guarded(sys.stdout.flush) or status
 
 
-def _execute(source: str) -> Mapping[str, Any]:
-    module = types.ModuleType("__main__")
-    module.__dict__["__builtins__"] = __builtins__
-    sys.modules["__main__"] = module
+def _execute(source: str, name: str, prelude: str) -> Mapping[str, Any]:
+    module = types.ModuleType(name)
+    module.__dict__.update(__builtins__=__builtins__, __file__="solution.py")
+    sys.modules[name] = module
+    exec(compile(prelude, "prelude.py", "exec", dont_inherit=True), module.__dict__)  # noqa: S102 - the jail is for this
     exec(compile(source, "solution.py", "exec", dont_inherit=True), module.__dict__)  # noqa: S102 - the jail is for this
     return module.__dict__
 
@@ -89,7 +99,7 @@ def _guarded(action: Callable[[], Any]) -> int:
 
 def _call_function(payload: Mapping[str, Any]) -> int:
     """Call the entry point with each case's arguments: one line of JSON a case, after one that says it loaded."""
-    namespace, error = _load_program(payload["program"])
+    namespace, error = _load_program(payload)
     if namespace is None:
         os.write(RESULTS, wire.dumps({"e": error}) + b"\n")
         return 0
@@ -102,7 +112,7 @@ def _call_function(payload: Mapping[str, Any]) -> int:
 
 def _serve_calls(payload: Mapping[str, Any]) -> int:
     """Answer the calls that the tests' process makes, until it hangs up."""
-    namespace, error = _load_program(payload["program"])
+    namespace, error = _load_program(payload)
     wire.send_frame(ANSWER_OUT, {"e": error} if namespace is None else {"loaded": True})
     objects: list[Any] = []
 
@@ -156,9 +166,10 @@ def _find_entry_point(namespace: Mapping[str, Any], name: str) -> Any:
     return namespace[name]
 
 
-def _load_program(source: str) -> tuple[Mapping[str, Any] | None, str]:
+def _load_program(payload: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, str]:
+    """The program's names, or why it has none; it is imported, so what it does only as `__main__` it does not do."""
     try:
-        return _execute(source), ""
+        return _execute(payload["program"], "solution", payload.get("prelude", "")), ""
     except BaseException as error:  # noqa: BLE001 - whatever a program raises, it did not load
         return None, _describe(error)
 

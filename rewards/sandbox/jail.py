@@ -24,6 +24,8 @@ class Walls:
 
     namespaces: bool
     """The zygote lives in namespaces of its own, and each run gets a pid and a mount namespace more."""
+    counts_threads: bool
+    """The kernel's limit of processes counts those of the namespace alone: since Linux 5.14, not before."""
     landlock_abi: int
     """The Landlock version in use; 0: none."""
     seccomp: bool
@@ -87,7 +89,7 @@ def confine(
     if walls.landlock_abi:
         landlock.enforce_ruleset(ruleset)
     status = _rearrange_descriptors(descriptors, status)
-    _set_limits(limits, base_address_space, nproc=walls.namespaces)
+    _set_limits(limits, base_address_space, counts_threads=walls.counts_threads)
     if walls.seccomp:
         seccomp.install_filter(seccomp.assemble_filter(profile, platform.machine()), os.getpid())
     return status
@@ -128,7 +130,7 @@ def _highest_descriptor() -> int:
     return soft if sys.platform != "linux" else 1 << 30
 
 
-def _set_limits(limits: RunLimits, base_address_space: int, *, nproc: bool) -> None:
+def _set_limits(limits: RunLimits, base_address_space: int, *, counts_threads: bool) -> None:
     wanted = {
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_CPU: limits.cpu_s,
@@ -141,8 +143,7 @@ def _set_limits(limits: RunLimits, base_address_space: int, *, nproc: bool) -> N
         wanted[resource.RLIMIT_AS] = base_address_space + limits.address_space
     if limits.data:
         wanted[resource.RLIMIT_DATA] = limits.data
-    if nproc:
-        # Counted per user of the namespace, so over the zygote's own processes only.
+    if counts_threads:
         wanted[resource.RLIMIT_NPROC] = limits.max_threads
     for kind, value in wanted.items():
         _, hard = resource.getrlimit(kind)

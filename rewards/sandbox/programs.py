@@ -94,21 +94,30 @@ def _run_with_input(
 
 
 def call_function(
-    sandbox: Sandbox, program: str, entry_point: str, calls: Sequence[Mapping[str, Any]], limits: Limits
+    sandbox: Sandbox,
+    program: str,
+    entry_point: str,
+    calls: Sequence[Mapping[str, Any]],
+    limits: Limits,
+    *,
+    prelude: str = "",
 ) -> list[CallOutcome]:
     """Call the entry point once per `{"args", "kwargs"}`, all in one process as long as that goes well.
+
+    `prelude` is source that runs before the program, in its namespace.
 
     Each call has `limits.wall_s`: one that is cut off after others had used the time is tried again, first in a process
     of its own. A call that ends its process fails, and those after it get a new process. SandboxError if the sandbox
     fails, twice.
     """
     answers: list[CallOutcome] = []
+    base = {"mode": "function", "program": program, "entry_point": entry_point, "prelude": prelude}
     spent = 0.0
     while len(answers) < len(calls):
         if spent > limits.problem_s:
             over = CallOutcome(error="no time left for this problem", is_timeout=True)
             return answers + [over] * (len(calls) - len(answers))
-        lines, outcome, stderr = _call_rest(sandbox, program, entry_point, calls[len(answers) :], limits)
+        lines, outcome, stderr = _call_rest(sandbox, base, calls[len(answers) :], limits)
         spent += outcome.wall_s
         if not lines or lines[0] != {"loaded": True}:
             error = str(lines[0].get("e")) if lines and type(lines[0]) is dict else _describe_end(outcome, stderr)
@@ -166,13 +175,13 @@ def _twice(action: Callable[[], Answer]) -> Answer:
 
 
 def _call_rest(
-    sandbox: Sandbox, program: str, entry_point: str, calls: Sequence[Mapping[str, Any]], limits: Limits
+    sandbox: Sandbox, base: Mapping[str, Any], calls: Sequence[Mapping[str, Any]], limits: Limits
 ) -> tuple[list[Any], Outcome, str]:
     cases = [
         {"args": wire.encode(list(c.get("args", ()))), "kwargs": wire.encode(dict(c.get("kwargs") or {}))}
         for c in calls
     ]
-    payload = _payload({"mode": "function", "program": program, "entry_point": entry_point, "cases": cases})
+    payload = _payload({**base, "cases": cases})
     return _twice(lambda: _call_once(sandbox, payload, limits))
 
 
@@ -202,7 +211,7 @@ def _read_answer(line: Any) -> CallOutcome:
 
 
 def _judge_record(record: Sequence[str], outcome: Outcome) -> TestsOutcome:
-    passed = sum(line == "+" for line in record)
+    passed = sum(int(line) for line in record if line.startswith("+"))
     failures = [line[1:] for line in record if line.startswith("-")]
     static = int(record[0][1:]) if record and record[0].startswith("=") else 0
     has_ended = bool(record) and record[-1] == "."

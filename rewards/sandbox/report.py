@@ -81,7 +81,7 @@ def describe_machine() -> str:
 _ATTEMPTS = {
     "read a file of the user's": f"open({__file__!r}).read()",
     "list the root folder": "os.listdir('/')",
-    "write to the temporary folder": "open('/tmp/grpo-sandbox-self-test', 'w')",
+    "make a folder beside the temporary ones": "os.rmdir(os.mkdir('/tmp/grpo-self-test') or '/tmp/grpo-self-test')",
     "read the trainer's environment": f"open('/proc/{os.getppid()}/environ', 'rb').read()",
     "open a socket": "socket.socket()",
     "start a process": "os.fork()",

@@ -15,6 +15,7 @@ import gc
 import importlib
 import os
 import platform
+import re
 import select
 import signal
 import site
@@ -73,6 +74,7 @@ def _set_up_and_serve(control: socket.socket, config: Mapping[str, Any]) -> int:
     is_root = os.geteuid() == 0
     walls = jail.Walls(
         namespaces=config["namespaces"],
+        counts_threads=config["namespaces"] and _linux_version() >= (5, 14),
         landlock_abi=abi,
         seccomp=config["seccomp"],
         drop_user=is_root and _can_become_unprivileged(config["readable"]),
@@ -114,6 +116,11 @@ def _can_become_unprivileged(readable: Iterable[str]) -> bool:
         except BaseException:  # noqa: BLE001
             os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def _linux_version() -> tuple[int, int]:
+    major, minor = re.findall(r"[0-9]+", platform.release())[:2]
+    return int(major), int(minor)
 
 
 def _settle(walls: jail.Walls) -> None:

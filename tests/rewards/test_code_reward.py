@@ -348,3 +348,28 @@ def test_humaneval_solutions_pass_and_broken_ones_do_not(sandbox: Sandbox) -> No
     assert len(rows) == 164
     assert right == [1.0] * 164
     assert all(reward is not None and reward < 1 for reward in broken)
+
+
+def test_a_program_recurses_as_deep_as_in_an_interpreter_of_its_own(sandbox: Sandbox) -> None:
+    deepest = "def f(n):\n    return 0 if n == 0 else f(n - 1)\n"
+    assert score_program(deepest + "print(f(990))", stdio(("", "0")), sandbox=sandbox).reward == 1.0
+    assert score_program(deepest + "print(f(1010))", stdio(("", "0")), sandbox=sandbox).reward == 0.0
+
+
+def test_a_main_guard_runs_only_where_the_program_is_main(sandbox: Sandbox) -> None:
+    program = "def f(a): return a\nif __name__ == '__main__':\n    print(sum(map(int, input().split())))"
+    assert score_program(program, SUM, sandbox=sandbox).reward == 1.0
+    assert score_program(program, function("f", ([1], 1)), sandbox=sandbox).reward == 1.0
+    assert score_program(program, asserts("f", "assert f(1) == 1"), sandbox=sandbox).reward == 1.0
+
+
+def test_a_prelude_runs_before_the_program(sandbox: Sandbox) -> None:
+    problem = {**function("f", ([[1]], 1)), "prelude": "from typing import *"}
+    assert score_program("def f(a: List[int]): return a[0]", problem, sandbox=sandbox).reward == 1.0
+
+
+def test_very_many_assertions_are_all_counted(sandbox: Sandbox) -> None:
+    source = "for n in range(150_000):\n    assert n >= 0\nassert f(1) == 1\n"
+    right = score_program("def f(a): return a", asserts("f", source, wall_s=20), sandbox=sandbox)
+    assert (right.reward, right.detail) == (1.0, "150001 of 150001 tests passed")
+    assert score_program("def f(a): return 2", asserts("f", source, wall_s=20), sandbox=sandbox).reward < 1.0
