@@ -65,13 +65,13 @@ def confine(
     *,
     profile: seccomp.Profile,
     scratch: str,
-    ruleset: int,
+    places: Sequence[landlock.Rule],
     base_address_space: int,
     status: int,
 ) -> int:
     """Put up the walls around this freshly forked process; `descriptors` become 0, 1, 2...; all others close.
 
-    `ruleset` is of `make_ruleset`: what can be made ready before the fork is, for speed. Returns the new number of
+    `places` are of `open_places`: what can be made ready before the fork is, for speed. Returns the new number of
     `status`, the one descriptor kept beside them. OSError naming what failed.
     """
     os.setsid()
@@ -79,6 +79,9 @@ def confine(
     if walls.namespaces:
         namespaces.mount_scratch(limits.disk_bytes, MAX_SCRATCH_FILES)
     os.chdir(scratch)
+    ruleset = None
+    if walls.landlock_abi:
+        ruleset = landlock.make_ruleset([*places, landlock.open_rule(scratch, landlock.WRITE)], walls.landlock_abi)
     if walls.drop_user:
         namespaces.become_unprivileged()
     if sys.platform == "linux":
@@ -86,7 +89,7 @@ def confine(
         linux.prctl(linux.PR_SET_DUMPABLE, 0)
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
         linux.drop_capabilities()
-    if walls.landlock_abi:
+    if ruleset is not None:
         landlock.enforce_ruleset(ruleset)
     status = _rearrange_descriptors(descriptors, status)
     _set_limits(limits, base_address_space, counts_threads=walls.counts_threads)
@@ -95,18 +98,14 @@ def confine(
     return status
 
 
-def make_ruleset(walls: Walls, scratch: str, profile: seccomp.Profile) -> int:
-    """Landlock's ruleset for runs with scratch folders below `scratch`. OSError if the kernel refuses it."""
+def open_places(walls: Walls, profile: seccomp.Profile) -> list[landlock.Rule]:
+    """What Landlock lets every run of a profile reach, the scratch folder aside. The caller closes the descriptors."""
     places = [(path, landlock.READ) for path in walls.readable]
     places += [(path, landlock.RUN if profile == "compile" else landlock.READ) for path in walls.toolchain]
     places += [(path, landlock.RUN) for path in walls.executable if profile == "exec"]
     places += [(path, landlock.READ) for path in ("/dev/zero", "/dev/random", "/dev/urandom")]
-    places += [("/dev/null", landlock.READ | landlock.WRITE), (scratch, landlock.WRITE)]
-    rules = [landlock.open_rule(path, rights) for path, rights in places if os.path.exists(path)]
-    ruleset = landlock.make_ruleset(rules, walls.landlock_abi)
-    for rule in rules:
-        os.close(rule.descriptor)
-    return ruleset
+    places += [("/dev/null", landlock.READ | landlock.WRITE)]
+    return [landlock.open_rule(path, rights) for path, rights in places if os.path.exists(path)]
 
 
 def _reset_signals() -> None:

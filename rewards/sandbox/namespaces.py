@@ -12,8 +12,7 @@ from collections.abc import Sequence
 
 from rewards.sandbox import linux
 
-SCRATCH_PARENT = "/sandbox"
-SCRATCH = f"{SCRATCH_PARENT}/work"
+SCRATCH = "/sandbox"
 UNPRIVILEGED_ID = 65534
 """Who a program is outside when the trainer is root, and who it believes to be inside."""
 
@@ -47,10 +46,7 @@ def become_unprivileged() -> None:
 
 
 def mount_scratch(disk_bytes: int, max_files: int) -> None:
-    """In a run's process: a mount namespace of its own, with an empty scratch folder of limited size in it.
-
-    Landlock sees through the mount: what is allowed under `SCRATCH_PARENT`, which is read-only, is allowed in it.
-    """
+    """In a run's process: a mount namespace of its own, with an empty scratch folder of limited size in it."""
     _unshare(linux.CLONE_NEWNS)
     options = f"size={disk_bytes},nr_inodes={max_files},mode=0700,uid={UNPRIVILEGED_ID},gid={UNPRIVILEGED_ID}"
     linux.mount("scratch", SCRATCH, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, options)

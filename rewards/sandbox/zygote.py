@@ -35,8 +35,6 @@ PARENT_CHECK_S = 2.0
 """How often it is checked that the trainer is still there, seconds; its socket may outlive it in a forked worker."""
 PROFILES: tuple[seccomp.Profile, ...] = ("threads", "exec", "compile")
 _M_ARENA_MAX = -8
-MAX_ROLES = 2
-"""Processes of one run."""
 _WARM = """
 abc array bisect calendar cmath collections.abc contextlib copy dataclasses datetime decimal enum fractions functools
 hashlib heapq io itertools json math numbers operator os.path random re statistics string struct textwrap threading
@@ -173,11 +171,7 @@ class _Supervisor:
         self._walls = walls
         self._scratch = scratch
         self._count = 0
-        self._scratch_parents = _make_scratch_parents(walls, scratch)
-        self._rulesets = [
-            {profile: jail.make_ruleset(walls, path, profile) if walls.landlock_abi else -1 for profile in PROFILES}
-            for path in self._scratch_parents
-        ]
+        self._places = {profile: jail.open_places(walls, profile) if walls.landlock_abi else [] for profile in PROFILES}
         self._proc = proc
         self._own_pids = os.open("self/ns/pid", os.O_RDONLY, dir_fd=proc) if walls.namespaces else None
         self._statm = None if proc is None else os.open("self/statm", os.O_RDONLY, dir_fd=proc)
@@ -226,8 +220,8 @@ class _Supervisor:
         error: str | None = None
         try:
             roles = _connect(request["roles"], descriptors)
-            for position, role in enumerate(roles):
-                runs.append(self._fork(role, position, descriptors))
+            for role in roles:
+                runs.append(self._fork(role, descriptors))
             # The roles hold their own copies now; a pipe must not stay open here when one of them ends.
             while descriptors:
                 os.close(descriptors.pop())
@@ -255,9 +249,9 @@ class _Supervisor:
             "cpu_s": sum(run.cpu_s for run in runs),
         }
 
-    def _fork(self, role: Mapping[str, Any], position: int, descriptors: list[int]) -> _Run:
+    def _fork(self, role: Mapping[str, Any], descriptors: list[int]) -> _Run:
         limits = jail.RunLimits(**role["limits"])
-        scratch = self._make_scratch(position, limits.disk_bytes)
+        scratch = self._make_scratch(limits.disk_bytes)
         status_read, status_write = os.pipe()
         os.set_blocking(status_read, False)
         if self._walls.namespaces:
@@ -265,7 +259,7 @@ class _Supervisor:
         try:
             pid = os.fork()
             if pid == 0:
-                self._become_child(role, position, limits, descriptors, scratch, status_write)
+                self._become_child(role, limits, descriptors, scratch, status_write)
         finally:
             os.close(status_write)
             if self._own_pids is not None:
@@ -281,7 +275,6 @@ class _Supervisor:
     def _become_child(
         self,
         role: Mapping[str, Any],
-        position: int,
         limits: jail.RunLimits,
         descriptors: list[int],
         scratch: str,
@@ -298,7 +291,7 @@ class _Supervisor:
                     [descriptors[index] for index in role["descriptors"]],
                     profile=role["profile"],
                     scratch=home,
-                    ruleset=self._rulesets[position][role["profile"]],
+                    places=self._places[role["profile"]],
                     base_address_space=self._address_space(),
                     status=status,
                 )
@@ -310,12 +303,12 @@ class _Supervisor:
         finally:
             os._exit(code)
 
-    def _make_scratch(self, position: int, disk_bytes: int) -> str:
+    def _make_scratch(self, disk_bytes: int) -> str:
         if self._walls.namespaces:
             return ""
         self._count += 1
         self._require_room(disk_bytes)
-        path = os.path.join(self._scratch_parents[position], f"run-{self._count}")
+        path = os.path.join(self._scratch, f"run-{self._count}")
         os.mkdir(path, 0o700)
         if self._walls.drop_user:
             os.chown(path, namespaces.UNPRIVILEGED_ID, namespaces.UNPRIVILEGED_ID)
@@ -404,16 +397,6 @@ class _Supervisor:
         with contextlib.suppress(BlockingIOError):
             while os.read(self._wake, 512):
                 pass
-
-
-def _make_scratch_parents(walls: jail.Walls, scratch: str) -> list[str]:
-    """A folder for each role's scratch folders: roles that run side by side must not reach into each other's."""
-    if walls.namespaces:
-        return [namespaces.SCRATCH_PARENT] * MAX_ROLES
-    parents = [os.path.join(scratch, f"role-{position}") for position in range(MAX_ROLES)]
-    for path in parents:
-        os.mkdir(path, 0o711)
-    return parents
 
 
 def _connect(roles: Iterable[Mapping[str, Any]], descriptors: list[int]) -> list[dict[str, Any]]:
