@@ -100,13 +100,13 @@ def endure(level: str, runs: int) -> list[Row]:
     program, problem = WORKLOADS["stdio"]
     with Sandbox(level=level, minimum_level="D", workers=2) as sandbox, ThreadPoolExecutor(2) as threads:
 
-        def judge(_: int) -> float | None:
-            return score_program(program, problem, sandbox=sandbox).reward
+        def count_wrong(share: int) -> int:
+            return sum(score_program(program, problem, sandbox=sandbox).reward != 1.0 for _ in range(share))
 
-        assert all(reward == 1.0 for reward in threads.map(judge, range(min(1000, runs))))
+        assert sum(threads.map(count_wrong, [500] * 2)) == 0
         before = census()
         started = time.perf_counter()
-        wrong = sum(reward != 1.0 for reward in threads.map(judge, range(runs)))
+        wrong = sum(threads.map(count_wrong, [runs // 2] * 2))
         seconds = time.perf_counter() - started
         after = census()
         rows = [
