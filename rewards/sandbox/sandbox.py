@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from rewards.sandbox.cgroups import ControlGroup, make_group
 from rewards.sandbox.cleanup import remove_tree
 from rewards.sandbox.files import open_anonymous_file, read_tail
 from rewards.sandbox.messages import receive_message, send_message
@@ -258,6 +259,7 @@ class Zygote:
         package_root = str(Path(__file__).resolve().parents[2])
         command = [runtime.executable, "-s", "-S", "-P", "-B", "-X", "utf8", "-c", _BOOT, str(number), package_root]
         self._process: subprocess.Popen[bytes] | None = None
+        self._group: ControlGroup | None = None
         try:
             with theirs:
                 self._process = subprocess.Popen(
@@ -279,6 +281,8 @@ class Zygote:
                 "module_path": runtime.module_path,
                 "packages": runtime.packages,
             }
+            # It waits for its configuration, so all that it will start will be in the group.
+            self._group = make_group(self._process.pid)
             hello = self.request(config, (), START_S)
             if "error" in hello:
                 raise SandboxError(hello["error"])
@@ -294,6 +298,8 @@ class Zygote:
         """Send a request and wait for its answer. SandboxError if the zygote is gone or silent."""
         self._socket.settimeout(timeout_s)
         try:
+            if self._group is not None and "roles" in message:
+                self._group.limit([role["limits"] for role in message["roles"]])
             send_message(self._socket, dict(message), descriptors)
             reply, strays = receive_message(self._socket)
         except TimeoutError:
@@ -315,6 +321,9 @@ class Zygote:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+        if self._group is not None:
+            self._group.remove()
+            self._group = None
         if self._errors >= 0:
             os.close(self._errors)
             self._errors = -1
