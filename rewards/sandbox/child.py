@@ -48,6 +48,7 @@ def _prepare_process(home: str) -> None:
     if numpy_random is not None:
         numpy_random.seed()
     sys.argv = ["solution.py"]
+    sys.orig_argv = ["python3", *sys.argv]
     # A program may recurse as deep as in an interpreter of its own, where nothing stands below it.
     sys.setrecursionlimit(1000 + _stack_depth())
     stdin = io.BufferedReader(io.FileIO(0, closefd=False))
@@ -70,7 +71,14 @@ def _as_main(source: str, prelude: str) -> int:
     status = _guarded(lambda: _execute(source, "__main__", prelude))
     status = _guarded(threading._shutdown) or status  # type: ignore[attr-defined]
     status = _guarded(atexit._run_exitfuncs) or status
-    return _guarded(sys.stdout.flush) or status
+    return _guarded(_flush) or status
+
+
+def _flush() -> None:
+    """What the interpreter flushes at its end: what now is stdout, and the stream that was."""
+    for stream in (sys.stdout, sys.__stdout__):
+        if stream is not None and not getattr(stream, "closed", False):
+            stream.flush()
 
 
 def _execute(source: str, name: str, prelude: str) -> Mapping[str, Any]:

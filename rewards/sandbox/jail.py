@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import resource
@@ -115,8 +116,9 @@ def _reset_signals() -> None:
 
 def _rearrange_descriptors(descriptors: Sequence[int], status: int) -> int:
     """`descriptors` to 0, 1, 2..., `status` right after them, the rest closed."""
-    top = 64
-    high = [os.dup2(source, top + index, inheritable=False) for index, source in enumerate([*descriptors, status])]
+    wanted = [*descriptors, status]
+    # First to free numbers above the final ones, so that no descriptor is overwritten before it has been copied.
+    high = [fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, len(wanted)) for source in wanted]
     for index, source in enumerate(high):
         os.dup2(source, index, inheritable=index < len(descriptors))
     os.closerange(len(high), _highest_descriptor())

@@ -76,6 +76,8 @@ SUM = stdio(("3 4\n", "7\n"), ("10 -4", "6"))
         "import datetime, time, random, uuid, hashlib, sqlite3, zoneinfo\ntime.localtime()\nzoneinfo.ZoneInfo('UTC')\n"
         "print(sum(map(int, input().split())))",
         "from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\nprint(sum(map(int, input().split())))",
+        "import sys\nprint(sum(map(int, input().split())))\nsys.stdout.flush()\nsys.stdout.close()",
+        "import io, sys\nprint(sum(map(int, input().split())))\nsys.stdout = io.StringIO()\nprint('lost')",
         "import pickle, sys\nclass A: pass\npickle.loads(pickle.dumps(A()))\nprint(sum(map(int, input().split())))",
     ],
 )

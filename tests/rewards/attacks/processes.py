@@ -1,6 +1,8 @@
 """Attacks that reach for other processes, the kernel and their own harness."""
 
-from tests.rewards.attacks.attack import containment
+import platform
+
+from tests.rewards.attacks.attack import containment, resource_abuse
 
 ATTACKS = [
     containment(
@@ -309,5 +311,26 @@ ATTACKS = [
         attempt(lambda: os.lstat('@SECRET_DIR@/x') and 0)
         attempt(lambda: open('@SECRET_DIR@/x', 'x'))
         """,
+    ),
+    resource_abuse(
+        "call-of-another-architecture",
+        """
+        import ctypes, mmap
+        code = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        code.write(bytes.fromhex("b814000000cd80c3"))  # mov eax, 20; int 0x80; ret: getpid of the 32-bit kind
+        address = ctypes.addressof(ctypes.c_char.from_buffer(code))
+        ctypes.CFUNCTYPE(ctypes.c_int)(address)()
+        print("done")
+        """,
+    ),
+    resource_abuse(
+        "call-by-x32-number",
+        """
+        import ctypes
+        ctypes.CDLL(None).syscall(0x40000000 + 39)
+        print("done")
+        """
+        if platform.machine() == "x86_64"
+        else "pass",
     ),
 ]
