@@ -202,18 +202,17 @@ def _run_cases(
     stop_at_failure: bool,
     compiled: Compiled | None,
 ) -> _Verdict:
-    passed, spent, is_timeout, detail = 0, 0.0, False, ""
+    passed, cut_off_s, is_timeout, detail = 0, 0.0, False, ""
     extra = () if compiled is None else compiled.descriptors
     for number, case in enumerate(cases):
-        if spent > limits.problem_s:
-            is_timeout, detail = True, detail or "no time left for this problem"
+        if not limits.has_patience(cut_off_s):
             break
         run = run_with_input(
             sandbox, payload, case.get("stdin", "").encode("utf-8", "surrogateescape"), limits, extra=extra
         )
-        spent += run.outcome.wall_s
         failure = ""
         if run.outcome.killed == "wall":
+            cut_off_s += run.outcome.wall_s
             is_timeout, failure = True, f"no end within {limits.wall_s:g} s"
         elif run.outcome.killed:
             failure = f"killed for its use of {run.outcome.killed}"

@@ -68,6 +68,7 @@ def confine(
     scratch: str,
     places: Sequence[landlock.Rule],
     base_address_space: int,
+    parent: int,
     status: int,
 ) -> int:
     """Put up the walls around this freshly forked process; `descriptors` become 0, 1, 2...; all others close.
@@ -87,6 +88,8 @@ def confine(
         namespaces.become_unprivileged()
     if sys.platform == "linux":
         linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() not in (0, parent):
+            raise OSError("the supervisor is gone")  # before the signal of its death was asked for
         linux.prctl(linux.PR_SET_DUMPABLE, 0)
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
         linux.drop_capabilities()

@@ -23,21 +23,21 @@ class Limits:
     """MiB of standard output, and of the largest single file."""
     threads: int = 64
     """Most threads at a time."""
-    total_s: float | None = None
-    """Seconds for all runs of one problem together; None: ten times `wall_s`."""
+    patience_s: float | None = None
+    """Seconds of runs cut off by `wall_s` after which a problem's other tests count as failed, unrun; None: ten times
+    `wall_s`."""
 
     def __post_init__(self) -> None:
-        for name in ("wall_s", "memory_mb", "disk_mb", "output_mb", "threads", "total_s"):
+        for name in ("wall_s", "memory_mb", "disk_mb", "output_mb", "threads", "patience_s"):
             value = getattr(self, name)
-            if value is None and name == "total_s":
+            if value is None and name == "patience_s":
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ValueError(f"limits: {name} must be a positive number, got {value!r}")
 
-    @property
-    def problem_s(self) -> float:
-        """Seconds for all runs of one problem."""
-        return 10 * self.wall_s if self.total_s is None else self.total_s
+    def has_patience(self, cut_off_s: float) -> bool:
+        """Whether more runs are worth it after so many seconds of runs that were cut off."""
+        return cut_off_s < (10 * self.wall_s if self.patience_s is None else self.patience_s)
 
 
 def merge_limits(*layers: Mapping[str, Any] | Limits | None) -> Limits:

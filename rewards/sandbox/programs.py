@@ -112,13 +112,12 @@ def call_function(
     """
     answers: list[CallOutcome] = []
     base = {"mode": "function", "program": program, "entry_point": entry_point, "prelude": prelude}
-    spent = 0.0
+    cut_off_s = 0.0
     while len(answers) < len(calls):
-        if spent > limits.problem_s:
-            over = CallOutcome(error="no time left for this problem", is_timeout=True)
+        if not limits.has_patience(cut_off_s):
+            over = CallOutcome(error="not run, after too many timeouts", is_timeout=True)
             return answers + [over] * (len(calls) - len(answers))
         lines, outcome, stderr = _call_rest(sandbox, base, calls[len(answers) :], limits)
-        spent += outcome.wall_s
         if not lines or lines[0] != {"loaded": True}:
             error = str(lines[0].get("e")) if lines and type(lines[0]) is dict else _describe_end(outcome, stderr)
             failed = CallOutcome(error=error[:300], is_timeout=outcome.killed == "wall")
@@ -127,6 +126,7 @@ def call_function(
         answers += new
         was_cut_short = outcome.killed == "wall" and new
         if len(answers) < len(calls) and not was_cut_short:
+            cut_off_s += outcome.wall_s if outcome.killed == "wall" else 0
             answers.append(CallOutcome(error=_describe_end(outcome, stderr), is_timeout=outcome.killed == "wall"))
     return answers
 

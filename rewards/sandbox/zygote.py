@@ -31,6 +31,7 @@ from rewards.sandbox.messages import receive_message, send_message
 
 TICK_S = 0.02
 """How often threads and scratch use are looked at where no namespace limits them, seconds."""
+WALLS_STAND = b"+"
 PARENT_CHECK_S = 2.0
 """How often it is checked that the trainer is still there, seconds; its socket may outlive it in a forked worker."""
 PROFILES: tuple[seccomp.Profile, ...] = ("threads", "exec", "compile")
@@ -171,6 +172,7 @@ class _Supervisor:
         self._walls = walls
         self._scratch = scratch
         self._count = 0
+        self._pid = os.getpid()
         self._places = {profile: jail.open_places(walls, profile) if walls.landlock_abi else [] for profile in PROFILES}
         self._proc = proc
         self._own_pids = os.open("self/ns/pid", os.O_RDONLY, dir_fd=proc) if walls.namespaces else None
@@ -234,20 +236,27 @@ class _Supervisor:
         self._end_orphans()
         if killed == "hung up" and error is None:
             return None
-        errors = [os.read(run.status, 4096).decode("utf-8", "replace") for run in runs]
         for run in runs:
+            error = error or self._read_status(run, killed)
             os.close(run.status)
             if run.scratch:
                 cleanup.remove_tree(run.scratch)
         last = runs[-1] if runs else None
         code = None if last is None or last.wait_status is None else os.waitstatus_to_exitcode(last.wait_status)
         return {
-            "error": error or next((text for text in errors if text), None),
+            "error": error,
             "killed": killed,
             "exit": code,
             "wall_s": wall_s,
             "cpu_s": sum(run.cpu_s for run in runs),
         }
+
+    def _read_status(self, run: _Run, killed: str | None) -> str | None:
+        """Why a run's walls did not stand, if they did not."""
+        said = os.read(run.status, 4096)
+        if said == WALLS_STAND or (not said and killed):
+            return None
+        return said.decode("utf-8", "replace") or f"a run ended with status {run.wait_status} before its walls stood"
 
     def _fork(self, role: Mapping[str, Any], descriptors: list[int]) -> _Run:
         limits = jail.RunLimits(**role["limits"])
@@ -293,11 +302,13 @@ class _Supervisor:
                     scratch=home,
                     places=self._places[role["profile"]],
                     base_address_space=self._address_space(),
+                    parent=self._pid,
                     status=status,
                 )
             except BaseException as error:  # noqa: BLE001 - said, not swallowed: a run without its walls is refused
                 os.write(status, f"{type(error).__name__}: {error}".encode()[:4000])
                 os._exit(1)
+            os.write(status, WALLS_STAND)
             os.close(status)
             code = child.run_payload(home)
         finally:

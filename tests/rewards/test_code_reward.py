@@ -34,16 +34,16 @@ def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
 
 
 def stdio(*pairs: tuple[str, str], **limits: Any) -> dict[str, Any]:
-    return {"style": "stdio", "cases": [{"stdin": i, "stdout": o} for i, o in pairs], "limits": {"wall_s": 5, **limits}}
+    return {"style": "stdio", "cases": [{"stdin": i, "stdout": o} for i, o in pairs], "limits": {"wall_s": 10, **limits}}
 
 
 def function(entry_point: str, *cases: tuple[list[Any], Any], **limits: Any) -> dict[str, Any]:
     listed = [{"args": args, "kwargs": {}, "expected": expected} for args, expected in cases]
-    return {"style": "function", "entry_point": entry_point, "cases": listed, "limits": {"wall_s": 5, **limits}}
+    return {"style": "function", "entry_point": entry_point, "cases": listed, "limits": {"wall_s": 10, **limits}}
 
 
 def asserts(entry_point: str, source: str, **limits: Any) -> dict[str, Any]:
-    return {"style": "assert", "entry_point": entry_point, "tests": source, "limits": {"wall_s": 5, **limits}}
+    return {"style": "assert", "entry_point": entry_point, "tests": source, "limits": {"wall_s": 10, **limits}}
 
 
 SUM = stdio(("3 4\n", "7\n"), ("10 -4", "6"))
@@ -375,3 +375,16 @@ def test_very_many_assertions_are_all_counted(sandbox: Sandbox) -> None:
     right = score_program("def f(a): return a", asserts("f", source, wall_s=20), sandbox=sandbox)
     assert (right.reward, right.detail) == (1.0, "150001 of 150001 tests passed")
     assert score_program("def f(a): return 2", asserts("f", source, wall_s=20), sandbox=sandbox).reward < 1.0
+
+
+def test_patience_ends_after_timeouts_and_never_for_slow_but_right_programs(sandbox: Sandbox) -> None:
+    slow = stdio(*[("3 4", "7")] * 8, wall_s=2, patience_s=0.1)
+    assert score_program("import time\ntime.sleep(0.1)\nprint(7)", slow, sandbox=sandbox).reward == 1.0
+    stuck = stdio(*[("3 4", "7")] * 50, wall_s=0.2)
+    result = score_program("while True: pass", stuck, sandbox=sandbox)
+    assert (result.reward, result.status) == (0.0, "timeout")
+    assert result.elapsed_s < 8
+    calls = function("f", *[([n], n) for n in range(50)], wall_s=0.2)
+    result = score_program("def f(n):\n    while n: pass\n    return n", calls, sandbox=sandbox)
+    assert (result.reward, result.status) == (1 / 50, "timeout")
+    assert result.elapsed_s < 8

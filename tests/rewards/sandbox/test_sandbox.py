@@ -23,7 +23,7 @@ from tests.rewards.attacks.world import find_descendants, wait_for_no_descendant
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the jail's walls are Linux's")
 
 ROOT = Path(__file__).resolve().parents[3]
-ADD = {"style": "stdio", "cases": [{"stdin": "3 4", "stdout": "7"}], "limits": {"wall_s": 5}}
+ADD = {"style": "stdio", "cases": [{"stdin": "3 4", "stdout": "7"}], "limits": {"wall_s": 30}}
 RIGHT = "print(sum(map(int, input().split())))"
 
 
@@ -279,7 +279,7 @@ def test_closing_ends_everything_at_once() -> None:
     started = time.monotonic()
     sandbox.close()
     assert wait_for_no_descendants() == []
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10
 
 
 def test_an_exit_without_closing_leaves_nothing(tmp_path: Path) -> None:
