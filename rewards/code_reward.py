@@ -158,7 +158,7 @@ def _check_problem(problem: Mapping[str, Any]) -> None:
     style = problem.get("style")
     if style not in STYLES:
         raise ValueError(f"problem: style must be one of {', '.join(STYLES)}, got {style!r}")
-    if style != "stdio" and not isinstance(problem.get("entry_point"), str):
+    if style == "function" and not isinstance(problem.get("entry_point"), str):
         raise ValueError(
             f"problem: a {style} problem needs entry_point, a function's name; got {problem.get('entry_point')!r}"
         )
@@ -255,7 +255,7 @@ def _judge_function(
 def _judge_tests(
     sandbox: Sandbox, program: str, problem: Mapping[str, Any], limits: Limits, stop_at_failure: bool
 ) -> _Verdict:
-    tests = run_tests(sandbox, program, problem["entry_point"], problem["tests"], limits)
+    tests = run_tests(sandbox, program, problem.get("entry_point") or "", problem["tests"], limits)
     return _Verdict(passed=tests.passed, total=tests.total, detail=tests.detail, is_timeout=tests.is_timeout)
 
 

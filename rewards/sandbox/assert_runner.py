@@ -190,8 +190,8 @@ class _Namespace(dict[str, Any]):
     def __init__(self, connection: _Connection, entry_point: str) -> None:
         super().__init__(__name__="__main__", __builtins__=builtins)
         self._connection = connection
-        self[entry_point] = self._stub(entry_point)
-        self.setdefault("candidate", self[entry_point])
+        if entry_point:
+            self[entry_point] = self["candidate"] = self._stub(entry_point)
 
     def __missing__(self, name: str) -> Any:
         if name.startswith("__") or name in vars(builtins):

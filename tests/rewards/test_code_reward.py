@@ -34,7 +34,11 @@ def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
 
 
 def stdio(*pairs: tuple[str, str], **limits: Any) -> dict[str, Any]:
-    return {"style": "stdio", "cases": [{"stdin": i, "stdout": o} for i, o in pairs], "limits": {"wall_s": 10, **limits}}
+    return {
+        "style": "stdio",
+        "cases": [{"stdin": i, "stdout": o} for i, o in pairs],
+        "limits": {"wall_s": 10, **limits},
+    }
 
 
 def function(entry_point: str, *cases: tuple[list[Any], Any], **limits: Any) -> dict[str, Any]:
@@ -209,6 +213,7 @@ def test_keyword_arguments_and_alternatives(sandbox: Sandbox) -> None:
             asserts("Solution().f", "def check(candidate):\n    assert candidate(x=3) == 3"),
             1.0,
         ),
+        ("def f(a): return a", asserts("", "assert f(1) == 1"), 1.0),
         ("def f(a): return a", asserts("f", "pass"), 0.0),
         ("def f(a): return a", asserts("f", "for x in []:\n    assert f(x)"), 0.0),
         (

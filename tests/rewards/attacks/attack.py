@@ -44,8 +44,8 @@ print("escaped" if escaped else "held", *escaped)
 def containment(name: str, body: str, **limits: Any) -> Attack:
     """A program whose attempts must all fail: each is `attempt(callable)`, and success is returning at all."""
     program = _PRELUDE + textwrap.dedent(body) + _VERDICT
-    problem = {"style": "stdio", "cases": [{"stdin": "", "stdout": "held\n"}], "limits": {"wall_s": 5, **limits}}
-    return Attack(name=name, program=program, problem=problem, highest=1.0, lowest=1.0)
+    problem = {"style": "stdio", "cases": [{"stdin": "", "stdout": "held\n"}], "limits": {"wall_s": 20, **limits}}
+    return Attack(name=name, program=program, problem=problem, highest=1.0, lowest=1.0, max_s=30.0)
 
 
 def resource_abuse(name: str, program: str, *, max_s: float = 8.0, **limits: Any) -> Attack:
