@@ -286,7 +286,6 @@ class Zygote:
             hello = self.request(config, (), START_S)
             if "error" in hello:
                 raise SandboxError(hello["error"])
-            self.landlock_abi: int = hello["landlock_abi"]
             self._try_walls()
         except BaseException as error:
             self.close()

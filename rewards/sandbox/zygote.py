@@ -69,12 +69,11 @@ def _set_up_and_serve(control: socket.socket, config: Mapping[str, Any]) -> int:
         if pid:
             control.close()
             return _outlive(pid)
-    abi = landlock.landlock_abi() if config["landlock"] else 0
     is_root = os.geteuid() == 0
     walls = jail.Walls(
         namespaces=config["namespaces"],
         counts_threads=config["namespaces"] and _linux_version() >= (5, 14),
-        landlock_abi=abi,
+        landlock_abi=landlock.landlock_abi() if config["landlock"] else 0,
         seccomp=config["seccomp"],
         drop_user=is_root and _can_become_unprivileged(config["readable"]),
         readable=tuple(config["readable"]),
@@ -88,7 +87,7 @@ def _set_up_and_serve(control: socket.socket, config: Mapping[str, Any]) -> int:
         seccomp.assemble_filter(profile, platform.machine())
     gc.collect()
     gc.freeze()
-    supervisor.serve({"landlock_abi": abi, "drop_user": walls.drop_user})
+    supervisor.serve()
     return 0
 
 
@@ -186,9 +185,9 @@ class _Supervisor:
         self._poll.register(self._wake, select.POLLIN)
         self._poll.register(control, select.POLLIN)
 
-    def serve(self, hello: Mapping[str, Any]) -> None:
-        """Answer requests until the trainer hangs up or is gone."""
-        send_message(self._control, dict(hello))
+    def serve(self) -> None:
+        """Say that it is ready, and answer requests until the trainer hangs up or is gone."""
+        send_message(self._control, {})
         trainer = os.getppid()
         while True:
             ready = {descriptor for descriptor, _ in self._poll.poll(PARENT_CHECK_S * 1000)}
