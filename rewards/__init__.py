@@ -9,15 +9,26 @@ from rewards.registry import resolve_reward
 from rewards.types import Problem, RewardResult
 
 if TYPE_CHECKING:
+    from rewards.code_reward import score_program
     from rewards.grader import Grader
     from rewards.math_policy import MathPolicy
     from rewards.math_reward import verify_math, verify_math_many
 
-__all__ = ["Grader", "MathPolicy", "Problem", "RewardResult", "resolve_reward", "verify_math", "verify_math_many"]
+__all__ = [
+    "Grader",
+    "MathPolicy",
+    "Problem",
+    "RewardResult",
+    "resolve_reward",
+    "score_program",
+    "verify_math",
+    "verify_math_many",
+]
 
 _LAZY = {
     "Grader": "rewards.grader",
     "MathPolicy": "rewards.math_policy",
+    "score_program": "rewards.code_reward",
     "verify_math": "rewards.math_reward",
     "verify_math_many": "rewards.math_reward",
 }

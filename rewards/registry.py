@@ -20,6 +20,8 @@ from typing import Any
 BUILT_IN: Mapping[str, str] = {
     "accuracy": "rewards.math_reward:math_reward",
     "boxed": "rewards.shaping:boxed_reward",
+    "code": "rewards.code_reward:code_reward",
+    "code_fraction": "rewards.code_reward:code_fraction_reward",
     "cosine_length": "rewards.shaping:cosine_length_reward",
     "countdown": "rewards.countdown:countdown_reward",
     "format": "rewards.format_reward:format_reward",

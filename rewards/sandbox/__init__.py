@@ -1,0 +1,1 @@
+"""A jail for programs that nobody vouches for, on Linux, without privileges."""
