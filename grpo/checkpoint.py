@@ -1,8 +1,8 @@
 """Checkpoints of a run: whole or absent, checked when read.
 
-A checkpoint is a folder `step_000050` that transformers and vLLM load as it is (weights in the Hugging Face layout, tokenizer)
-plus `trainer.safetensors` (master weights, moments), `state.json` and `manifest.json` (SHA-256 of every file). It is written
-beside its place, synced and renamed, so that a kill at any moment leaves the last good one.
+A checkpoint is a folder `step_000050` that transformers and vLLM load as it is (weights in the Hugging Face layout,
+tokenizer) plus `trainer.safetensors` (master weights, moments), `state.json` and `manifest.json` (SHA-256 of every
+file). It is written beside its place, synced and renamed, so that a kill at any moment leaves the last good one.
 
 Everything else that the future depends on (data order, seeds, learning rate) follows from the step number.
 """

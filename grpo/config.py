@@ -42,14 +42,18 @@ class DatasetConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.countdown is None) == (self.path is None):
-            raise ValueError("dataset needs exactly one of `countdown` (generated problems) and `path` (a file or hub id)")
+            raise ValueError(
+                "dataset needs exactly one of `countdown` (generated problems) and `path` (a file or hub id)"
+            )
         return self
 
 
 class BaseConfig(Section):
     """How a base model is trained from nothing, where `model` names none."""
 
-    shape: dict[str, Any] = Field(description="the policy's shape in Hugging Face's names; vocab_size comes from the task")
+    shape: dict[str, Any] = Field(
+        description="the policy's shape in Hugging Face's names; vocab_size comes from the task"
+    )
     attempts: AttemptsConfig = Field(default_factory=AttemptsConfig, description="the text of unguided attempts")
     max_steps: int = Field(ge=1, description="optimizer steps")
     tokens_per_step: int = Field(default=6144, ge=64, description="tokens of one batch, padding counted")
@@ -82,7 +86,9 @@ class Config(Section):
     base: BaseConfig | None = None
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="what the policy computes in")
     device: Literal["auto", "cpu"] = "auto"
-    num_threads: int | None = Field(default=None, ge=1, description="CPU threads a process; default: torch's own choice")
+    num_threads: int | None = Field(
+        default=None, ge=1, description="CPU threads a process; default: torch's own choice"
+    )
 
     dataset: DatasetConfig
     prompt_template: str = Field(default="r1_zero", description="`r1_zero`, `chat`, or a text with {prompt} in it")
@@ -189,7 +195,11 @@ def _explain(item: Any) -> str:
     if item["type"] == "extra_forbidden":
         allowed = _keys_at(path[:-1])
         near = difflib.get_close_matches(path[-1], allowed, n=1, cutoff=0.5)
-        hint = f"did you mean {'.'.join([*path[:-1], near[0]])!r}?" if near else f"known there: {', '.join(sorted(allowed))}"
+        hint = (
+            f"did you mean {'.'.join([*path[:-1], near[0]])!r}?"
+            if near
+            else f"known there: {', '.join(sorted(allowed))}"
+        )
         return f"unknown key {key!r}; {hint}"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "missing":

@@ -1,11 +1,12 @@
 """The countdown task: problems, and text of unguided attempts at them for a base model to learn from.
 
-A problem gives some numbers and a target; an answer is an expression that uses each number once and equals the target. Problems
-come in the columns of Jiayi-Pan/Countdown-Tasks-3to4 (`nums`, `target`), made with a seed, and are solvable by construction.
+A problem gives some numbers and a target; an answer is an expression that uses each number once and equals the target.
+Problems come in the columns of Jiayi-Pan/Countdown-Tasks-3to4 (`nums`, `target`), made with a seed, and are solvable by
+construction.
 
-The text of attempts demonstrates no search: each attempt combines the numbers at random, is worked out, and is compared with
-the target. How many there are is random too, and so is whether the text stops once the target is met. Format and arithmetic
-are there to learn; persistence, stopping at the right place and better choices are left for RL to find.
+The text of attempts demonstrates no search: each attempt combines the numbers at random, is worked out, and is compared
+with the target. How many there are is random too, and so is whether the text stops once the target is met. Format and
+arithmetic are there to learn; persistence, stopping at the right place and better choices are left for RL to find.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class AttemptsConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     go_on: float = Field(default=0.75, ge=0, lt=1, description="chance that another attempt follows a failed one")
-    stop_when_right: float = Field(default=0.5, ge=0, le=1, description="chance that the text stops at an attempt that is right")
+    stop_when_right: float = Field(
+        default=0.5, ge=0, le=1, description="chance that the text stops at an attempt that is right"
+    )
     max_attempts: int = Field(default=14, ge=1, description="attempts of one text at most")
 
 
@@ -81,8 +84,8 @@ class Attempt:
 def attempt_at_random(nums: list[int], config: CountdownConfig, rng: random.Random) -> Attempt | None:
     """Combine two random values by a random operator until one is left.
 
-    None where a step has no value within 0 and `max_value`: a difference or quotient takes the larger value first, and a
-    quotient must be whole.
+    None where a step has no value within 0 and `max_value`: a difference or quotient takes the larger value first, and
+    a quotient must be whole.
     """
     values = [(n, str(n)) for n in nums]
     steps = []

@@ -50,9 +50,7 @@ class Dataset:
         return self.problems[self._order[1][place]]
 
 
-def read_problems(
-    config: DatasetConfig, *, seed: int, split: Split | Literal["all"], count: int
-) -> list[Problem]:
+def read_problems(config: DatasetConfig, *, seed: int, split: Split | Literal["all"], count: int) -> list[Problem]:
     """At most `count` problems of the training or the held-out part, or of a file's whole.
 
     Generated problems are split by a hash of the problem itself. A file's or hub dataset's held-out part is one row in
@@ -78,7 +76,9 @@ def to_problem(row: Mapping[str, Any], config: DatasetConfig, source: str) -> Pr
     prompt = row.get(config.prompt_column)
     if isinstance(prompt, list):
         if not all(isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in prompt) or not prompt:
-            raise DatasetError(f"{source}: column {config.prompt_column!r} must hold messages with 'role' and 'content'")
+            raise DatasetError(
+                f"{source}: column {config.prompt_column!r} must hold messages with 'role' and 'content'"
+            )
     elif not isinstance(prompt, str) or not prompt.strip():
         raise DatasetError(
             f"{source}: column {config.prompt_column!r} must hold a question, got {prompt!r} "

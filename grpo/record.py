@@ -50,7 +50,9 @@ class RunFolder:
                 self._replace(stored, config.to_yaml())
                 return
         except OSError as error:
-            raise RunFolderError(f"{self.path} cannot be written: {error.strerror}; choose another output_dir") from None
+            raise RunFolderError(
+                f"{self.path} cannot be written: {error.strerror}; choose another output_dir"
+            ) from None
         if not resume:
             raise RunFolderError(
                 f"{self.path} already holds a run; continue it with --resume, or choose another name (name=...)"
