@@ -14,15 +14,17 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Split = Literal["train", "held_out"]
 HELD_OUT_SHARE = 8
 """One problem in so many is held out, by a hash of the problem itself, so that no seed can mix the two."""
 
 WORDS = ("User", ":", "Assistant", "Using", "the", "numbers", ",", "make", ".", "low", "high", "right")
+MAX_MISSES = 20_000
+"""Draws in a row without a problem that is wanted, after which there is taken to be none."""
 MARKS = ("<think>", "</think>", "<answer>", "</answer>", "+", "-", "*", "/", "=", "(", ")")
 
 
@@ -37,6 +39,15 @@ class CountdownConfig(BaseModel):
     operators: str = Field(default="+-*", pattern=r"^[-+*/]+$", description="operators that may be used, of + - * /")
     max_value: int = Field(default=99, ge=1, description="largest value of any step; targets are within 1 and this")
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.low <= self.high <= self.max_value:
+            raise ValueError(
+                f"dataset.countdown needs low <= high <= max_value, "
+                f"got low={self.low}, high={self.high}, max_value={self.max_value}"
+            )
+        return self
+
 
 class AttemptsConfig(BaseModel):
     """How the base model's text is made: the `base.attempts` section of a recipe."""
@@ -50,6 +61,10 @@ class AttemptsConfig(BaseModel):
     max_attempts: int = Field(default=14, ge=1, description="attempts of one text at most")
 
 
+class CountdownError(ValueError):
+    """A `dataset.countdown` section that has no such problems, or too few; the message says which keys to change."""
+
+
 def problem_text(nums: list[int], target: int) -> str:
     """The question in words that `vocabulary` holds."""
     return f"Using the numbers {' '.join(map(str, nums))} , make {target} ."
@@ -61,15 +76,25 @@ def vocabulary(config: CountdownConfig) -> list[str]:
 
 
 def generate_problems(config: CountdownConfig, seed: int, split: Split) -> Iterator[dict[str, Any]]:
-    """An endless stream of rows `{"nums", "target"}`, solvable by construction, all of one split."""
+    """An endless stream of rows `{"nums", "target"}`, solvable by construction, all of one split.
+
+    Raises CountdownError where there seem to be none, as with sums that all exceed `max_value`.
+    """
     rng = random.Random(f"countdown {seed} {split}")
-    while True:
+    misses = 0
+    while misses < MAX_MISSES:
+        misses += 1
         nums = [rng.randint(config.low, config.high) for _ in range(config.num_numbers)]
         attempt = attempt_at_random(nums, config, rng)
         if attempt is None or attempt.value < 1:
             continue
         if _is_held_out(nums, attempt.value) == (split == "held_out"):
+            misses = 0
             yield {"nums": nums, "target": attempt.value}
+    raise CountdownError(
+        f"dataset.countdown gives no {split} problems: {MAX_MISSES} draws of {config.num_numbers} numbers from "
+        f"{config.low} to {config.high} with {config.operators} found none; raise max_value, or widen low to high"
+    )
 
 
 class Attempt:
@@ -109,9 +134,7 @@ def write_attempts(row: dict[str, Any], config: CountdownConfig, attempts: Attem
     """A completion in the R1-Zero form: attempts at random, then the last one as the answer."""
     words = ["<think>"]
     for index in range(attempts.max_attempts):
-        attempt = None
-        while attempt is None:
-            attempt = attempt_at_random(row["nums"], config, rng)
+        attempt = _attempt(row["nums"], config, rng)
         right = attempt.value == row["target"]
         words += [" , ".join(attempt.steps), "right" if right else "low" if attempt.value < row["target"] else "high"]
         goes_on = rng.random() >= attempts.stop_when_right if right else rng.random() < attempts.go_on
@@ -119,6 +142,13 @@ def write_attempts(row: dict[str, Any], config: CountdownConfig, attempts: Attem
             break
     words += ["</think>", "<answer>", attempt.expression, "</answer>"]
     return " ".join(words)
+
+
+def _attempt(nums: list[int], config: CountdownConfig, rng: random.Random) -> Attempt:
+    """The first attempt that has a value; ends because the problem is solvable."""
+    while (attempt := attempt_at_random(nums, config, rng)) is None:
+        pass
+    return attempt
 
 
 def _is_held_out(nums: list[int], target: int) -> bool:
