@@ -1,8 +1,8 @@
 """Checkpoints of a run: whole or absent, checked when read.
 
-A checkpoint is a folder `step_000050` that transformers and vLLM load as it is (weights in the Hugging Face layout, tokenizer)
-plus `trainer.safetensors` (master weights, moments), `state.json` and `manifest.json` (SHA-256 of every file). It is written
-beside its place, synced and renamed, so that a kill at any moment leaves the last good one.
+A checkpoint is a folder `step_000050` that transformers and vLLM load as it is (weights in the Hugging Face layout,
+tokenizer) plus `trainer.safetensors` (master weights, moments), `state.json` and `manifest.json` (SHA-256 of every
+file). It is written beside its place, synced and renamed, so that a kill at any moment leaves the last good one.
 
 Everything else that the future depends on (data order, seeds, learning rate) follows from the step number.
 """
@@ -12,7 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +25,7 @@ from safetensors.torch import load_file, save_file
 import policy as policies
 from grpo.optimizer import MasterAdamW
 from policy import CheckpointError, Policy
-from policy.checkpoint import read_tensors, restore
+from policy.checkpoint import load_config, read_tensors, restore
 from policy.tokenizer import Tokenizer
 
 MANIFEST, STATE, TRAINER = "manifest.json", "state.json", "trainer.safetensors"
@@ -43,34 +46,45 @@ def save_checkpoint(
     folder: Path, step: int, policy: Policy, tokenizer: Tokenizer, optimizer: MasterAdamW, keep: int
 ) -> Path:
     """Write `folder/step_{step}` and remove all but the newest `keep`. Raises OSError where the disk refuses."""
-    folder.mkdir(parents=True, exist_ok=True)
-    target, temporary = folder / f"step_{step:06d}", folder / f".step_{step:06d}.partial"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    target = folder / f"step_{step:06d}"
+    with written_whole(target) as temporary:
         policies.save(policy, temporary)
         tokenizer.save(temporary)
         save_file(optimizer.state_tensors(), temporary / TRAINER)
         (temporary / STATE).write_text(json.dumps({"step": step}) + "\n")
         files = sorted(file for file in temporary.iterdir() if file.is_file())
         (temporary / MANIFEST).write_text(json.dumps({file.name: _digest(file) for file in files}, indent=2) + "\n")
-        for file in [*files, temporary / MANIFEST, temporary]:
-            _sync(file)
-    except SafetensorError as error:  # safetensors' own word for a write that failed
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(str(error)) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
-    _sync(folder)
     for old in _by_step(folder)[:-keep]:
         shutil.rmtree(old)
     return target
 
 
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place, synced, once the block ends without an error.
+
+    A write that the disk refuses leaves `target` as it was and raises OSError, whichever library made it.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in [*temporary.iterdir(), temporary]:
+            _sync(path)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        # safetensors has an error of its own for it, tokenizers a bare Exception that ends in "(os error 28)".
+        if isinstance(error, SafetensorError) or (type(error) is Exception and "os error" in str(error)):
+            raise OSError(str(error)) from error
+        raise
+    _sync(target.parent)
+
+
 def find_checkpoint(folder: Path) -> Found | None:
-    """The newest whole checkpoint below `folder`, or None."""
+    """The newest whole checkpoint below `folder`, or None. Raises CheckpointError where all are damaged."""
     damaged: list[str] = []
     for path in reversed(_by_step(folder)):
         if fault := _fault_of(path):
@@ -83,26 +97,51 @@ def find_checkpoint(folder: Path) -> Found | None:
     return None
 
 
+def forget_checkpoints_after(folder: Path, step: int) -> None:
+    """Remove what a kill left half-written and checkpoints of later steps: those are damaged, and stand in the place of
+    the whole ones that are to come.
+    """
+    for path in [*(path for path in _by_step(folder) if _step_of(path) > step), *folder.glob(".step_*.partial")]:
+        shutil.rmtree(path)
+
+
 def load_checkpoint(path: Path, policy: Policy, optimizer: MasterAdamW) -> None:
-    """Put weights, routers' biases, masters and moments back, in place."""
+    """Put weights, routers' biases, masters and moments back, in place.
+
+    Raises CheckpointError for a checkpoint of another shape, before anything is changed.
+    """
+    theirs, ours = load_config(path).model_dump(), policy.config.model_dump()
+    if differing := [f"{key} is {theirs[key]} there and {ours[key]} here" for key in ours if theirs[key] != ours[key]]:
+        raise CheckpointError(
+            f"{path} is of another shape ({'; '.join(differing)}); continue the run with the model that it began with, "
+            "or choose another name (name=...)"
+        )
     restore(policy, read_tensors(path), where=str(path))
     optimizer.load_state_tensors(load_file(path / TRAINER))
 
 
 def _by_step(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step_*") if path.is_dir())
+    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name) and path.is_dir()]
+    return sorted(found, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def _fault_of(path: Path) -> str | None:
     try:
         manifest: dict[str, str] = json.loads((path / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return f"no readable {MANIFEST}"
     for name, digest in manifest.items():
         if not (path / name).is_file():
             return f"{name} is missing"
-        if _digest(path / name) != digest:
-            return f"{name} is not what was written"
+        try:
+            if _digest(path / name) != digest:
+                return f"{name} is not what was written"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
     return None
 
 

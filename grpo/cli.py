@@ -60,7 +60,7 @@ def sample(
     overrides: Overrides = None,
     model: Annotated[Path | None, typer.Option(help="folder of the model; default: the run's last checkpoint")] = None,
     prompt: Annotated[str | None, typer.Option(help="question to ask; default: a held-out problem")] = None,
-    num: Annotated[int, typer.Option(help="completions")] = 4,
+    num: Annotated[int, typer.Option(min=1, help="completions")] = 4,
 ) -> None:
     """Print completions of one question, with their rewards where the problem is known."""
     from grpo.run import sample_model
@@ -83,6 +83,7 @@ def report(run_dir: Annotated[Path, typer.Argument(help="a run's folder")]) -> N
 @contextmanager
 def _errors_in_one_line() -> Iterator[None]:
     from grpo.config import ConfigError
+    from grpo.countdown import CountdownError
     from grpo.data import DatasetError
     from grpo.prompts import PromptError
     from grpo.record import RunFolderError
@@ -96,6 +97,7 @@ def _errors_in_one_line() -> Iterator[None]:
     except (
         CheckpointError,
         ConfigError,
+        CountdownError,
         DatasetError,
         GraderError,
         PromptError,

@@ -9,13 +9,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from grpo.countdown import AttemptsConfig, CountdownConfig
+from policy import PolicyConfig
 from rollouts import EngineConfig
+
+DEFAULT_CONTEXT = 512
+"""Tokens that a base model may see where `base.shape` does not say."""
 
 
 class ConfigError(ValueError):
@@ -25,7 +29,7 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """Strict and frozen: an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class DatasetConfig(Section):
@@ -42,14 +46,18 @@ class DatasetConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.countdown is None) == (self.path is None):
-            raise ValueError("dataset needs exactly one of `countdown` (generated problems) and `path` (a file or hub id)")
+            raise ValueError(
+                "dataset needs exactly one of `countdown` (generated problems) and `path` (a file or hub id)"
+            )
         return self
 
 
 class BaseConfig(Section):
     """How a base model is trained from nothing, where `model` names none."""
 
-    shape: dict[str, Any] = Field(description="the policy's shape in Hugging Face's names; vocab_size comes from the task")
+    shape: dict[str, Any] = Field(
+        description="the policy's shape in Hugging Face's names; vocab_size comes from the task"
+    )
     attempts: AttemptsConfig = Field(default_factory=AttemptsConfig, description="the text of unguided attempts")
     max_steps: int = Field(ge=1, description="optimizer steps")
     tokens_per_step: int = Field(default=6144, ge=64, description="tokens of one batch, padding counted")
@@ -60,6 +68,17 @@ class BaseConfig(Section):
     mtp_interval: int = Field(default=1, ge=1, description="train the MTP modules on every n-th step only")
     bias_update_rate: float = Field(default=1e-3, ge=0, description="step of the routers' balancing bias")
     cache_dir: Path = Field(default=Path("cache"), description="finished base models, by the hash of what made them")
+
+    @field_validator("shape")
+    @classmethod
+    def _check_shape(cls, shape: dict[str, Any]) -> dict[str, Any]:
+        if "vocab_size" in shape:
+            raise ValueError("base.shape.vocab_size comes from the task; leave it out")
+        try:
+            PolicyConfig.model_validate({"max_position_embeddings": DEFAULT_CONTEXT, **shape, "vocab_size": 1})
+        except ValidationError as error:
+            raise ValueError(explain(error, PolicyConfig, "base.shape")) from None
+        return shape
 
 
 class EvaluationConfig(Section):
@@ -82,7 +101,9 @@ class Config(Section):
     base: BaseConfig | None = None
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="what the policy computes in")
     device: Literal["auto", "cpu"] = "auto"
-    num_threads: int | None = Field(default=None, ge=1, description="CPU threads a process; default: torch's own choice")
+    num_threads: int | None = Field(
+        default=None, ge=1, description="CPU threads a process; default: torch's own choice"
+    )
 
     dataset: DatasetConfig
     prompt_template: str = Field(default="r1_zero", description="`r1_zero`, `chat`, or a text with {prompt} in it")
@@ -90,7 +111,7 @@ class Config(Section):
     reward_weights: tuple[float, ...] | None = None
     reward_workers: int = Field(default=1, ge=0, description="grading processes; 0 grades in the trainer, unprotected")
     reward_timeout: float = Field(default=10.0, gt=0, description="seconds for one completion")
-    reward_memory_mb: int | None = Field(default=2048, description="most memory of a grading process, MiB")
+    reward_memory_mb: int | None = Field(default=2048, ge=1, description="most memory of a grading process, MiB")
     shuffle_rewards: bool = Field(default=False, description="control: deal each step's rewards out at random")
 
     prompts_per_step: int = Field(default=32, ge=1)
@@ -129,10 +150,19 @@ class Config(Section):
             raise ValueError("the recipe names no `model` to start from and has no `base` section to train one")
         if self.base is not None and self.model is None and self.dataset.countdown is None:
             raise ValueError("`base` writes text for generated problems; give `dataset.countdown`, or a `model`")
+        if len(set(self.rewards)) < len(self.rewards):
+            raise ValueError(f"a reward is listed twice in rewards: {', '.join(self.rewards)}")
         if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
             raise ValueError(f"reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} rewards")
         if self.prompt_template not in ("r1_zero", "chat") and "{prompt}" not in self.prompt_template:
-            raise ValueError("prompt_template must be r1_zero, chat, or a text with {prompt} in it")
+            raise ValueError(
+                f"prompt_template must be r1_zero, chat, or a text with {{prompt}} in it, got {self.prompt_template!r}"
+            )
+        if self.model is None and "{prompt}" not in self.prompt_template.split():
+            raise ValueError(
+                "`base` needs a prompt_template with {prompt} as a word of its own (its tokenizer knows whole words "
+                f"only), such as 'User : {{prompt}} Assistant :', got {self.prompt_template!r}"
+            )
         return self
 
     @property
@@ -163,7 +193,12 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {'; '.join(_explain(item) for item in error.errors())}") from None
+        raise ConfigError(f"{path}: {explain(error, Config)}") from None
+
+
+def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """One line for a person: each key that is wrong and what is allowed there; `prefix` is where `model` stands."""
+    return "; ".join(_explain(item, model, prefix) for item in error.errors())
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -183,24 +218,26 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
 
 
-def _explain(item: Any) -> str:
+def _explain(item: Any, model: type[BaseModel], prefix: str) -> str:
     path = [str(part) for part in item["loc"]]
-    key = ".".join(path)
-    if item["type"] == "extra_forbidden":
-        allowed = _keys_at(path[:-1])
-        near = difflib.get_close_matches(path[-1], allowed, n=1, cutoff=0.5)
-        hint = f"did you mean {'.'.join([*path[:-1], near[0]])!r}?" if near else f"known there: {', '.join(sorted(allowed))}"
-        return f"unknown key {key!r}; {hint}"
+    where = [prefix, *path] if prefix else path
+    key = ".".join(where)
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        allowed = _keys_at(model, path[:-1])
+        near = difflib.get_close_matches(path[-1], allowed, n=1, cutoff=0.5)
+        if near:
+            return f"unknown key {key!r}; did you mean {'.'.join([*where[:-1], near[0]])!r}?"
+        return f"unknown key {key!r}; known there: {', '.join(sorted(allowed))}"
     if item["type"] == "missing":
         return f"key {key!r} is required"
-    return f"{key}: {message}, got {item['input']!r}" if key and item["type"] != "value_error" else message
+    return f"{key}: {message}, got {item['input']!r}" if path and item["type"] != "value_error" else message
 
 
-def _keys_at(path: Iterable[str]) -> list[str]:
-    model: Any = Config
+def _keys_at(model: type[BaseModel], path: Iterable[str]) -> list[str]:
+    """The keys of the section at `path`; a section may be optional."""
     for part in path:
         annotation = model.model_fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        candidates = [annotation, *get_args(annotation)]
         model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
     return list(model.model_fields)

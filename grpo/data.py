@@ -8,17 +8,20 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+import ssl
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
-
 from grpo.config import DatasetConfig
-from grpo.countdown import Split, generate_problems, problem_text
+from grpo.countdown import HELD_OUT_SHARE, MAX_MISSES, Split, generate_problems, problem_text
 from rewards import Problem
 
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+HUB_TIMEOUT_S = 5.0
+"""Seconds that the hub has to answer before it counts as out of reach."""
 
 
 class DatasetError(Exception):
@@ -50,51 +53,65 @@ class Dataset:
         return self.problems[self._order[1][place]]
 
 
-def read_problems(
-    config: DatasetConfig, *, seed: int, split: Split | Literal["all"], count: int
-) -> list[Problem]:
+def read_problems(config: DatasetConfig, *, seed: int, split: Split | Literal["all"], count: int) -> list[Problem]:
     """At most `count` problems of the training or the held-out part, or of a file's whole.
 
     Generated problems are split by a hash of the problem itself. A file's or hub dataset's held-out part is one row in
-    eight, by its place, and the training never sees it.
+    eight, by its place, and the training never sees it. Raises DatasetError for data that is not there, cannot be read
+    or holds no such problem.
     """
     if config.countdown is not None:
         assert split != "all"
-        stream = generate_problems(config.countdown, seed, split)
-        rows = _distinct(stream, count) if split == "held_out" else list(itertools.islice(stream, count))
+        rows = generate_problems(config.countdown, seed, split)
+        # Held-out problems are counted once each; training may meet one again.
+        rows = _distinct(rows, count) if split == "held_out" else itertools.islice(rows, count)
         return [_countdown_problem(row, f"countdown:{split}:{index}") for index, row in enumerate(rows)]
     assert config.path is not None
-    wanted = [
-        (place, row)
-        for place, row in enumerate(_read_rows(config, config.path))
-        if split == "all" or (place % 8 == 7) == (split == "held_out")
-    ]
-    return [to_problem(row, config, f"{config.path}:{place + 1}") for place, row in wanted[:count]]
+    place = -1
+    problems: list[Problem] = []
+    for place, (row_number, row) in enumerate(_read_rows(config, config.path)):
+        if split == "all" or (place % HELD_OUT_SHARE == HELD_OUT_SHARE - 1) == (split == "held_out"):
+            problems.append(to_problem(row, config, f"{config.path}:{row_number}"))
+            if len(problems) == count:
+                break
+    if not problems:
+        raise DatasetError(_nothing_in(config.path, place + 1, split))
+    return problems
 
 
 def to_problem(row: Mapping[str, Any], config: DatasetConfig, source: str) -> Problem:
     """One row of a dataset as a problem; a row with `nums` and `target` and no prompt is a countdown problem."""
+    if not isinstance(row, Mapping):
+        raise DatasetError(f"{source}: a row must be an object, got {type(row).__name__}")
     if config.prompt_column not in row and {"nums", "target"} <= row.keys():
         return _countdown_problem(row, source)
     prompt = row.get(config.prompt_column)
     if isinstance(prompt, list):
-        if not all(isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in prompt) or not prompt:
-            raise DatasetError(f"{source}: column {config.prompt_column!r} must hold messages with 'role' and 'content'")
+        if not prompt or not all(map(_is_message, prompt)):
+            raise DatasetError(
+                f"{source}: column {config.prompt_column!r} must hold messages with 'role' and 'content'"
+            )
     elif not isinstance(prompt, str) or not prompt.strip():
         raise DatasetError(
             f"{source}: column {config.prompt_column!r} must hold a question, got {prompt!r} "
             f"(columns: {', '.join(row)}; set dataset.prompt_column)"
         )
-    answer = row.get(config.answer_column)
+    answer, reward = row.get(config.answer_column), row.get("reward")
+    if reward is not None and not isinstance(reward, str):
+        raise DatasetError(f"{source}: column 'reward' must name a reward function, got {reward!r}; rename the column")
     return Problem(
         id=str(row.get("id", source)),
         prompt=prompt,
-        reward=row.get("reward"),
+        reward=reward,
         answer=None if answer is None else str(answer),
         tests=row.get("tests"),
         source=source,
         columns=dict(row),
     )
+
+
+def _is_message(turn: Any) -> bool:
+    return isinstance(turn, Mapping) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
 
 
 def _countdown_problem(row: Mapping[str, Any], source: str) -> Problem:
@@ -107,56 +124,122 @@ def _countdown_problem(row: Mapping[str, Any], source: str) -> Problem:
     return Problem(id=source, prompt=problem_text(nums, target), answer=str(target), source=source, columns=columns)
 
 
-def _distinct(rows: Iterator[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """`count` problems without repeats; an order of the same numbers makes no new one."""
-    found: dict[tuple[int, ...], dict[str, Any]] = {}
-    for row in itertools.islice(rows, 200 * count):
-        found.setdefault((*sorted(row["nums"]), row["target"]), row)
-        if len(found) == count:
-            return list(found.values())
-    raise DatasetError(
-        f"this countdown has only about {len(found)} held-out problems, but evaluation.num_problems asks for {count}; "
-        "lower it, or widen dataset.countdown (high, num_numbers, operators)"
+def _nothing_in(path: str, num_rows: int, split: str) -> str:
+    if num_rows == 0:
+        return f"{path} is empty; nothing can be asked"
+    return (
+        f"{path} has {num_rows} rows, and none for the {split} part (one row in {HELD_OUT_SHARE} is held out); "
+        "give evaluation.path, or set evaluation.num_problems=0"
     )
 
 
-def _read_rows(config: DatasetConfig, path: str) -> list[dict[str, Any]]:
-    file = Path(path)
-    if file.suffix in FORMATS:
-        if not file.is_file():
-            raise DatasetError(f"no dataset file {path!r} (looked from {Path.cwd()}; key dataset.path)")
-        rows = list(_read_jsonl(file)) if file.suffix == ".jsonl" else _read_table(file)
-    else:
-        try:
-            rows = list(datasets.load_dataset(path, config.config_name, split=config.split))
-        except (OSError, ValueError) as error:
+def _distinct(rows: Iterator[dict[str, Any]], count: int) -> Iterator[dict[str, Any]]:
+    """The first `count` rows that are not the same numbers and target in another order."""
+    seen = set[tuple[int, ...]]()
+    misses = 0
+    while len(seen) < count:
+        row = next(rows)
+        key = (*sorted(row["nums"]), row["target"])
+        misses = misses + 1 if key in seen else 0
+        if misses == MAX_MISSES:
             raise DatasetError(
-                f"{path!r} is neither a file ending in {', '.join(FORMATS)} nor a dataset that the hub gave: "
-                f"{str(error).splitlines()[0]}"
-            ) from None
-    if not rows:
-        raise DatasetError(f"{path} is empty; nothing can be asked")
-    return rows[: config.num_problems * 2]
-
-
-def _read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
-    """Line by line, so that a bad line can be named."""
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DatasetError(f"{file}:{number}: not valid JSON: {error.msg}") from None
-            if not isinstance(row, dict):
-                raise DatasetError(f"{file}:{number}: a row must be an object, got {type(row).__name__}")
+                f"dataset.countdown has about {len(seen)} different problems to hold out, {count} are asked for; "
+                f"widen its range, or set evaluation.num_problems={len(seen)}"
+            )
+        if not misses:
+            seen.add(key)
             yield row
 
 
-def _read_table(file: Path) -> list[dict[str, Any]]:
+def _read_rows(config: DatasetConfig, path: str) -> Iterator[tuple[int, Any]]:
+    """Rows as they come, each with its number from 1: the line of a .jsonl file, the place elsewhere."""
+    file = Path(path)
+    if file.suffix in FORMATS or file.exists() or path.startswith(("/", ".", "~")):
+        if file.suffix not in FORMATS:
+            raise DatasetError(f"dataset file {path!r} must end in {', '.join(FORMATS)} (key dataset.path)")
+        if not file.is_file():
+            raise DatasetError(f"no dataset file {path!r} (looked from {Path.cwd()}; key dataset.path)")
+        try:
+            yield from FORMATS[file.suffix](file)
+        except (OSError, UnicodeDecodeError) as error:
+            raise DatasetError(f"{file} cannot be read: {error}") from None
+    else:
+        yield from enumerate(_read_hub(config, path), start=1)
+
+
+def _read_jsonl(file: Path) -> Iterator[tuple[int, Any]]:
+    """Line by line, so that a bad line can be named."""
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise DatasetError(f"{file}:{number}: not valid JSON: {error.msg}") from None
+
+
+def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
     try:
-        table = datasets.load_dataset(FORMATS[file.suffix], data_files=str(file), split="train")
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise DatasetError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
-    return list(table)
+        rows = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DatasetError(
+            f"{file}:{error.lineno}: not valid JSON: {error.msg} (a row a line? name it .jsonl)"
+        ) from None
+    if not isinstance(rows, list):
+        raise DatasetError(f"{file} must hold a list of rows, got {type(rows).__name__}")
+    yield from enumerate(rows, start=1)
+
+
+def _read_parquet(file: Path) -> Iterator[tuple[int, Any]]:
+    # Imported where it is needed: it takes seconds, and generated problems and JSON do without.
+    import datasets
+
+    with tempfile.TemporaryDirectory() as cache:
+        try:
+            table = datasets.Dataset.from_parquet(str(file), cache_dir=cache, keep_in_memory=True)
+        except (ValueError, datasets.exceptions.DatasetsError) as error:
+            raise DatasetError(f"{file} cannot be read as parquet: {_first_line(error)}") from None
+        yield from enumerate(table, start=1)
+
+
+def _read_hub(config: DatasetConfig, path: str) -> Iterator[Any]:
+    import datasets
+
+    if not datasets.config.HF_HUB_OFFLINE and (fault := _hub_fault(datasets.config.HF_ENDPOINT)):
+        raise DatasetError(
+            f"{path!r} is no file ending in {', '.join(FORMATS)}, and the hub cannot be reached ({fault}); "
+            "correct dataset.path, or set HF_HUB_OFFLINE=1 to use a copy that was downloaded before"
+        )
+    try:
+        yield from datasets.load_dataset(path, config.config_name, split=config.split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DatasetError(
+            f"{path!r} is neither a file ending in {', '.join(FORMATS)} nor a dataset that the hub gave: "
+            f"{_first_line(error)} (keys dataset.path, dataset.config_name, dataset.split)"
+        ) from None
+
+
+def _hub_fault(endpoint: str) -> str | None:
+    """Why the hub does not answer, asked once: `datasets` would try for half a minute before it says so."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_TIMEOUT_S).close()
+    except urllib.error.HTTPError:
+        return None  # it answers
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        # Other certificates than ours may be known to the client that downloads.
+        return None if isinstance(reason, ssl.SSLError) else str(reason)
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    cause = error.__cause__ or error  # `datasets` hides the reason behind "an error occurred"
+    return (str(cause).splitlines() or [type(cause).__name__])[0]
+
+
+FORMATS: Mapping[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+}
+"""How a local file is read, by its ending."""

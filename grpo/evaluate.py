@@ -20,7 +20,7 @@ from rollouts import Engine, SamplingParams
 from rollouts.sampler import mix
 
 EVALUATION_STREAM = 1 << 40
-"""Offset of evaluation's seeds, far from those of training steps; the same at every stage, so that stages compare paired."""
+"""Offset of evaluation's seeds, far from those of training steps; the same at every stage: stages compare paired."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,9 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import random
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,14 @@ from typing import Any
 import torch
 
 import policy as policies
-from grpo.config import BaseConfig, Config
+from grpo.checkpoint import written_whole
+from grpo.config import DEFAULT_CONTEXT, BaseConfig, Config, ConfigError
 from grpo.countdown import CountdownConfig, generate_problems, problem_text, vocabulary, write_attempts
+from grpo.data import to_problem
 from grpo.distributed import Ranks
 from grpo.optimizer import MasterAdamW, learning_rate_at
-from policy import PackedRows, Policy, PolicyConfig, cast_weights, initialise
+from grpo.prompts import render_prompts
+from policy import CheckpointError, PackedRows, Policy, PolicyConfig, cast_weights, initialise
 from policy.logprobs import next_token_loss
 from policy.moe import count_experts
 from policy.tokenizer import Tokenizer, build_word_tokenizer
@@ -36,7 +37,11 @@ Progress = Callable[[dict[str, Any]], None]
 
 
 def base_model(config: Config, ranks: Ranks, progress: Progress) -> Path:
-    """Folder of the recipe's base model, trained first where the cache lacks it."""
+    """Folder of the recipe's base model, trained first where the cache lacks it.
+
+    Raises before the training what would make its result useless: PromptError where a problem leaves no room for a
+    completion, CheckpointError where the cache cannot be written (after it too, should the disk have filled up).
+    """
     base, task = config.base, config.dataset.countdown
     assert base is not None
     assert task is not None
@@ -57,24 +62,40 @@ def base_model(config: Config, ranks: Ranks, progress: Progress) -> Path:
     if is_cached:
         return folder
     policy, tokenizer = build_policy(config, base, task)
+    problem = to_problem(next(generate_problems(task, config.seed, "train")), config.dataset, "dataset.countdown")
+    render_prompts([problem], config, tokenizer, policy.config.max_position_embeddings)
+    if ranks.is_main:
+        _write(base.cache_dir, lambda: base.cache_dir.mkdir(parents=True, exist_ok=True))
     policy.to(ranks.device)
     train_base(policy, tokenizer, config, base, task, ranks, progress)
-    if ranks.is_main:
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        policies.save(policy, partial)
-        tokenizer.save(partial)
-        (partial / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+
+    def save() -> None:
+        with written_whole(folder) as partial:
+            policies.save(policy, partial)
+            tokenizer.save(partial)
+            (partial / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+
+    # Another run of the same recipe may have been faster.
+    if ranks.is_main and not (folder / "recipe.json").is_file():
+        _write(base.cache_dir, save)
     ranks.wait()
     return folder
+
+
+def _write(cache_dir: Path, write: Callable[[], None]) -> None:
+    try:
+        write()
+    except OSError as error:
+        raise CheckpointError(
+            f"the base model cannot be written to {cache_dir}: {error.strerror or error}; "
+            "free space, or choose another base.cache_dir"
+        ) from None
 
 
 def build_policy(config: Config, base: BaseConfig, task: CountdownConfig) -> tuple[Policy, Tokenizer]:
     """An untrained policy of the recipe's shape, and the tokenizer of its task's words."""
     words = [*vocabulary(task), *config.prompt_template.replace("{prompt}", " ").split()]
-    context = int(base.shape.get("max_position_embeddings", 512))
+    context = int(base.shape.get("max_position_embeddings", DEFAULT_CONTEXT))
     tokenizer = build_word_tokenizer(words, context)
     shape = {
         "max_position_embeddings": context,
@@ -118,7 +139,7 @@ def train_base(
         _balance(policy, loss.output.experts_MNK, base.bias_update_rate, ranks)
         trunk = ranks.sum_number(float(loss.trunk) * share)
         if not math.isfinite(trunk):
-            raise FloatingPointError(f"the base model's loss is {trunk} at step {step}; lower base.learning_rate")
+            raise ConfigError(f"the base model's loss is {trunk} at step {step}; lower base.learning_rate")
         progress({"step": step + 1, "loss": trunk, "num_tokens": sum(map(len, texts))})
 
 
@@ -138,8 +159,8 @@ def _token_batches(
     rng = random.Random(f"attempts {config.seed}")
     rows = generate_problems(task, config.seed, "train")
     ids = tokenizer.inner.get_vocab()
+    texts: list[list[int]] = []
     while True:
-        texts = []
         for row in (next(rows) for _ in range(POOL)):
             prompt = config.prompt_template.replace("{prompt}", problem_text(row["nums"], row["target"]))
             completion = write_attempts(row, task, base.attempts, rng)
@@ -150,5 +171,8 @@ def _token_batches(
                 batches.append(current)
                 current = []
             current.append(text)
+        if not batches:  # one batch takes more than a pool
+            continue
         rng.shuffle(batches)  # the longest few, which fill no batch, are left out
         yield from batches
+        texts.clear()

@@ -9,10 +9,10 @@ from policy.tokenizer import Tokenizer
 from rewards import Problem
 
 R1_ZERO = (
-    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant first "
-    "thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning process and "
-    "answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., <think> reasoning process "
-    "here </think> <answer> answer here </answer>. User: {prompt}. Assistant:"
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
+    "The assistant first thinks about the reasoning process in the mind and then provides the user with the answer. "
+    "The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, "
+    "i.e., <think> reasoning process here </think> <answer> answer here </answer>. User: {prompt}. Assistant:"
 )
 """DeepSeek-R1, table 1."""
 
@@ -31,9 +31,7 @@ def render_prompt(problem: Problem, template: str, tokenizer: Tokenizer) -> list
     return tokenizer.encode(text)
 
 
-def render_prompts(
-    problems: Sequence[Problem], config: Config, tokenizer: Tokenizer, context: int
-) -> list[list[int]]:
+def render_prompts(problems: Sequence[Problem], config: Config, tokenizer: Tokenizer, context: int) -> list[list[int]]:
     """Token ids of each problem's prompt.
 
     Raises PromptError for the first that leaves no room for a completion within `context` tokens.
@@ -43,7 +41,8 @@ def render_prompts(
         if len(prompt_ids) + config.max_completion_length > context:
             raise PromptError(
                 f"{problem.source}: the prompt has {len(prompt_ids)} tokens; with max_completion_length="
-                f"{config.max_completion_length} that exceeds the model's context of {context}; lower the key or drop the row"
+                f"{config.max_completion_length} that exceeds the model's context of {context}; lower the key or drop "
+                "the row"
             )
     return prompts
 

@@ -6,6 +6,7 @@ A disk that refuses a line costs that line, is said once, and never stops the ru
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -16,11 +17,19 @@ from typing import IO, Any
 
 import yaml
 
+from grpo.checkpoint import forget_checkpoints_after
 from grpo.config import Config
 from grpo.types import Group
 
-FREE_TO_CHANGE = ("max_steps", "save_steps", "save_total_limit", "num_threads", "reward_workers", "reward_timeout")
+FREE_TO_CHANGE = (
+    *("name", "output_dir", "num_threads", "reward_workers", "reward_timeout"),
+    *("max_steps", "save_steps", "save_total_limit"),
+)
 """Keys that a resumed run may change; any other change would make it another run."""
+
+
+WORK = ("evaluation.json", "metrics.jsonl", "rollouts", "checkpoints")
+"""What makes a folder a run's, once it has trained or evaluated."""
 
 
 class RunFolderError(Exception):
@@ -41,28 +50,46 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def open(self, config: Config, *, resume: bool) -> None:
-        """Claim the folder for this recipe: new, or with `resume` one that holds the same run."""
-        stored = self.path / "config.yaml"
+        """Claim the folder for this recipe: new, or with `resume` one that holds the same run.
+
+        A run that ended before it left anything but its config.yaml holds nothing: its folder is as good as new.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._claim()
-            if not stored.exists():
-                self._replace(stored, config.to_yaml())
-                return
+            if any((self.path / name).exists() for name in WORK):
+                self._check_same_run(config, resume=resume)
+            self._replace(self.path / "config.yaml", config.to_yaml())
+        except RunFolderError:
+            self.close()
+            raise
         except OSError as error:
-            raise RunFolderError(f"{self.path} cannot be written: {error.strerror}; choose another output_dir") from None
+            self.close()
+            raise RunFolderError(
+                f"{self.path} cannot be written: {error.strerror}; free space, or choose another output_dir"
+            ) from None
+
+    def _check_same_run(self, config: Config, *, resume: bool) -> None:
         if not resume:
             raise RunFolderError(
                 f"{self.path} already holds a run; continue it with --resume, or choose another name (name=...)"
             )
-        before, now = yaml.safe_load(stored.read_text()), config.model_dump(mode="json")
+        try:
+            before = yaml.safe_load((self.path / "config.yaml").read_text())
+        except (FileNotFoundError, UnicodeDecodeError, yaml.YAMLError):
+            before = None
+        if not isinstance(before, dict):
+            raise RunFolderError(
+                f"{self.path} holds a run whose config.yaml is missing or damaged; put it back, or choose another name "
+                "(name=...)"
+            )
+        now = config.model_dump(mode="json")
         changed = [key for key in now if before.get(key) != now[key] and key not in FREE_TO_CHANGE]
         if changed:
             raise RunFolderError(
                 f"{self.path} holds a run with other settings ({', '.join(sorted(changed))}); "
                 "resume it with its own recipe, or choose another name (name=...)"
             )
-        self._replace(stored, config.to_yaml())
 
     def close(self) -> None:
         """Give the folder up."""
@@ -71,10 +98,11 @@ class RunFolder:
             self._lock = None
 
     def forget_after(self, step: int) -> None:
-        """Drop metrics, rollouts and evaluations of steps after `step`: they will be made again."""
+        """Drop metrics, rollouts, evaluations and checkpoints of steps after `step`: they will be made again."""
+        forget_checkpoints_after(self.checkpoints, step)
         metrics = self.path / "metrics.jsonl"
         if metrics.exists():
-            kept = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step]
+            kept = [line for line in metrics.read_text(errors="replace").splitlines() if _step_of(line) <= step]
             self._replace(metrics, "".join(f"{line}\n" for line in kept))
         for file in (self.path / "rollouts").glob("step_*.jsonl"):
             if int(file.stem.removeprefix("step_")) > step:
@@ -86,11 +114,14 @@ class RunFolder:
 
     def add_metrics(self, metrics: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl; numbers that are not finite become null."""
-        line = json.dumps({key: _finite(value) for key, value in metrics.items()})
+        text = json.dumps({key: _finite(value) for key, value in metrics.items()})
 
         def append() -> None:
-            with (self.path / "metrics.jsonl").open("a") as file:
-                file.write(line + "\n")
+            with (self.path / "metrics.jsonl").open("ab", buffering=0) as file:
+                end = file.tell()
+                if file.write(line := f"{text}\n".encode()) < len(line):
+                    file.truncate(end)  # half a line would spoil the next one too
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         self._try("metrics.jsonl", append)
 

@@ -17,7 +17,7 @@ import torch
 import policy as policies
 from grpo.checkpoint import find_checkpoint
 from grpo.collect import collect, sampling_params
-from grpo.config import Config, load_config
+from grpo.config import Config, ConfigError, load_config
 from grpo.data import Dataset, read_problems
 from grpo.display import Display
 from grpo.distributed import Ranks
@@ -53,10 +53,12 @@ def run(recipe: Path, overrides: Sequence[str], *, resume: bool) -> None:
 def evaluate_model(recipe: Path, overrides: Sequence[str], model: Path | None) -> None:
     """Print one evaluation of a model as JSON."""
     config = load_config(recipe, overrides)
+    problems = _held_out(config)
+    if not problems:
+        raise ConfigError("evaluation.num_problems is 0: there is nothing to evaluate")
     with _setting(config) as setting, _grader(config) as grader:
         policy, tokenizer = _load(config, model or _last_checkpoint(config), setting.ranks)
         engine = make_engine(policy, config.engine)
-        problems = _held_out(config)
         evaluator = make_evaluator(
             config, policy, tokenizer, engine=engine, grader=grader, ranks=setting.ranks, problems=problems
         )
@@ -68,11 +70,13 @@ def evaluate_model(recipe: Path, overrides: Sequence[str], model: Path | None) -
 def sample_model(recipe: Path, overrides: Sequence[str], model: Path | None, prompt: str | None, num: int) -> None:
     """Print completions of one question; of a held-out problem with their rewards."""
     config = load_config(recipe, overrides)
+    asked = None if prompt is None else Problem(id="asked", prompt=prompt, source="--prompt")
+    problems = _held_out(config) if asked is None else [asked]
+    if not problems:
+        raise ConfigError("evaluation.num_problems is 0, so no problem is held out; give --prompt TEXT")
     with _setting(config) as setting, _grader(config) as grader:
         policy, tokenizer = _load(config, model or _last_checkpoint(config), setting.ranks)
-        asked = None if prompt is None else Problem(id="asked", prompt=prompt, source="--prompt")
-        problem = asked or _held_out(config)[0]
-        prompts = render_prompts([problem], config, tokenizer, policy.config.max_position_embeddings)
+        prompts = render_prompts(problems[:1], config, tokenizer, policy.config.max_position_embeddings)
         params = sampling_params(config, tokenizer)
         engine = make_engine(policy, config.engine)
         print(tokenizer.decode(prompts[0]))
@@ -81,7 +85,7 @@ def sample_model(recipe: Path, overrides: Sequence[str], model: Path | None, pro
                 print(f"\n{tokenizer.decode(completion.token_ids)}")
             return
         [group] = collect(
-            [problem],
+            problems[:1],
             prompts,
             engine=engine,
             tokenizer=tokenizer,
@@ -178,7 +182,10 @@ def _last_checkpoint(config: Config) -> Path:
 
 def _close(config: Config, display: Display, folder: RunFolder, last: int, arguments: Sequence[str]) -> None:
     """Report, before and after, and how to go on where the run is not done."""
-    report = write_report(folder.path)
+    try:
+        display.note(f"report: {write_report(folder.path)}")
+    except OSError as error:
+        display.note(f"report.html not written ({error}); `grpo report {folder.path}` writes it anew")
     by_stage = {evaluation["stage"]: evaluation for evaluation in folder.evaluations()}
     if last < config.max_steps:
         display.note(f"stopped after step {last}; continue with: grpo train {shlex.join(arguments)} --resume")
@@ -189,7 +196,6 @@ def _close(config: Config, display: Display, folder: RunFolder, last: int, argum
         display.note(f"{'greedy':8}{base['greedy']:8.1%}{final['greedy']:8.1%}")
         display.note(f"{'avg@' + str(base['k']):8}{base['avg@k']:8.1%}{final['avg@k']:8.1%}   ({gain:+.1f} points)")
         display.note(f"{'tokens':8}{base['mean_length']:8.0f}{final['mean_length']:8.0f}")
-    display.note(f"report: {report}")
 
 
 @contextmanager
