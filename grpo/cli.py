@@ -19,6 +19,9 @@ app = typer.Typer(
     help="Teach a language model to reason with reinforcement learning, R1-Zero style.",
 )
 
+reward_app = typer.Typer(no_args_is_help=True, help="Look into rewards.")
+app.add_typer(reward_app, name="reward")
+
 Recipe = Annotated[Path, typer.Argument(help="recipe, a YAML file")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings that replace the recipe's: a.b=value")]
 
@@ -80,6 +83,54 @@ def report(run_dir: Annotated[Path, typer.Argument(help="a run's folder")]) -> N
         typer.echo(f"wrote {write_report(run_dir)}")
 
 
+@app.command()
+def sandbox() -> None:
+    """Say what this machine offers to keep programs in, and try the walls."""
+    from rewards.sandbox.report import describe_machine, report_levels, run_self_test
+    from rewards.sandbox.sandbox import Sandbox
+
+    typer.echo(describe_machine())
+    for level in report_levels():
+        typer.echo(f"level {level.level}: {'available' if level.is_available else 'not available'}: {level.reason}")
+    with _errors_in_one_line(), Sandbox() as jail:
+        checks = run_self_test(jail)
+    for check in checks:
+        typer.echo(f"{'ok  ' if check.has_passed else 'FAIL'} {check.name}: {check.detail}")
+    if not all(check.has_passed for check in checks):
+        raise typer.Exit(1)
+
+
+@reward_app.command("check")
+def check_reward(
+    completion: Annotated[str | None, typer.Option(help="a completion to grade")] = None,
+    gold: Annotated[str | None, typer.Option(help="the answer that is right")] = None,
+    file: Annotated[Path | None, typer.Option(help="a JSONL file of completions and golds to grade")] = None,
+    reward: Annotated[str, typer.Option(help="registry name or module:function, for --file")] = "math",
+) -> None:
+    """Explain one verdict of the math reward stage by stage, or grade a file and count."""
+    from grpo.data import DatasetError
+    from rewards.check import check_file, explain_verdict
+
+    if file is not None:
+        with _errors_in_one_line():
+            try:
+                checked = check_file(file, reward=reward)
+            except (OSError, ValueError) as error:
+                raise DatasetError(f"{file}: {error}") from None
+        for row in checked.rows:
+            typer.echo(f"{row.line}\t{row.result.reward}\t{row.result.status}\t{row.result.detail}")
+        counts = ", ".join(f"{status} {count}" for status, count in sorted(checked.statuses.items()))
+        typer.echo(f"{len(checked.rows)} rows, mean reward {checked.mean_reward:.4f}; {counts}")
+        if checked.disagreements:
+            typer.echo(f"{len(checked.disagreements)} differ from the column 'expected'")
+    elif completion is not None and gold is not None:
+        for stage, what in explain_verdict(completion, gold):
+            typer.echo(f"{stage:8} {what}")
+    else:
+        typer.echo("error: give --completion and --gold, or --file", err=True)
+        raise typer.Exit(2)
+
+
 @contextmanager
 def _errors_in_one_line() -> Iterator[None]:
     from grpo.config import ConfigError
@@ -90,6 +141,7 @@ def _errors_in_one_line() -> Iterator[None]:
     from policy.tokenizer import TokenizerError
     from rewards.grader_pool import GraderError
     from rewards.registry import RewardSignatureError
+    from rewards.sandbox.sandbox import SandboxUnavailableError
     from rollouts import SamplingError
 
     try:
@@ -105,6 +157,7 @@ def _errors_in_one_line() -> Iterator[None]:
         RewardSignatureError,
         RunFolderError,
         SamplingError,
+        SandboxUnavailableError,
         ShapeError,
         TokenizerError,
     ) as error:
