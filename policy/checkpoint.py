@@ -1,7 +1,7 @@
 """Policies to and from Hugging Face folders: `config.json`, `model.safetensors` (sharded or not), tokenizer files.
 
-The table of names is one function, `checkpoint_tensors`: our stacked experts are a checkpoint's separate ones, and an MTP
-module's shared embedding and head stand in it a second time, as in DeepSeek-V3's own files. Nothing is ever unpickled.
+The table of names is one function, `checkpoint_tensors`: our stacked experts are a checkpoint's separate ones, and an
+MTP module's shared embedding and head stand in it a second time, as in DeepSeek-V3's own files. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def save(policy: Policy, path: Path | str, *, dtype: torch.dtype | None = None) 
 def load(path_or_id: Path | str, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Policy:
     """The policy in a Hugging Face folder, or of a hub id.
 
-    `dtype` None keeps the checkpoint's own. MTP modules that `config.json` counts but the files lack are left out, since
-    transformers drops them when it saves. Raises CheckpointError for a missing or damaged file, a missing tensor or
-    one of another shape; ShapeError for an architecture that is not supported.
+    `dtype` None keeps the checkpoint's own. MTP modules that `config.json` counts but the files lack are left out,
+    since transformers drops them when it saves. Raises CheckpointError for a missing or damaged file, a missing tensor
+    or one of another shape; ShapeError for an architecture that is not supported.
     """
     folder = resolve_folder(path_or_id)
     config = load_config(folder)

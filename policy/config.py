@@ -59,7 +59,9 @@ class PolicyConfig(BaseModel):
             raise ShapeError(f"topk_group ({self.topk_group}) must be at most n_group ({self.n_group})")
         eligible = self.n_routed_experts // self.n_group * self.topk_group
         if self.num_experts_per_tok > eligible:
-            raise ShapeError(f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds the {eligible} eligible experts")
+            raise ShapeError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds the {eligible} eligible experts"
+            )
         return self
 
     @property
@@ -83,7 +85,7 @@ class PolicyConfig(BaseModel):
 
     @classmethod
     def from_hf(cls, values: dict[str, Any]) -> PolicyConfig:
-        """From the mapping in a Hugging Face `config.json`, with either the old or the `rope_parameters` form of RoPE."""
+        """From the mapping in a Hugging Face `config.json`; RoPE in its old or its `rope_parameters` form."""
         kind = values.get("model_type")
         if kind != "deepseek_v3":
             raise ShapeError(f"model_type {kind!r} is not supported (supported: deepseek_v3)")

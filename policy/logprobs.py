@@ -1,7 +1,7 @@
 """Log-probabilities of tokens from hidden states. The shift by one lives here and nowhere else.
 
-Position n of every `*_N` result speaks of token n given the tokens before it in its row; a row's first token has none before
-it and gets 0.
+Position n of every `*_N` result speaks of token n given the tokens before it in its row; a row's first token has none
+before it and gets 0.
 
 Shapes: N packed tokens, C model width, V vocabulary, W wanted tokens.
 """

@@ -96,8 +96,8 @@ class Policy(nn.Module):
     def predict_ahead(self, hidden_NC: Tensor, next_token_ids_N: Tensor, rows: PackedRows) -> list[Tensor]:
         """Hidden states of every MTP module in turn, each [N, C]; module k's speak of the token k + 2 ahead.
 
-        `next_token_ids_N` holds the token after each; module k shifts it on by k. Positions whose future lies beyond their
-        row hold numbers without meaning: mask them.
+        `next_token_ids_N` holds the token after each; module k shifts it on by k. Positions whose future lies beyond
+        their row hold numbers without meaning: mask them.
         """
         config = self.config
         rotation = rotation_of(rows.position_ids_N, config.qk_rope_head_dim, config.rope_theta)

@@ -1,7 +1,8 @@
 """DeepSeekMoE with sigmoid scores and auxiliary-loss-free balancing (DeepSeek-V3, section 2.1.2).
 
-The semantics are those of the official `inference/model.py` (class `Gate`): experts are chosen by score plus bias, groups that
-were not chosen are masked with -inf, and the weights are the scores without the bias, normalised, times the scaling factor.
+The semantics are those of the official `inference/model.py` (class `Gate`): experts are chosen by score plus bias,
+groups that were not chosen are masked with -inf, and the weights are the scores without the bias, normalised, times the
+scaling factor.
 
 Shapes: N tokens, C model width, E routed experts, K experts per token, I expert width, T = N*K token-expert pairs.
 """
@@ -61,7 +62,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def balance(self, load_E: Tensor, rate: float) -> None:
-        """Move each bias by `rate` towards a uniform load: down where above the mean, up where below (section 2.1.2)."""
+        """Move each bias by `rate` towards a uniform load: down where above the mean, up where below."""
         load_E = load_E.to(self.e_score_correction_bias)
         self.e_score_correction_bias += rate * torch.sign(load_E.mean() - load_E)
 

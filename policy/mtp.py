@@ -1,5 +1,5 @@
-"""Multi-token prediction (DeepSeek-V3, section 2.2): a module that, from the trunk's hidden state at a token and the next
-token, predicts the token after that. One block of its own; embedding and head are shared with the trunk.
+"""Multi-token prediction (DeepSeek-V3, section 2.2): a module that, from the trunk's hidden state at a token and the
+next token, predicts the token after that. One block of its own; embedding and head are shared with the trunk.
 
 Module k stands in the checkpoint as `model.layers.{num_hidden_layers + k}`.
 
@@ -31,7 +31,7 @@ class MultiTokenPredictor(nn.Module):
     def forward(
         self, hidden_NC: Tensor, next_embedding_NC: Tensor, rotation: Rotation, plan: AttentionPlan
     ) -> tuple[Tensor, Tensor]:
-        """Hidden states for the token after next [N, C], ready for the head, and the experts that were chosen [N, K]."""
+        """Hidden states for the token after next [N, C], ready for the head, and the chosen experts [N, K]."""
         joined_NC = self.eh_proj(torch.cat((self.enorm(next_embedding_NC), self.hnorm(hidden_NC)), dim=-1))
         out_NC, experts_NK = self.block(joined_NC, rotation, plan)
         return self.norm(out_NC), experts_NK

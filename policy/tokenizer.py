@@ -1,7 +1,7 @@
 """Text to token ids and back, always through a Hugging Face tokenizer.
 
-`load_tokenizer` reads any tokenizer folder; `build_word_tokenizer` makes a small one of whole words for policies trained from
-nothing. Code of a hub repository is never run.
+`load_tokenizer` reads any tokenizer folder; `build_word_tokenizer` makes a small one of whole words for policies
+trained from nothing. Code of a hub repository is never run.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The built-in engine: the policy itself, sampled with continuous batching over a paged cache.
 
 Sampler and trainer hold the same module, so there is no second copy of the weights, nothing to send, and no mismatch.
-A completion depends on its prompt, its seed and the weights; who shares the batch changes it only through the last bits of
-a matrix product.
+A completion depends on its prompt, its seed and the weights; who shares the batch changes it only through the last bits
+of a matrix product.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class BuiltinEngine:
             if longest > shape.max_position_embeddings:
                 raise SamplingError(
                     f"prompt {place} has {len(group.token_ids)} tokens; with max_completion_length="
-                    f"{params.max_completion_length} that exceeds the model's context of {shape.max_position_embeddings}"
+                    f"{params.max_completion_length} that exceeds the model's context of "
+                    f"{shape.max_position_embeddings}"
                 )
         per_sequence = -(-longest // config.block_size)
         block_bytes = shape.num_hidden_layers * config.block_size * shape.cache_width * self.policy.dtype.itemsize
@@ -103,17 +104,18 @@ class BuiltinEngine:
             )
         rows = min(config.max_num_seqs, len(groups) * num_generations)
         wanted = min(allowed, (rows + len(groups)) * (per_sequence + 1))
-        if self._runner is None or self._runner.cache.shape[1] < wanted or self._runner.cache.dtype != self.policy.dtype:
-            self._runner = None  # the old cache goes before the new one comes
-            self._runner = ModelRunner(self.policy, wanted, config.block_size)
+        runner = self._runner
+        if runner is None or runner.cache.shape[1] < wanted or runner.cache.dtype != self.policy.dtype:
+            runner = self._runner = None  # the old cache goes before the new one comes
+            runner = self._runner = ModelRunner(self.policy, wanted, config.block_size)
         scheduler = Scheduler(
-            BlockManager(self._runner.cache.shape[1], config.block_size),
+            BlockManager(runner.cache.shape[1], config.block_size),
             RunningBatch(rows, per_sequence, params.max_completion_length),
             max_num_seqs=rows,
             max_prefill_tokens=config.max_num_batched_tokens,
         )
         scheduler.waiting.extend(groups)
-        return scheduler, self._runner
+        return scheduler, runner
 
     def _start(self, admission: Admission, scheduler: Scheduler, runner: ModelRunner, params: SamplingParams) -> None:
         """Prefill what is new and sample the first token of every sequence that starts."""

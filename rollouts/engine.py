@@ -23,8 +23,8 @@ class Engine(Protocol):
     ) -> list[list[Completion]]:
         """`num_generations` completions of each prompt, [P][G], in the order asked.
 
-        `prompt_seeds` [P] replaces the seeds that follow from `params.seed` and each prompt's place in the call, so that
-        a prompt's completions do not depend on how prompts were dealt to calls or ranks.
+        `prompt_seeds` [P] replaces the seeds that follow from `params.seed` and each prompt's place in the call, so
+        that a prompt's completions do not depend on how prompts were dealt to calls or ranks.
         """
         ...
 
@@ -46,7 +46,7 @@ class EngineConfig(BaseModel):
     block_size: int = Field(default=16, ge=1, description="tokens of one cache block")
     max_num_seqs: int = Field(default=256, ge=1, description="sequences decoded at once")
     max_num_batched_tokens: int = Field(default=8192, ge=1, description="prompt tokens prefilled at once")
-    cache_gib: float = Field(default=1.0, gt=0, description="most memory of the cache, GiB; only what is needed is taken")
+    cache_gib: float = Field(default=1.0, gt=0, description="most memory of the cache, GiB; taken as needed")
 
 
 def make_engine(policy: Policy, config: EngineConfig) -> Engine:

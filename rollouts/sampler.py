@@ -1,7 +1,7 @@
 """From logits to tokens: temperature, truncation, and a random stream of each sequence's own.
 
-Randomness is counter-based: the number used for a token is a hash of the sequence's seed and the token's index, so a draw
-depends neither on the batch nor on what was drawn before.
+Randomness is counter-based: the number used for a token is a hash of the sequence's seed and the token's index, so a
+draw depends neither on the batch nor on what was drawn before.
 
 Shapes: B sequences, V vocabulary.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rollouts.types import SamplingParams
 
-_GOLDEN = 0x9E3779B97F4A7C15
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +75,7 @@ def uniforms(seeds_B: np.ndarray, counters_B: np.ndarray) -> np.ndarray:
 def mix(seed: np.ndarray | int, index: np.ndarray | int) -> np.ndarray:
     """A 64-bit hash of two numbers, uint64: also how the seeds of prompts and completions are derived."""
     with np.errstate(over="ignore"):
-        z = np.asarray(seed).astype(np.uint64) + (np.asarray(index).astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
+        z = np.asarray(seed).astype(np.uint64) + (np.asarray(index).astype(np.uint64) + np.uint64(1)) * _GOLDEN
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
         return np.asarray(z ^ (z >> np.uint64(31)))

@@ -1,4 +1,5 @@
-"""Which sequences run next: prompts wait, sequences start as blocks allow, leave when finished, step back when blocks run out.
+"""Which sequences run next: prompts wait, sequences start as blocks allow, leave when finished, step back when blocks
+run out.
 
 The running batch is kept as arrays, one row a sequence, so that a decoding step costs no Python work per sequence.
 
@@ -79,7 +80,8 @@ class Admission:
     starts: list[tuple[int, Prefill]]
     """Rows that were added, each with the prompt it continues."""
     copies: list[tuple[int, int]]
-    """(source, target) blocks to copy once the prompts are computed: each sequence gets its own last, partly filled one."""
+    """(source, target) blocks to copy once the prompts are computed: each sequence gets its own last, partly filled
+    one."""
 
 
 class Scheduler:
@@ -112,10 +114,11 @@ class Scheduler:
         return admission
 
     def make_room(self) -> None:
-        """Give every running sequence a block for its next token; where none is left, the newest steps back and waits."""
+        """Give every running sequence a block for its next token; where none is left, the newest steps back."""
         while True:
             size = len(self.running)
-            needy = np.flatnonzero(self.running.length[:size] == self.running.num_blocks[:size] * self.blocks.block_size)
+            room = self.running.num_blocks[:size] * self.blocks.block_size
+            needy = np.flatnonzero(self.running.length[:size] == room)
             if len(needy) <= self.blocks.num_free:
                 break
             if not self._drop_idle_prefills():
@@ -127,12 +130,13 @@ class Scheduler:
 
     def retire(self, finished: np.ndarray) -> None:
         """Free the blocks of the rows where `finished` is true, and close up."""
-        held = [self.running.blocks_of(row) for row in np.flatnonzero(finished)]
+        held = [self.running.blocks_of(row) for row in np.flatnonzero(finished).tolist()]
         self.blocks.release(np.concatenate(held))
         self.running.keep(~finished)
 
     def _fits(self, prefill: Prefill) -> bool:
-        # One block beyond the prompt for each running sequence and for this one keeps what starts from stepping right back.
+        # One block beyond the prompt for each running sequence and for this one, so that what starts does not step
+        # right back.
         needed = self.blocks.blocks_for(len(prefill.token_ids)) + 1
         if needed + len(self.running) <= self.blocks.num_free:
             return True
