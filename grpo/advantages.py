@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 VARIANCE_TOLERANCE = 1e-6
-"""A group whose rewards spread less than this carries no signal: all its advantages are 0, so that rounding cannot make a
+"""A group whose rewards spread less than this carries no signal: all its advantages are 0, so that rounding cannot
+make a
 spike out of a constant group."""
 
 

@@ -1,6 +1,7 @@
 """From groups to packed micro-batches under a token budget.
 
-Rows are sorted by length, so that the rows of one micro-batch are about equally long; nothing has to divide anything, and
+Rows are sorted by length, so that the rows of one micro-batch are about equally long; nothing has to divide
+anything, and
 which rows share a micro-batch changes the gradient only by rounding.
 """
 
@@ -24,7 +25,8 @@ class Row:
     completion: Completion
     advantage: float
     learned: bool
-    """False where the row is only measured: a truncated completion under `mask_truncated_completions`, an aborted one."""
+    """False where the row is only measured: a truncated completion under `mask_truncated_completions`, an aborted
+    one."""
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion.token_ids)

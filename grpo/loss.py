@@ -56,6 +56,7 @@ def clipped_loss(
 
 
 def k3(logprobs_N: Tensor, ref_logprobs_N: Tensor) -> Tensor:
-    """exp(d) - d - 1 with d = log ref - log policy: unbiased and never negative (Schulman, "Approximating KL", 2020)."""
+    """exp(d) - d - 1 with d = log ref - log policy: unbiased and never negative (Schulman, "Approximating KL",
+    2020)."""
     difference_N = ref_logprobs_N - logprobs_N
     return difference_N.exp() - difference_N - 1

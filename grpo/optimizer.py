@@ -1,6 +1,7 @@
 """AdamW over fp32 master weights, gradients accumulated in fp32, global-norm clipping, learning-rate schedules.
 
-Where the policy computes in bf16, a step of RL is often smaller than a bf16 weight can hold; the masters hold it, and the
+Where the policy computes in bf16, a step of RL is often smaller than a bf16 weight can hold; the masters hold it,
+and the
 policy gets their rounded copy. Where it computes in fp32 the policy's own weights are the masters.
 """
 
@@ -77,14 +78,17 @@ class MasterAdamW:
     def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state_tensors` gave, the policy's weights included."""
         for name, master in self.masters.items():
-            moments = {key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in state}
+            moments = {
+                key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in state
+            }
             with torch.no_grad():
                 master.copy_(state[f"master.{name}"])
                 if self._weights[name] is not master:
                     self._weights[name].copy_(master)
             if moments:
                 self.inner.state[master] = {
-                    key: value.clone() if key == "step" else value.to(master, copy=True) for key, value in moments.items()
+                    key: value.clone() if key == "step" else value.to(master, copy=True)
+                    for key, value in moments.items()
                 }
 
 

@@ -1,4 +1,4 @@
-"""The training loop: problems, groups, rewards, advantages, loss, update. Each word is a function in a file of its own."""
+"""The training loop: problems, groups, rewards, advantages, loss, update; each a function in a file of its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from types import FrameType
-from typing import Any
 
 from grpo.advantages import group_advantages
 from grpo.batch import count_learned_tokens, make_batches, make_rows
@@ -31,7 +30,6 @@ from policy.tokenizer import Tokenizer
 from rewards import Grader, Problem
 from rollouts import Engine, make_engine
 from rollouts.sampler import mix
-
 
 
 @dataclass(kw_only=True, slots=True)
@@ -69,7 +67,13 @@ class Trainer:
         self._resume(optimizer)
         engine.load_weights(self.policy, self.step)
         evaluator = make_evaluator(
-            config, self.policy, self.tokenizer, engine=engine, grader=self.grader, ranks=self.ranks, problems=self.held_out
+            config,
+            self.policy,
+            self.tokenizer,
+            engine=engine,
+            grader=self.grader,
+            ranks=self.ranks,
+            problems=self.held_out,
         )
         if self.step == 0:
             self._evaluate(evaluator, "base")
@@ -98,7 +102,9 @@ class Trainer:
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
         """A signal handler: finish the step, save, leave. A second signal kills as usual."""
         self.stop_requested = True
-        self.display.note(f"{signal.Signals(signum).name}: finishing step {self.step + 1}, then saving (again to quit at once)")
+        self.display.note(
+            f"{signal.Signals(signum).name}: finishing step {self.step + 1}, then saving (again to quit at once)"
+        )
         signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
 
     def save(self, optimizer: MasterAdamW) -> None:
@@ -106,10 +112,17 @@ class Trainer:
         if self.ranks.is_main and not (self.folder.checkpoints / f"step_{self.step:06d}").is_dir():
             try:
                 save_checkpoint(
-                    self.folder.checkpoints, self.step, self.policy, self.tokenizer, optimizer, self.config.save_total_limit
+                    self.folder.checkpoints,
+                    self.step,
+                    self.policy,
+                    self.tokenizer,
+                    optimizer,
+                    self.config.save_total_limit,
                 )
             except OSError as error:
-                self.display.note(f"checkpoint of step {self.step} not written ({error}); the run goes on, the last one stays")
+                self.display.note(
+                    f"checkpoint of step {self.step} not written ({error}); the run goes on, the last one stays"
+                )
         self.ranks.wait()
 
     def _resume(self, optimizer: MasterAdamW) -> None:

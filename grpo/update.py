@@ -55,7 +55,8 @@ def update(
 ) -> UpdateStats:
     """`num_iterations` optimizer steps; `num_tokens` is the number of learned tokens of all ranks.
 
-    The old policy of the ratio is the one at the start of the batch: with one iteration that is the current one, and with
+    The old policy of the ratio is the one at the start of the batch: with one iteration that is the current one,
+    and with
     more its log-probabilities are computed once beforehand (the sampler's would be biased by truncated sampling).
     """
     olds: list[Tensor | None] = [None] * len(batches)

@@ -56,7 +56,12 @@ def test_two_ranks_equal_one(recipe: Path, tmp_path: Path) -> None:  # noqa: F81
 
 @pytest.mark.multi
 def test_two_ranks_train_a_base_together(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
-    settings = [f"output_dir={tmp_path}", f"base.cache_dir={tmp_path}/cache", "max_steps=1", "evaluation.num_problems=0"]
+    settings = [
+        f"output_dir={tmp_path}",
+        f"base.cache_dir={tmp_path}/cache",
+        "max_steps=1",
+        "evaluation.num_problems=0",
+    ]
     launch(2, str(recipe), *settings)
     [together] = (tmp_path / "cache").glob("base-*")
     alone = base_model(load_config(recipe), Ranks(cpu=True), lambda metrics: None)

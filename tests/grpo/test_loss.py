@@ -44,7 +44,9 @@ def test_clip_higher_by_hand() -> None:
 def test_gradient_at_the_old_policy_is_the_policy_gradient() -> None:
     logprobs = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
     advantages = torch.tensor([0.5, -1.5, 2.0])
-    clipped_loss(logprobs, logprobs.detach(), advantages, torch.ones(3, dtype=torch.bool), epsilon=0.2).loss_N.sum().backward()
+    clipped_loss(
+        logprobs, logprobs.detach(), advantages, torch.ones(3, dtype=torch.bool), epsilon=0.2
+    ).loss_N.sum().backward()
     assert torch.allclose(logprobs.grad, -advantages)
 
 

@@ -98,7 +98,9 @@ def test_a_run_leaves_everything_behind(uninterrupted: Path) -> None:
     assert stages.keys() == {"base", "final"}
     assert stages["base"]["num_problems"] == 10
     assert stages["base"]["ci95"][0] <= stages["base"]["avg@k"] <= stages["base"]["ci95"][1]
-    rollouts = [json.loads(line) for line in (uninterrupted / "rollouts" / "step_000003.jsonl").read_text().splitlines()]
+    rollouts = [
+        json.loads(line) for line in (uninterrupted / "rollouts" / "step_000003.jsonl").read_text().splitlines()
+    ]
     assert [len(group["completions"]) for group in rollouts] == [4] * 5
     for group in rollouts:
         assert sum(c["advantage"] for c in group["completions"]) == pytest.approx(0, abs=1e-9)
@@ -128,7 +130,15 @@ def test_a_stopped_run_resumes_as_if_it_had_not_been(recipe: Path, uninterrupted
         run(recipe, [f"output_dir={recipe.parent}", "name=pieces", f"max_steps={last}"], resume=True)
         if last < 6:  # an evaluation "final" belongs to the end that was asked for then
             (recipe.parent / "pieces" / "evaluation.json").write_text(
-                json.dumps([e for e in json.loads((recipe.parent / "pieces" / "evaluation.json").read_text()) if e["stage"] == "base"], indent=2) + "\n"
+                json.dumps(
+                    [
+                        e
+                        for e in json.loads((recipe.parent / "pieces" / "evaluation.json").read_text())
+                        if e["stage"] == "base"
+                    ],
+                    indent=2,
+                )
+                + "\n"
             )
     assert_same_run(uninterrupted, recipe.parent / "pieces")
 
@@ -185,7 +195,11 @@ def wait_for(file: Path, process: subprocess.Popen, seconds: float = 90) -> Iter
 
 def test_learning_raises_the_reward(recipe: Path) -> None:
     settings = [f"output_dir={recipe.parent}", "name=learns", "rewards=[format]", "max_steps=40", "save_steps=0"]
-    run(recipe, [*settings, "num_iterations=1", "beta=0", "learning_rate=3e-3", "evaluation.num_problems=0"], resume=False)
+    run(
+        recipe,
+        [*settings, "num_iterations=1", "beta=0", "learning_rate=3e-3", "evaluation.num_problems=0"],
+        resume=False,
+    )
     rewards = [line["reward"] for line in metrics_of(recipe.parent / "learns")]
     assert sum(rewards[-10:]) / 10 > sum(rewards[:10]) / 10 + 0.1
 

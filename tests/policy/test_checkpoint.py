@@ -24,7 +24,7 @@ SHAPES = {
 
 def theirs(**changes: object) -> DeepseekV3ForCausalLM:
     torch.manual_seed(0)
-    shape = dict(
+    shape = dict(  # noqa: C408
         vocab_size=61, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
         n_group=1, topk_group=1, routed_scaling_factor=1.0, kv_lora_rank=16, q_lora_rank=None, qk_rope_head_dim=8,

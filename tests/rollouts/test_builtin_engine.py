@@ -14,7 +14,9 @@ from tests.policies import tiny_policy
 PROMPTS = [[5, 9, 11, 3], list(range(3, 20)), [7] * 8, [40, 41], list(range(20, 52))]
 
 
-def sample_naively(policy: Policy, prompt: list[int], seed: int, params: SamplingParams) -> tuple[list[int], list[float]]:
+def sample_naively(
+    policy: Policy, prompt: list[int], seed: int, params: SamplingParams
+) -> tuple[list[int], list[float]]:
     """One sequence, the whole row through the trunk for every token, no cache."""
     token_ids, logprobs = list(prompt), []
     with torch.no_grad():
@@ -57,7 +59,9 @@ def check_against_naive(policy: Policy, engine: BuiltinEngine, params: SamplingP
 )
 def test_engine_equals_naive_sampling(changes: dict[str, float]) -> None:
     policy = tiny_policy()
-    params = SamplingParams(**{"max_completion_length": 40, "stop_token_ids": tuple(range(2, 61, 5)), "seed": 3} | changes)
+    params = SamplingParams(
+        **{"max_completion_length": 40, "stop_token_ids": tuple(range(2, 61, 5)), "seed": 3} | changes
+    )
     if params.temperature == 0:
         params = SamplingParams(max_completion_length=12, temperature=0, stop_token_ids=tuple(range(0, 61, 2)), seed=3)
     check_against_naive(policy, make_engine(policy, EngineConfig()), params, num_generations=3)
