@@ -22,7 +22,7 @@ help:  ## this list
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 zero: $(VENV)/.installed  ## install, train a base model from scratch, teach it countdown with RL, show before and after
-	@exec $(IN_VENV) grpo train $(RECIPE) $(RUN_ARGS)
+	@exec $(IN_VENV) grpo train $(RECIPE) --resume $(RUN_ARGS)
 
 setup: $(VENV)/.installed-dev  ## install what work on the code needs
 

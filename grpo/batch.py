@@ -25,8 +25,7 @@ class Row:
     completion: Completion
     advantage: float
     learned: bool
-    """False where the row is only measured: a truncated completion under `mask_truncated_completions`, an aborted
-    one."""
+    """False where nothing is learned from the row: truncated under `mask_truncated_completions`, or aborted."""
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion.token_ids)
