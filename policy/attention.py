@@ -65,6 +65,16 @@ def attend_causally(query_BHSQ: Tensor, key_BHSQ: Tensor, value_BHSV: Tensor, sc
     return torch.bmm(weights, value).unflatten(0, query_BHSQ.shape[:2])
 
 
+def write_cache(blocks: Tensor, slot_N: Tensor, latent_NR: Tensor, k_rope_NP: Tensor) -> None:
+    """Put what decoding will read at flat positions `slot_N` of one layer's blocks [blocks, block_size, W], in place.
+
+    What is not a number is written as 0. It still spoils the sequence it comes from, through that sequence's own hidden
+    states; in the cache it would spoil the block's next holder too, since weight 0 times NaN is NaN.
+    """
+    entries_NW = torch.cat((latent_NR, k_rope_NP), dim=-1).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    blocks.flatten(0, 1).index_copy_(0, slot_N, entries_NW.to(blocks.dtype))
+
+
 class LatentAttention(nn.Module):
     """MLA. Parameter names follow transformers' `DeepseekV3Attention`."""
 
@@ -113,8 +123,7 @@ class LatentAttention(nn.Module):
         config, rows = self.config, plan.rows
         if plan.cache is not None:
             assert plan.slot_N is not None
-            store = plan.cache[self.layer].flatten(0, 1)
-            store.index_copy_(0, plan.slot_N, torch.cat((latent_NR, k_rope_NP), dim=-1).to(store.dtype))
+            write_cache(plan.cache[self.layer], plan.slot_N, latent_NR, k_rope_NP)
         heads = config.num_attention_heads
         keys_values = self.kv_b_proj(latent_NR).unflatten(-1, (heads, config.qk_nope_head_dim + config.v_head_dim))
         k_nope_NHD, value_NHV = keys_values.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
@@ -129,7 +138,7 @@ class LatentAttention(nn.Module):
     ) -> Tensor:
         config = self.config
         blocks = plan.cache[self.layer]
-        blocks.flatten(0, 1).index_copy_(0, plan.slot_B, torch.cat((latent_BR, k_rope_BP), dim=-1).to(blocks.dtype))
+        write_cache(blocks, plan.slot_B, latent_BR, k_rope_BP)
         cached_BLW = blocks.index_select(0, plan.block_table_BL.flatten()).view(
             len(plan.block_table_BL), -1, config.cache_width
         )

@@ -49,6 +49,7 @@ def token_logprobs(
     """
     output = policy(token_ids_N, rows.position_ids_N, Expanded(rows=rows), given_experts_MNK)
     wanted_W = wanted_N.nonzero().squeeze(1)
+    assert rows.position_ids_N[wanted_W].all(), "a row's first token has nothing before it"
     before_WC = output.hidden_NC.index_select(0, wanted_W - 1)
     logprobs_W, entropy_W = gather_logprobs(policy, before_WC, token_ids_N.index_select(0, wanted_W), temperature)
     empty_N = torch.zeros(len(token_ids_N), dtype=torch.float32, device=token_ids_N.device)
@@ -76,7 +77,7 @@ class NextTokenLoss:
 def next_token_loss(policy: Policy, token_ids_N: Tensor, rows: PackedRows, mtp_weight: float = 0.0) -> NextTokenLoss:
     """Mean cross-entropy of every token but each row's first, plus `mtp_weight` times the mean over MTP modules.
 
-    DeepSeek-V3, equations 24 and 25.
+    DeepSeek-V3, equations 24 and 25, each loss a mean over the tokens it predicts.
     """
     output = policy(token_ids_N, rows.position_ids_N, Expanded(rows=rows))
     loss = _mean_loss(policy, output.hidden_NC, token_ids_N, rows, ahead=1)
@@ -89,11 +90,17 @@ def next_token_loss(policy: Policy, token_ids_N: Tensor, rows: PackedRows, mtp_w
 
 
 def gather_logprobs(
-    policy: Policy, hidden_WC: Tensor, token_ids_W: Tensor, temperature: float = 1.0
+    policy: Policy,
+    hidden_WC: Tensor,
+    token_ids_W: Tensor,
+    temperature: float = 1.0,
+    *,
+    chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each token under its hidden state, and the entropy there, both [W] in nats.
 
-    Done in chunks that recompute their logits in the backward pass, so that [W, V] never exists as a whole.
+    Done in chunks of at most `chunk_elements` logits that are recomputed in the backward pass, so that [W, V] never
+    exists as a whole.
     """
 
     def one_chunk(hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,7 +110,7 @@ def gather_logprobs(
             entropy = -(log_all.exp() * log_all).sum(dim=-1)
         return log_all.gather(1, token_ids[:, None]).squeeze(1), entropy
 
-    rows_at_once = max(1, CHUNK_ELEMENTS // policy.config.vocab_size)
+    rows_at_once = max(1, chunk_elements // policy.config.vocab_size)
     if len(hidden_WC) <= rows_at_once:
         return one_chunk(hidden_WC, token_ids_W)
     pieces = [
@@ -114,7 +121,7 @@ def gather_logprobs(
 
 
 def _mean_loss(policy: Policy, hidden_NC: Tensor, token_ids_N: Tensor, rows: PackedRows, ahead: int) -> Tensor:
-    """Mean of -log p(token n | hidden n - ahead) over the tokens that have `ahead` others before them in their row."""
+    """Mean of -log p(token n | hidden n - ahead) over tokens with `ahead` others before them in their row, or 0."""
     target_W = (rows.position_ids_N >= ahead).nonzero().squeeze(1)
     logprobs_W, _ = gather_logprobs(policy, hidden_NC.index_select(0, target_W - ahead), token_ids_N[target_W])
-    return -logprobs_W.mean()
+    return -logprobs_W.sum() / max(1, len(target_W))

@@ -51,7 +51,8 @@ class BuiltinEngine:
         prompt_seeds: SequenceOf[int] | None = None,
     ) -> list[list[Completion]]:
         """See `Engine.generate`. Raises SamplingError for an empty or too long prompt, or a cache too small for one."""
-        seeds = mix(params.seed, np.arange(len(prompts))) if prompt_seeds is None else np.asarray(prompt_seeds)
+        # Not as one array: numpy makes floats of whole numbers on both sides of 2^63.
+        seeds = mix(params.seed, np.arange(len(prompts))).tolist() if prompt_seeds is None else prompt_seeds
         groups = [
             Prefill(
                 token_ids=list(prompt),
