@@ -19,7 +19,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Split = Literal["train", "held_out"]
-HELD_OUT_SHARE = 3
+HELD_OUT_SHARE = 6
 """One problem in so many is held out, by a hash of the problem itself, so that no seed can mix the two."""
 
 WORDS = ("User", ":", "Assistant", "Using", "the", "numbers", ",", "make", ".", "low", "high", "right")
