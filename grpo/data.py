@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from grpo.config import DatasetConfig
-from grpo.countdown import HELD_OUT_SHARE, MAX_MISSES, Split, generate_problems, problem_text
+from grpo.countdown import MAX_MISSES, Split, generate_problems, problem_text
 from rewards import Problem
 
+ROWS_PER_HELD_OUT = 8
+"""One row of a file or hub dataset in so many is held out where no `evaluation.path` is given."""
 HUB_TIMEOUT_S = 5.0
 """Seconds that the hub has to answer before it counts as out of reach."""
 
@@ -70,7 +72,7 @@ def read_problems(config: DatasetConfig, *, seed: int, split: Split | Literal["a
     place = -1
     problems: list[Problem] = []
     for place, (row_number, row) in enumerate(_read_rows(config, config.path)):
-        if split == "all" or (place % HELD_OUT_SHARE == HELD_OUT_SHARE - 1) == (split == "held_out"):
+        if split == "all" or (place % ROWS_PER_HELD_OUT == ROWS_PER_HELD_OUT - 1) == (split == "held_out"):
             problems.append(to_problem(row, config, f"{config.path}:{row_number}"))
             if len(problems) == count:
                 break
@@ -128,7 +130,7 @@ def _nothing_in(path: str, num_rows: int, split: str) -> str:
     if num_rows == 0:
         return f"{path} is empty; nothing can be asked"
     return (
-        f"{path} has {num_rows} rows, and none for the {split} part (one row in {HELD_OUT_SHARE} is held out); "
+        f"{path} has {num_rows} rows, and none for the {split} part (one row in {ROWS_PER_HELD_OUT} is held out); "
         "give evaluation.path, or set evaluation.num_problems=0"
     )
 
@@ -198,6 +200,8 @@ def _read_parquet(file: Path) -> Iterator[tuple[int, Any]]:
         try:
             table = datasets.Dataset.from_parquet(str(file), cache_dir=cache, keep_in_memory=True)
         except (ValueError, datasets.exceptions.DatasetsError) as error:
+            if "corresponds to no data" in str(error):  # how a file of no rows is put
+                return
             raise DatasetError(f"{file} cannot be read as parquet: {_first_line(error)}") from None
         yield from enumerate(table, start=1)
 
