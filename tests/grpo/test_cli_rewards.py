@@ -23,7 +23,7 @@ def test_a_file_is_graded_and_counted(tmp_path: Path) -> None:
     rows = [
         {"completion": r"\boxed{7}", "gold": "7", "expected": 1},
         {"completion": r"\boxed{8}", "gold": "7", "expected": 1},
-        {"completion": "I do not know", "gold": "7", "expected": 0},
+        {"completion": "", "gold": "7", "expected": 0},
     ]
     (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, rows)))
     shown = RUN(app, ["reward", "check", "--file", str(tmp_path / "answers.jsonl")])

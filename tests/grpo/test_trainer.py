@@ -42,7 +42,7 @@ RECIPE = {
         "learning_rate": 5e-3,
         "warmup_steps": 5,
     },
-    "dataset": {"countdown": {"high": 4, "operators": "+-"}, "num_problems": 40},
+    "dataset": {"countdown": {"high": 7, "operators": "+-"}, "num_problems": 40},
     "prompt_template": "User : {prompt} Assistant :",
     "reward_workers": 0,
     "prompts_per_step": 5,
@@ -194,12 +194,11 @@ def wait_for(file: Path, process: subprocess.Popen, seconds: float = 90) -> Iter
 
 
 def test_learning_raises_the_reward(recipe: Path) -> None:
-    settings = [f"output_dir={recipe.parent}", "name=learns", "rewards=[format]", "max_steps=40", "save_steps=0"]
-    run(
-        recipe,
-        [*settings, "num_iterations=1", "beta=0", "learning_rate=3e-3", "evaluation.num_problems=0"],
-        resume=False,
-    )
+    plugin = recipe.parent / "plugin.py"
+    plugin.write_text("def short(problem, completion):\n    return 1 / (1 + len(completion.split()) / 10)\n")
+    settings = [f"output_dir={recipe.parent}", "name=learns", f"rewards=['{plugin}:short']", "max_steps=40"]
+    more = ["save_steps=0", "num_iterations=1", "beta=0", "learning_rate=3e-3", "evaluation.num_problems=0"]
+    run(recipe, [*settings, *more], resume=False)
     rewards = [line["reward"] for line in metrics_of(recipe.parent / "learns")]
     assert sum(rewards[-10:]) / 10 > sum(rewards[:10]) / 10 + 0.1
 
