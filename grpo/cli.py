@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from policy import CheckpointError, ShapeError
-from rewards.registry import RewardNotFoundError
 
 app = typer.Typer(
     add_completion=False,
@@ -27,7 +25,10 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="settings that repla
 
 
 def main() -> None:
-    """Entry point of the command."""
+    """Entry point of the command; nothing before it may import torch."""
+    # GNU OpenMP reads this once, when torch loads it. By default a thread that waits for another spins for milliseconds;
+    # where another program shares the cores, that starves the very thread it waits for (seen: 50 times slower).
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     app()
 
 
@@ -76,6 +77,7 @@ def sample(
 def report(run_dir: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
     """Write report.html of a run anew."""
     from grpo.report import write_report
+    from policy import CheckpointError
 
     with _errors_in_one_line():
         if not (run_dir / "config.yaml").is_file():
@@ -138,9 +140,10 @@ def _errors_in_one_line() -> Iterator[None]:
     from grpo.data import DatasetError
     from grpo.prompts import PromptError
     from grpo.record import RunFolderError
+    from policy import CheckpointError, ShapeError
     from policy.tokenizer import TokenizerError
     from rewards.grader_pool import GraderError
-    from rewards.registry import RewardSignatureError
+    from rewards.registry import RewardNotFoundError, RewardSignatureError
     from rewards.sandbox.sandbox import SandboxUnavailableError
     from rollouts import SamplingError
 
