@@ -31,7 +31,7 @@ class NotNumericError(ValueError):
 
 def new_context(bits: int) -> Any:
     """An mpmath context of this precision that nobody else uses."""
-    import mpmath  # type: ignore[import-untyped]
+    import mpmath
 
     context = mpmath.MPContext()
     context.prec = bits

@@ -55,7 +55,7 @@ def test_file_that_failed_is_executed_again(tmp_path: Path) -> None:
     ("name", "message"),
     [
         ("countdwn", "did you mean 'countdown'"),
-        ("nothing_like_it", "built-in: countdown, format"),
+        ("nothing_like_it", "built-in: accuracy, boxed"),
         ("my_package.rewards.score", "did you mean 'my_package.rewards:score'"),
         ("my_rewards.py", "which function of the file"),
         ("", "no reward is called ''"),

@@ -1,0 +1,123 @@
+"""The alignment rule by brute force: position n speaks of token n given the tokens before it in its row.
+
+Shapes: N packed tokens, V vocabulary, W wanted tokens.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from policy import PackedRows, Policy
+from policy.logprobs import gather_logprobs, next_token_loss, token_logprobs
+from tests.policies import tiny_policy
+
+LENGTHS = (6, 1, 9, 2)
+
+
+def draw_tokens(lengths: tuple[int, ...] = LENGTHS) -> Tensor:
+    return torch.randint(3, 61, (sum(lengths),), generator=torch.Generator().manual_seed(0))
+
+
+def log_distributions(policy: Policy, token_ids_N: Tensor, temperature: float = 1.0) -> list[Tensor | None]:
+    """Of each token given those before it, [V], every prefix run through the policy by itself; None at rows' starts."""
+    found: list[Tensor | None] = []
+    for row in token_ids_N.split(LENGTHS):
+        found.append(None)
+        for n in range(1, len(row)):
+            found.append((policy.logits(row[None, :n])[0, -1] / temperature).log_softmax(-1))
+    return found
+
+
+def not_first() -> Tensor:
+    return PackedRows.of(LENGTHS).position_ids_N > 0
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+@pytest.mark.parametrize("share", [1.0, 0.5], ids=["all_wanted", "some_wanted"])
+@torch.no_grad()
+def test_each_position_speaks_of_its_own_token(temperature: float, share: float) -> None:
+    policy, token_ids_N = tiny_policy(), draw_tokens()
+    wanted_N = not_first() & (torch.rand(len(token_ids_N), generator=torch.Generator().manual_seed(1)) < share)
+    got = token_logprobs(policy, token_ids_N, PackedRows.of(LENGTHS), wanted_N, temperature=temperature)
+    assert 0 < wanted_N.sum() <= not_first().sum()
+    for n, log_V in enumerate(log_distributions(policy, token_ids_N, temperature)):
+        if log_V is None or not wanted_N[n]:
+            assert got.logprobs_N[n] == got.entropy_N[n] == 0
+        else:
+            assert float(got.logprobs_N[n]) == pytest.approx(float(log_V[token_ids_N[n]]), abs=1e-5)
+            assert float(got.entropy_N[n]) == pytest.approx(-float((log_V.exp() * log_V).sum()), abs=1e-5)
+
+
+def test_gradient_equals_that_of_every_prefix_by_itself() -> None:
+    policy, token_ids_N = tiny_policy(), draw_tokens()
+    weights_N = torch.randn(len(token_ids_N), generator=torch.Generator().manual_seed(2))
+    got = token_logprobs(policy, token_ids_N, PackedRows.of(LENGTHS), not_first(), temperature=0.8)
+    parameters = list(policy.parameters())
+    ours = torch.autograd.grad((got.logprobs_N * weights_N).sum(), parameters)
+    brute = sum(
+        weights_N[n] * log_V[token_ids_N[n]]
+        for n, log_V in enumerate(log_distributions(policy, token_ids_N, 0.8))
+        if log_V is not None
+    )
+    for a, b in zip(ours, torch.autograd.grad(brute, parameters), strict=True):
+        assert torch.allclose(a, b, atol=1e-4, rtol=1e-4)
+    assert not got.entropy_N.requires_grad
+
+
+def test_a_rows_first_token_cannot_be_wanted() -> None:
+    wanted_N = not_first()
+    wanted_N[6] = True
+    with pytest.raises(AssertionError):
+        token_logprobs(tiny_policy(), draw_tokens(), PackedRows.of(LENGTHS), wanted_N)
+
+
+def test_nothing_wanted_gives_zeros_and_no_gradient() -> None:
+    policy, token_ids_N = tiny_policy(), draw_tokens()
+    got = token_logprobs(policy, token_ids_N, PackedRows.of(LENGTHS), torch.zeros_like(token_ids_N, dtype=torch.bool))
+    assert not got.logprobs_N.any()
+    got.logprobs_N.sum().backward()
+    assert all(w.grad is None or not w.grad.any() for w in policy.parameters())
+
+
+@pytest.mark.parametrize("tokens_at_once", [1, 3, 10, 16, 17])
+def test_chunks_equal_the_whole_gradients_too(tokens_at_once: int) -> None:
+    policy = tiny_policy()
+    generator = torch.Generator().manual_seed(0)
+    hidden_WC = torch.randn(17, 32, generator=generator, requires_grad=True)
+    token_ids_W = torch.randint(0, 61, (17,), generator=generator)
+    weights_W = torch.randn(17, generator=generator)
+
+    def run(chunk_elements: int) -> list[Tensor]:
+        logprobs_W, entropy_W = gather_logprobs(policy, hidden_WC, token_ids_W, 0.7, chunk_elements=chunk_elements)
+        if not torch.is_grad_enabled():
+            return [logprobs_W, entropy_W]
+        grads = torch.autograd.grad((logprobs_W * weights_W).sum(), [hidden_WC, policy.lm_head.weight])
+        return [logprobs_W, entropy_W, *grads]
+
+    for grad_enabled in (True, False):
+        with torch.set_grad_enabled(grad_enabled):
+            for chunked, whole in zip(run(tokens_at_once * 61 + 5), run(17 * 61), strict=True):
+                assert torch.allclose(chunked, whole, atol=1e-5)
+
+
+def test_entropy_of_nearly_equal_and_of_certain_tokens() -> None:
+    policy = tiny_policy()
+    hidden_WC, token_ids_W = torch.randn(4, 32, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+    assert torch.allclose(gather_logprobs(policy, hidden_WC, token_ids_W, 1e6)[1], torch.full((4,), math.log(61)))
+    assert torch.allclose(gather_logprobs(policy, hidden_WC, token_ids_W, 1e-4)[1], torch.zeros(4), atol=1e-5)
+
+
+def test_next_token_loss_is_the_mean_cross_entropy_of_all_but_first_tokens() -> None:
+    policy, token_ids_N = tiny_policy(), draw_tokens()
+    ours = next_token_loss(policy, token_ids_N, PackedRows.of(LENGTHS))
+    pairs = [(policy.logits(row[None])[0, :-1], row[1:]) for row in token_ids_N.split(LENGTHS)]
+    wanted = F.cross_entropy(torch.cat([p[0] for p in pairs]), torch.cat([p[1] for p in pairs]))
+    assert torch.allclose(ours.total, wanted, atol=1e-5)
+    assert torch.equal(ours.total, ours.trunk)
+    assert float(ours.mtp) == 0
+    parameters = list(policy.parameters())
+    for a, b in zip(torch.autograd.grad(ours.total, parameters), torch.autograd.grad(wanted, parameters), strict=True):
+        assert torch.allclose(a, b, atol=1e-5, rtol=1e-4)
