@@ -26,7 +26,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="settings that repla
 
 def main() -> None:
     """Entry point of the command; nothing before it may import torch."""
-    # GNU OpenMP reads this once, when torch loads it. By default a thread that waits for another spins for milliseconds;
+    # GNU OpenMP reads this once, when torch loads it. By default a thread that waits for another spins for long;
     # where another program shares the cores, that starves the very thread it waits for (seen: 50 times slower).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     app()
