@@ -55,8 +55,9 @@ class Evaluator:
         for start in range(0, len(problems), self.batch_size):
             part = slice(start, start + self.batch_size)
             seeds = [int(mix(self.seed, EVALUATION_STREAM + first + start + i)) for i in range(len(problems[part]))]
-            greedy = self._ask(problems[part], prompts[part], 1, self.greedy, seeds)
+            # Groups of k first: a reward that returns lists of a wrong length would pass for right on groups of one.
             sampled = self._ask(problems[part], prompts[part], self.k, self.sampled, seeds)
+            greedy = self._ask(problems[part], prompts[part], 1, self.greedy, seeds)
             rows += [
                 (fmean(self._is_correct(g)), fmean(self._is_correct(s)), fmean(len(c.token_ids) for c in s.completions))
                 for g, s in zip(greedy, sampled, strict=True)
