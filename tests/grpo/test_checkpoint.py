@@ -2,9 +2,6 @@
 
 import json
 import os
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,6 +20,7 @@ from grpo.checkpoint import (
 from grpo.optimizer import MasterAdamW
 from policy import CheckpointError, Policy
 from policy.tokenizer import Tokenizer, build_word_tokenizer
+from tests.full_disk import files_at_most
 from tests.policies import tiny_policy
 
 FILES = ["config.json", "model.safetensors", STATE, "tokenizer.json", "tokenizer_config.json", TRAINER]
@@ -59,17 +57,6 @@ def names(folder: Path) -> list[str]:
 
 def tear(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-@contextmanager
-def files_at_most(size: int) -> Iterator[None]:
-    """Writes beyond `size` bytes of any file fail, as on a full disk (Python ignores the signal that comes with it)."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -15,7 +15,7 @@ from grpo.pretrain import _token_batches, base_model, build_policy
 from grpo.prompts import PromptError
 from policy import CheckpointError
 from policy.tokenizer import load_tokenizer
-from tests.grpo.test_record import files_at_most
+from tests.full_disk import files_at_most
 from tests.recipes import TINY, write_recipe
 
 

@@ -3,11 +3,8 @@
 import fcntl
 import json
 import os
-import resource
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from grpo.record import RunFolder, RunFolderError
 from grpo.types import Group
 from rewards import Problem, RewardResult
 from rollouts import Completion
+from tests.full_disk import files_at_most
 from tests.recipes import write_recipe
 
 HOLDER = """
@@ -61,17 +59,6 @@ def worked(config: Config) -> None:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@contextmanager
-def files_at_most(size: int) -> Iterator[None]:
-    """Writes beyond `size` bytes of any file fail, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def group(*rewards: float | None) -> Group:
