@@ -166,3 +166,6 @@ def _errors_in_one_line() -> Iterator[None]:
     ) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted; what was saved before stays, and the same command with --resume goes on", err=True)
+        raise typer.Exit(130) from None

@@ -107,7 +107,7 @@ class _Setting:
 @contextmanager
 def _setting(config: Config) -> Iterator[_Setting]:
     # Before the first parallel product: the thread pool takes the flag over from this thread. Attention weights that
-    # underflow to denormal numbers otherwise slow a CPU down tenfold once a policy is sure of itself.
+    # underflow to denormal numbers otherwise slow a CPU down once a policy is sure of itself.
     torch.set_flush_denormal(True)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)

@@ -181,6 +181,24 @@ def test_a_signal_saves_and_says_how_to_go_on(recipe: Path, number: signal.Signa
     assert (folder / "report.html").is_file()
 
 
+@pytest.mark.multi
+def test_an_interrupt_before_the_first_step_says_how_to_go_on(recipe: Path) -> None:
+    settings = [f"output_dir={recipe.parent}", "name=early", "base.max_steps=100000", "seed=7"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "grpo", "train", str(recipe), *settings],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("base model"):
+            break
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert "--resume" in output.splitlines()[-1]
+
+
 def wait_for(file: Path, process: subprocess.Popen, seconds: float = 90) -> Iterator[None]:
     """Until a file is there; fails where the process ends or time runs out first."""
     import time
