@@ -164,7 +164,7 @@ def _errors_in_one_line() -> Iterator[None]:
         ShapeError,
         TokenizerError,
     ) as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         typer.echo("interrupted; what was saved before stays, and the same command with --resume goes on", err=True)

@@ -57,7 +57,7 @@ def evaluate_model(recipe: Path, overrides: Sequence[str], model: Path | None) -
     if not problems:
         raise ConfigError("evaluation.num_problems is 0: there is nothing to evaluate")
     with _setting(config) as setting, _grader(config) as grader:
-        policy, tokenizer = _load(config, model or _last_checkpoint(config), setting.ranks)
+        policy, tokenizer = _load(config, _resolve(model) if model else _last_checkpoint(config), setting.ranks)
         engine = make_engine(policy, config.engine)
         evaluator = make_evaluator(
             config, policy, tokenizer, engine=engine, grader=grader, ranks=setting.ranks, problems=problems
@@ -75,7 +75,7 @@ def sample_model(recipe: Path, overrides: Sequence[str], model: Path | None, pro
     if not problems:
         raise ConfigError("evaluation.num_problems is 0, so no problem is held out; give --prompt TEXT")
     with _setting(config) as setting, _grader(config) as grader:
-        policy, tokenizer = _load(config, model or _last_checkpoint(config), setting.ranks)
+        policy, tokenizer = _load(config, _resolve(model) if model else _last_checkpoint(config), setting.ranks)
         prompts = render_prompts(problems[:1], config, tokenizer, policy.config.max_position_embeddings)
         params = sampling_params(config, tokenizer)
         engine = make_engine(policy, config.engine)
@@ -142,10 +142,17 @@ def _train(config: Config, setting: _Setting, folder: RunFolder) -> int:
 def _start(config: Config, setting: _Setting) -> Path:
     """Folder of the model that training starts from, itself trained first where the recipe says so."""
     if config.model is not None:
-        return resolve_folder(config.model)
+        return _resolve(config.model)
     assert config.base is not None
     setting.display.stage("base model", config.base.max_steps)
     return base_model(config, setting.ranks, setting.display.advance)
+
+
+def _resolve(model: Path | str) -> Path:
+    try:
+        return resolve_folder(model)
+    except ValueError as error:  # the hub's word for a name that cannot be an id
+        raise CheckpointError(f"no folder {str(model)!r} here, and no id of the hub either: {error}") from None
 
 
 def _load(config: Config, folder: Path, ranks: Ranks) -> tuple[Policy, Tokenizer]:

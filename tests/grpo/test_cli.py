@@ -321,9 +321,21 @@ def test_a_model_that_cannot_be_loaded_is_one_line(how: str, message: str, finis
         assert str(model) in answer or how == "another architecture"
 
 
-def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, base=None, model=str(tmp_path / "gone"))
-    assert f"no folder '{tmp_path / 'gone'}'" in refusal("train", recipe)
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("../gone", "no folder '../gone'; give a folder with a config.json, or a hub id"),
+        (
+            "no-such-owner-2f9c/no-such-model-2f9c",
+            "no folder 'no-such-owner-2f9c/no-such-model-2f9c' here, and the hub",
+        ),
+        ("no such/i d", "no folder 'no such/i d' here, and no id of the hub either: Repo id must use"),
+    ],
+)
+def test_a_missing_model_is_one_line(model: str, message: str, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, base=None, model=model)
+    for answer in (refusal("train", recipe), refusal("eval", recipe, "--model", model)):
+        assert message in answer
 
 
 # --- eval, sample, report ----------------------------------------------------------------------------------------
