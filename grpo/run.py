@@ -112,8 +112,11 @@ def _setting(config: Config) -> Iterator[_Setting]:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     ranks = Ranks(cpu=config.device == "cpu" or not torch.cuda.is_available())
-    with Display(rank=ranks.rank) as display:
-        yield _Setting(ranks=ranks, display=display)
+    try:
+        with Display(rank=ranks.rank) as display:
+            yield _Setting(ranks=ranks, display=display)
+    finally:
+        torch.set_flush_denormal(False)
     ranks.close()
 
 
