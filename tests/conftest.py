@@ -7,6 +7,6 @@ import torch
 # One thread: tiny policies lose more to waiting for each other than two threads gain.
 torch.set_num_threads(1)
 
-# Started in the background of a script, a process ignores SIGINT and so do its children; tests that send it need it heard.
+# Started in the background of a script, a process and its children ignore SIGINT; tests that send it need it heard.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
