@@ -104,12 +104,12 @@ def sandbox() -> None:
 
 @reward_app.command("check")
 def check_reward(
+    reward: Annotated[str, typer.Argument(help="registry name or module:function")] = "math",
     completion: Annotated[str | None, typer.Option(help="a completion to grade")] = None,
     gold: Annotated[str | None, typer.Option(help="the answer that is right")] = None,
     file: Annotated[Path | None, typer.Option(help="a JSONL file of completions and golds to grade")] = None,
-    reward: Annotated[str, typer.Option(help="registry name or module:function, for --file")] = "math",
 ) -> None:
-    """Explain one verdict of the math reward stage by stage, or grade a file and count."""
+    """Explain one verdict of the math reward stage by stage, or grade a file with any reward and count."""
     from grpo.data import DatasetError
     from rewards.check import check_file, explain_verdict
 
@@ -125,6 +125,9 @@ def check_reward(
         typer.echo(f"{len(checked.rows)} rows, mean reward {checked.mean_reward:.4f}; {counts}")
         if checked.disagreements:
             typer.echo(f"{len(checked.disagreements)} differ from the column 'expected'")
+    elif reward not in ("math", "accuracy"):
+        typer.echo(f"error: only the math reward explains itself; grade with {reward!r} through --file", err=True)
+        raise typer.Exit(2)
     elif completion is not None and gold is not None:
         for stage, what in explain_verdict(completion, gold):
             typer.echo(f"{stage:8} {what}")

@@ -11,7 +11,7 @@ RUN = CliRunner().invoke
 
 
 def test_a_verdict_is_explained_stage_by_stage() -> None:
-    shown = RUN(app, ["reward", "check", "--completion", r"so \boxed{\frac{2}{4}}", "--gold", "0.5"])
+    shown = RUN(app, ["reward", "check", "math", "--completion", r"so \boxed{\frac{2}{4}}", "--gold", "0.5"])
     assert shown.exit_code == 0, shown.output
     stages = [line.split()[0] for line in shown.output.splitlines()]
     assert stages[0] == "gold"
@@ -39,6 +39,15 @@ def test_a_bad_file_is_named(tmp_path: Path) -> None:
         assert shown.exit_code == 2
         assert file in shown.output
         assert len(shown.output.splitlines()) == 1
+
+
+def test_another_reward_grades_files_only(tmp_path: Path) -> None:
+    (tmp_path / "answers.jsonl").write_text(json.dumps({"completion": "no tags", "gold": "7"}))
+    shown = RUN(app, ["reward", "check", "format", "--file", str(tmp_path / "answers.jsonl")])
+    assert "1 rows, mean reward 0.0000" in shown.output
+    shown = RUN(app, ["reward", "check", "format", "--completion", "x", "--gold", "y"])
+    assert shown.exit_code == 2
+    assert "--file" in shown.output
 
 
 def test_without_anything_to_check_the_remedy_is_named() -> None:
