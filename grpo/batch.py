@@ -7,14 +7,18 @@ which rows share a micro-batch changes the gradient only by rounding.
 
 from __future__ import annotations
 
+import collections.abc
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from grpo.types import Batch, Group
 from policy import PackedRows
 from rollouts import Completion
+
+Sized = TypeVar("Sized", bound=collections.abc.Sized)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,16 +62,21 @@ def make_batches(rows: Sequence[Row], max_tokens: int, device: torch.device | st
     Rows that teach nothing are left out: those not learned from, and, as their gradient is 0, those without advantage
     would be too if their entropy and KL were not measured.
     """
-    ordered = sorted((row for row in rows if row.learned), key=len)
-    batches, current = [], list[Row]()
-    for row in ordered:
-        if current and (len(current) + 1) * len(row) > max_tokens:
-            batches.append(_pack(current, device))
+    return [_pack(part, device) for part in cut_by_tokens([row for row in rows if row.learned], max_tokens)]
+
+
+def cut_by_tokens(items: Sequence[Sized], max_tokens: int) -> list[list[Sized]]:
+    """Items in order of length, cut into parts of at most `max_tokens` when padded (or one item, if longer).
+
+    Every part but the last is full: one item more would not have fitted.
+    """
+    parts, current = [], list[Sized]()
+    for item in sorted(items, key=len):
+        if current and (len(current) + 1) * len(item) > max_tokens:
+            parts.append(current)
             current = []
-        current.append(row)
-    if current:
-        batches.append(_pack(current, device))
-    return batches
+        current.append(item)
+    return [*parts, current] if current else parts
 
 
 def _pack(rows: Sequence[Row], device: torch.device | str) -> Batch:

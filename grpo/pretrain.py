@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import policy as policies
+from grpo.batch import cut_by_tokens
 from grpo.checkpoint import written_whole
 from grpo.config import DEFAULT_CONTEXT, BaseConfig, Config, ConfigError
 from grpo.countdown import CountdownConfig, generate_problems, problem_text, vocabulary, write_attempts
@@ -165,12 +166,7 @@ def _token_batches(
             prompt = config.prompt_template.replace("{prompt}", problem_text(row["nums"], row["target"]))
             completion = write_attempts(row, task, base.attempts, rng)
             texts.append([*(ids[word] for word in f"{prompt} {completion}".split()), tokenizer.eos_token_id])
-        batches, current = [], list[list[int]]()
-        for text in sorted(texts, key=len):
-            if current and (len(current) + 1) * len(text) > base.tokens_per_step:
-                batches.append(current)
-                current = []
-            current.append(text)
+        batches = cut_by_tokens(texts, base.tokens_per_step)[:-1]
         if not batches:  # one batch takes more than a pool
             continue
         rng.shuffle(batches)  # the longest few, which fill no batch, are left out
