@@ -148,7 +148,9 @@ def _start(config: Config, setting: _Setting) -> Path:
         return _resolve(config.model)
     assert config.base is not None
     setting.display.stage("base model", config.base.max_steps)
-    return base_model(config, setting.ranks, setting.display.advance)
+    folder = base_model(config, setting.ranks, setting.display.advance)
+    setting.display.note(f"base model: {folder}")
+    return folder
 
 
 def _resolve(model: Path | str) -> Path:
