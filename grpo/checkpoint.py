@@ -1,8 +1,9 @@
 """Checkpoints of a run: whole or absent, checked when read.
 
 A checkpoint is a folder `step_000050` that transformers and vLLM load as it is (weights in the Hugging Face layout,
-tokenizer) plus `trainer.safetensors` (master weights, moments), `state.json` and `manifest.json` (SHA-256 of every
-file). It is written beside its place, synced and renamed, so that a kill at any moment leaves the last good one.
+tokenizer) plus `trainer.safetensors` (master weights, moments), `reference.safetensors` where the reference moves,
+`state.json` and `manifest.json` (SHA-256 of every file). It is written beside its place, synced and renamed, so that a
+kill at any moment leaves the last good one.
 
 Everything else that the future depends on (data order, seeds, learning rate) follows from the step number.
 """
@@ -14,9 +15,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -28,7 +29,7 @@ from policy import CheckpointError, Policy
 from policy.checkpoint import load_config, read_tensors, restore
 from policy.tokenizer import Tokenizer
 
-MANIFEST, STATE, TRAINER = "manifest.json", "state.json", "trainer.safetensors"
+MANIFEST, STATE, TRAINER, REFERENCE = "manifest.json", "state.json", "trainer.safetensors", "reference.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,18 +41,35 @@ class Found:
     """Optimizer steps that were done when it was written."""
     damaged: tuple[str, ...]
     """What was wrong with newer ones, one line each."""
+    state: Mapping[str, float | None] = field(default_factory=dict)
+    """Numbers of the trainer, as given to `save_checkpoint`."""
 
 
 def save_checkpoint(
-    folder: Path, step: int, policy: Policy, tokenizer: Tokenizer, optimizer: MasterAdamW, keep: int
+    folder: Path,
+    step: int,
+    policy: Policy,
+    tokenizer: Tokenizer,
+    optimizer: MasterAdamW,
+    keep: int,
+    *,
+    state: Mapping[str, float | None] | None = None,
+    reference: Policy | None = None,
 ) -> Path:
-    """Write `folder/step_{step}` and remove all but the newest `keep`. Raises OSError where the disk refuses."""
+    """Write `folder/step_{step}` and remove all but the newest `keep`. Raises OSError where the disk refuses.
+
+    `state` are numbers of the trainer that do not follow from the step; `reference` is given where it moves.
+    """
     target = folder / f"step_{step:06d}"
     with written_whole(target) as temporary:
         policies.save(policy, temporary)
         tokenizer.save(temporary)
         save_file(optimizer.state_tensors(), temporary / TRAINER)
-        (temporary / STATE).write_text(json.dumps({"step": step}) + "\n")
+        if reference is not None:
+            save_file(
+                {name: weight.contiguous() for name, weight in reference.named_parameters()}, temporary / REFERENCE
+            )
+        (temporary / STATE).write_text(json.dumps({"step": step, **(state or {})}) + "\n")
         files = sorted(file for file in temporary.iterdir() if file.is_file())
         (temporary / MANIFEST).write_text(json.dumps({file.name: _digest(file) for file in files}, indent=2) + "\n")
     for old in _by_step(folder)[:-keep]:
@@ -90,8 +108,8 @@ def find_checkpoint(folder: Path) -> Found | None:
         if fault := _fault_of(path):
             damaged.append(f"{path} is damaged ({fault}); the one before is taken")
             continue
-        step = int(json.loads((path / STATE).read_text())["step"])
-        return Found(path=path, step=step, damaged=tuple(damaged))
+        state = json.loads((path / STATE).read_text())
+        return Found(path=path, step=int(state.pop("step")), damaged=tuple(damaged), state=state)
     if damaged:
         raise CheckpointError(f"{damaged[0].split(';')[0]}, and there is no other; remove it to start anew")
     return None
@@ -105,8 +123,8 @@ def forget_checkpoints_after(folder: Path, step: int) -> None:
         shutil.rmtree(path)
 
 
-def load_checkpoint(path: Path, policy: Policy, optimizer: MasterAdamW) -> None:
-    """Put weights, routers' biases, masters and moments back, in place.
+def load_checkpoint(path: Path, policy: Policy, optimizer: MasterAdamW, reference: Policy | None = None) -> None:
+    """Put weights, routers' biases, masters and moments back, in place; a reference too, where it had moved.
 
     Raises CheckpointError for a checkpoint of another shape, before anything is changed.
     """
@@ -118,6 +136,8 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: MasterAdamW) -> None:
         )
     restore(policy, read_tensors(path), where=str(path))
     optimizer.load_state_tensors(load_file(path / TRAINER))
+    if reference is not None and (path / REFERENCE).is_file():
+        reference.load_state_dict(load_file(path / REFERENCE), strict=False)  # without the buffers, which do not move
 
 
 def _by_step(folder: Path) -> list[Path]:

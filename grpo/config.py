@@ -14,6 +14,7 @@ from typing import Any, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from grpo.algorithm import AlgorithmConfig
 from grpo.countdown import AttemptsConfig, CountdownConfig
 from policy import PolicyConfig
 from rollouts import EngineConfig
@@ -91,8 +92,8 @@ class EvaluationConfig(Section):
     batch_size: int = Field(default=256, ge=1, description="prompts given to the engine at once")
 
 
-class Config(Section):
-    """One run."""
+class Config(AlgorithmConfig):
+    """One run: its own keys and those of its algorithm."""
 
     name: str = Field(description="the run's folder below output_dir", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     output_dir: Path = Path("runs")
@@ -121,7 +122,6 @@ class Config(Section):
     top_k: int = Field(default=0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     min_p: float = Field(default=0.0, ge=0, lt=1)
-    mask_truncated_completions: bool = False
 
     max_steps: int = Field(ge=1)
     learning_rate: float = Field(default=1e-6, gt=0)
@@ -132,12 +132,8 @@ class Config(Section):
     adam_beta2: float = Field(default=0.99, ge=0, lt=1)
     adam_epsilon: float = Field(default=1e-8, gt=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
-    scale_rewards: Literal["group", "none"] = "group"
-    epsilon: float = Field(default=0.2, gt=0)
-    epsilon_high: float | None = Field(default=None, gt=0)
-    beta: float = Field(default=0.0, ge=0, description="weight of the KL penalty; 0 keeps no reference")
-    num_iterations: int = Field(default=1, ge=1, description="optimizer steps on each batch of completions")
     max_tokens_per_micro_batch: int = Field(default=8192, ge=1)
+    max_skipped_steps: int = Field(default=5, ge=1, description="updates that are not finite before the run stops")
 
     engine: EngineConfig = Field(default_factory=EngineConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
@@ -163,6 +159,16 @@ class Config(Section):
                 "`base` needs a prompt_template with {prompt} as a word of its own (its tokenizer knows whole words "
                 f"only), such as 'User : {{prompt}} Assistant :', got {self.prompt_template!r}"
             )
+        if self.soft_punish_cache > self.max_completion_length:
+            raise ValueError(
+                f"soft_punish_cache ({self.soft_punish_cache}) is above max_completion_length "
+                f"({self.max_completion_length})"
+            )
+        if self.num_minibatches > self.prompts_per_step:
+            raise ValueError(
+                f"num_minibatches ({self.num_minibatches}) is above prompts_per_step ({self.prompts_per_step}): some "
+                "would be empty"
+            )
         return self
 
     @property
@@ -171,8 +177,10 @@ class Config(Section):
         return self.output_dir / self.name
 
     def to_yaml(self) -> str:
-        """The resolved recipe, every key given."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """The resolved recipe, every key given, those of the algorithm last."""
+        values = self.model_dump(mode="json")
+        ordered = {key: values.pop(key) for key in [*values] if key not in AlgorithmConfig.model_fields} | values
+        return yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True)
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:

@@ -68,11 +68,18 @@ def update_metrics(stats: UpdateStats) -> dict[str, Any]:
         "loss": stats.loss,
         "kl": stats.kl,
         "entropy": stats.entropy,
-        "clip_ratio/region_mean": stats.clipped,
+        "clip_ratio/low_mean": stats.clipped_low,
+        "clip_ratio/high_mean": stats.clipped_high,
+        "clip_ratio/region_mean": stats.clipped_low + stats.clipped_high,
         "sampling/logp_difference_mean": stats.logp_difference_mean,
         "sampling/logp_difference_max": stats.logp_difference_max,
+        "sampling/importance_sampling_ratio/mean": stats.sampler_ratio_mean,
+        "sampling/importance_sampling_ratio/min": stats.sampler_ratio_min,
+        "sampling/importance_sampling_ratio/max": stats.sampler_ratio_max,
+        "sampling/effective_sample_size": stats.effective_sample_size,
+        "sampling/off_policy_masked": stats.dropped,
         "grad_norm": stats.grad_norm,
-        "update/skipped": int(stats.is_skipped),
+        "update/skipped": stats.num_skipped,
     }
     if stats.load_ME:
         experts = len(stats.load_ME[0])

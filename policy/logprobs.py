@@ -29,7 +29,7 @@ class TokenLogprobs:
     logprobs_N: Tensor
     """Nats, fp32, differentiable."""
     entropy_N: Tensor
-    """Entropy of the distribution the token was drawn from, nats, fp32, without gradient."""
+    """Entropy of the distribution the token was drawn from, nats, fp32, differentiable."""
     output: PolicyOutput
     """Of the trunk, for the MTP modules and the experts' load."""
 
@@ -106,8 +106,7 @@ def gather_logprobs(
     def one_chunk(hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         logits = policy.project(hidden) / temperature
         log_all = logits.log_softmax(dim=-1)
-        with torch.no_grad():
-            entropy = -(log_all.exp() * log_all).sum(dim=-1)
+        entropy = -(log_all.exp() * log_all).sum(dim=-1)
         return log_all.gather(1, token_ids[:, None]).squeeze(1), entropy
 
     rows_at_once = max(1, chunk_elements // policy.config.vocab_size)
