@@ -97,8 +97,8 @@ def replay(file: Annotated[Path, typer.Argument(help="an update that was skipped
         found = replay_update(file)
     typer.echo(f"step {found.number}: loss {found.loss:g}, gradient norm {found.grad_norm:g}, {found.num_rows} rows")
     for fault in found.faults:
-        where = "" if fault.token is None else f", token {fault.token} (id {fault.token_id})"
-        typer.echo(f"problem {fault.origin.problem}, completion {fault.origin.completion}{where}: {fault.what}")
+        row = f"problem {fault.origin.problem}, completion {fault.origin.completion}"
+        typer.echo(f"{row}, from token {fault.token} (id {fault.token_id}) on: {fault.what} is not finite")
     if not found.faults:
         typer.echo("every row of this file is finite by itself: the fault is in their sum, or on another rank")
 

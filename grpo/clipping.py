@@ -113,7 +113,7 @@ def mask_moved(tokens: Tokens, algorithm: AlgorithmConfig, divergence: Callable[
     moved_N = divergence(logprobs_N, old_N)
     is_high_N = (moved_N > high) & (logprobs_N > old_N) & (tokens.advantages_N > 0)
     is_low_N = (moved_N > low) & (logprobs_N < old_N) & (tokens.advantages_N <= 0)
-    weight_N = tokens.ratio_N.detach().clamp(max=algorithm.delta)
+    weight_N = tokens.ratio_N.detach().clamp(max=algorithm.delta or float("inf"))
     kept_N = torch.where(is_low_N | is_high_N, 0.0, weight_N)
     return Gain(gain_N=kept_N * tokens.advantages_N * tokens.logprobs_N, low_N=is_low_N, high_N=is_high_N)
 

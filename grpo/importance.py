@@ -1,8 +1,8 @@
 """Corrections where the tokens were not drawn from the policy that learns from them. Pure functions, without gradient.
 
 Two gaps add up: the sampler's log-probabilities differ from the trainer's for the same weights (another program,
-another precision), and the trainer's policy moves on while it learns. The first is weighed here, the second by the ratio
-of the loss; off-policy sequence masking looks at both together.
+another precision), and the trainer's policy moves on while it learns. The first is weighed here, the second by the
+ratio of the loss; off-policy sequence masking looks at both together.
 
 Shapes: N packed tokens, B rows.
 """

@@ -6,8 +6,9 @@ Shapes: N packed tokens, B rows.
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from torch import Tensor
 from grpo.aggregation import Counts
 from grpo.batch import Minibatch
 from grpo.config import Config
-from grpo.loss import batch_loss
 from grpo.scoring import drawn_with, score
 from grpo.support import Support
 from grpo.types import Batch, Origin
@@ -42,11 +42,11 @@ class Fault:
 
     origin: Origin
     """The completion, as in the step's rollouts."""
-    token: int | None
-    """Index of the first token at fault within the completion; None where only the row as a whole is."""
-    token_id: int | None
+    token: int
+    """Index within the completion: up to here it is not finite, without this token it is."""
+    token_id: int
     what: str
-    """What is not finite there."""
+    """The first quantity of the completion that is not finite."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,9 +88,11 @@ def save_fault(file: Path, *, policy: Policy, step: Step, config: Config, number
 
 def load_fault(file: Path) -> tuple[int, Policy, Step, Config]:
     """Step number, policy, update and recipe of a file of `save_fault`. Raises ReplayError."""
+    if not zipfile.is_zipfile(file):
+        raise ReplayError(f"{file} cannot be read as a skipped update; they are under skipped/ in a run's folder")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except (OSError, RuntimeError) as error:
         raise ReplayError(f"{file} cannot be read as a skipped update: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ReplayError(f"{file} is no skipped update of this version; they are under skipped/ in a run's folder")
@@ -121,51 +123,64 @@ def replay(file: Path) -> Replay:
 
 
 def _faults(policy: Policy, batch: Batch, step: Step, config: Config) -> Iterator[Fault]:
-    """Row by row, the first stage at which something is not finite: inputs, log-probabilities, loss, gradient."""
-    row_N = torch.arange(len(batch.origins)).repeat_interleave(torch.tensor(batch.rows.lengths))
+    """Each row by itself, since rows of one pass spoil each other: nan times a weight of 0 is nan."""
     for row, origin in enumerate(batch.origins):
-        only = replace(
-            batch,
-            completion_mask_N=batch.completion_mask_N & (row_N == row),
-            support=None,  # its positions are those of the whole batch
+        length = batch.rows.lengths[row]
+        alone = _cut(batch, row, length)
+        what = _fault_of(policy, alone, step, config)
+        if what is None:
+            continue
+        prompt = int(alone.completion_mask_N.nonzero()[0])
+        # The shortest beginning that is at fault: within a row a token spoils those before it, too.
+        fine, wrong = prompt, length
+        while wrong - fine > 1:
+            middle = (fine + wrong) // 2
+            if _fault_of(policy, _cut(batch, row, middle), step, config) is None:
+                fine = middle
+            else:
+                wrong = middle
+        token_id = int(alone.token_ids_N[wrong - 1])
+        yield Fault(origin=origin, token=wrong - 1 - prompt, token_id=token_id, what=what)
+
+
+def _cut(batch: Batch, row: int, length: int) -> Batch:
+    """The first `length` tokens of one row as a batch of its own."""
+    start, wanted_N = batch.rows.starts[row], batch.completion_mask_N
+    place = slice(start, start + length)
+    cut: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    for name, value in cut.items():
+        if isinstance(value, Tensor):
+            cut[name] = value[place] if name.endswith("_N") else value[row : row + 1]
+    if batch.support is not None:
+        before, own = int(wanted_N[:start].sum()), int(wanted_N[place].sum())
+        counts_W = batch.support.counts_W
+        first, last = int(counts_W[:before].sum()), int(counts_W[: before + own].sum())
+        cut["support"] = Support(
+            token_ids_K=batch.support.token_ids_K[first:last], counts_W=counts_W[before : before + own]
         )
-        first = int(only.completion_mask_N.nonzero()[0])
-        for what, value_N in _stages(policy, only, step, config):
-            wrong = (~value_N.isfinite() & only.completion_mask_N).nonzero().flatten()
-            if len(wrong):
-                token = int(wrong[0])
-                yield Fault(origin=origin, token=token - first, token_id=int(batch.token_ids_N[token]), what=what)
-                break
-        else:
-            if not _is_gradient_finite(policy, only, step, config):
-                yield Fault(origin=origin, token=None, token_id=None, what="gradient of the weights")
+    return Batch(**(cut | {"rows": PackedRows.of([length]), "origins": (batch.origins[row],)}))
 
 
-def _stages(policy: Policy, batch: Batch, step: Step, config: Config) -> Iterator[tuple[str, Tensor]]:
+def _fault_of(policy: Policy, batch: Batch, step: Step, config: Config) -> str | None:
+    """The first quantity on the way from the inputs to the gradient that is not finite; None where all are."""
+    for name, value in _quantities(policy, batch, step, config):
+        if not value.isfinite().all():
+            return name
+    return None
+
+
+def _quantities(policy: Policy, batch: Batch, step: Step, config: Config) -> Iterator[tuple[str, Tensor]]:
     for field in fields(batch):
-        if field.name.endswith("_N") and isinstance(value := getattr(batch, field.name), Tensor):
-            yield f"input {field.name.removesuffix('_N')}", value
+        if isinstance(value := getattr(batch, field.name), Tensor):
+            yield f"given {field.name.rpartition('_')[0]}", value
     batch, values = score(policy, batch, drawn_with(config))
-    yield "log-probability under the policy", values.logprobs_N.detach()
-    yield "entropy", values.entropy_N.detach()
-    logprobs_N = values.logprobs_N.detach().requires_grad_()
-    terms = batch_loss(
-        logprobs_N,
-        values.entropy_N.detach(),
-        batch,
-        config,
-        step.minibatch.counts,
-        max_completion_length=config.max_completion_length,
-    )
-    yield "loss", terms.per_token_N
-    (slope_N,) = torch.autograd.grad(terms.loss, logprobs_N)
-    yield "gradient of the loss by the log-probability", slope_N
-
-
-def _is_gradient_finite(policy: Policy, batch: Batch, step: Step, config: Config) -> bool:
+    yield "log-probability under the policy", values.logprobs_N
+    yield "entropy", values.entropy_N
     policy.zero_grad()
-    backward(policy, batch, step, config)
-    return all(bool(weight.grad.isfinite().all()) for weight in policy.parameters() if weight.grad is not None)
+    yield "loss", backward(policy, batch, step, config).loss
+    for name, weight in policy.named_parameters():
+        if weight.grad is not None:
+            yield f"gradient of {name}", weight.grad
 
 
 def _as_plain(batch: Batch) -> dict[str, Any]:

@@ -6,9 +6,9 @@ the trainer's log pi(token) over the whole vocabulary would be off by the mass o
 DeepSeek-V3.2, arXiv 2512.02556, section 3.1).
 
 K is found once a batch, by the sampler's own `truncate` on the logits of the policy before its first step, and kept
-for the steps after. Where sampler and trainer share weights that is the sampler's set but for tokens that rounding moves
-over its edge; the drawn token is always in it. An engine with weights or kernels of its own differs at the edge a little
-more: `sampling/logp_difference` shows it, `importance_sampling_correction` corrects it.
+for the steps after. Where sampler and trainer share weights that is the sampler's set but for tokens that rounding
+moves over its edge; the drawn token is always in it. An engine with weights or kernels of its own differs at the edge a
+little more: `sampling/logp_difference` shows it, `importance_sampling_correction` corrects it.
 
 Shapes: N packed tokens, W wanted tokens, V vocabulary, C model width, K kept tokens of all positions together.
 """

@@ -35,16 +35,23 @@ def make_group(
     )
 
 
-def make_stats(load_ME: list[list[float]], *, is_skipped: bool = False) -> UpdateStats:
+def make_stats(load_ME: list[list[float]], *, num_skipped: int = 0) -> UpdateStats:
     return UpdateStats(
         loss=0.5,
         kl=0.01,
         entropy=1.5,
-        clipped=0.25,
+        entropy_kept=1.75,
+        clipped_low=0.1,
+        clipped_high=0.15,
+        dropped=0.05,
         logp_difference_mean=1e-6,
         logp_difference_max=1e-5,
+        sampler_ratio_mean=1.01,
+        sampler_ratio_min=0.5,
+        sampler_ratio_max=2.5,
+        effective_sample_size=0.9,
         grad_norm=2.0,
-        is_skipped=is_skipped,
+        num_skipped=num_skipped,
         load_ME=load_ME,
     )
 
@@ -99,7 +106,12 @@ def test_update_metrics_and_expert_load() -> None:
     assert metrics["loss"] == 0.5
     assert metrics["kl"] == 0.01
     assert metrics["entropy"] == 1.5
-    assert metrics["clip_ratio/region_mean"] == 0.25
+    assert (metrics["clip_ratio/low_mean"], metrics["clip_ratio/high_mean"]) == (0.1, 0.15)
+    assert metrics["clip_ratio/region_mean"] == pytest.approx(0.25)
+    ratio = {kind: metrics[f"sampling/importance_sampling_ratio/{kind}"] for kind in ("mean", "min", "max")}
+    assert ratio == {"mean": 1.01, "min": 0.5, "max": 2.5}
+    assert metrics["sampling/effective_sample_size"] == 0.9
+    assert metrics["sampling/off_policy_masked"] == 0.05
     assert metrics["sampling/logp_difference_max"] == 1e-5
     assert metrics["grad_norm"] == 2.0
     assert metrics["update/skipped"] == 0
@@ -109,6 +121,6 @@ def test_update_metrics_and_expert_load() -> None:
 
 
 def test_a_dense_policy_has_no_expert_load() -> None:
-    metrics = update_metrics(make_stats([], is_skipped=True))
+    metrics = update_metrics(make_stats([], num_skipped=1))
     assert metrics["update/skipped"] == 1
     assert not any(name.startswith("moe/") for name in metrics)
