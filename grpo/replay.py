@@ -135,10 +135,10 @@ def _faults(policy: Policy, batch: Batch, step: Step, config: Config) -> Iterato
         fine, wrong = prompt, length
         while wrong - fine > 1:
             middle = (fine + wrong) // 2
-            if _fault_of(policy, _cut(batch, row, middle), step, config) is None:
-                fine = middle
-            else:
+            if _fault_of(policy, _cut(batch, row, middle), step, config) == what:
                 wrong = middle
+            else:
+                fine = middle
         token_id = int(alone.token_ids_N[wrong - 1])
         yield Fault(origin=origin, token=wrong - 1 - prompt, token_id=token_id, what=what)
 
@@ -162,7 +162,7 @@ def _cut(batch: Batch, row: int, length: int) -> Batch:
 
 
 def _fault_of(policy: Policy, batch: Batch, step: Step, config: Config) -> str | None:
-    """The first quantity on the way from the inputs to the gradient that is not finite; None where all are."""
+    """The first quantity on the way to the gradient that is not finite; None where all are."""
     for name, value in _quantities(policy, batch, step, config):
         if not value.isfinite().all():
             return name
@@ -170,14 +170,14 @@ def _fault_of(policy: Policy, batch: Batch, step: Step, config: Config) -> str |
 
 
 def _quantities(policy: Policy, batch: Batch, step: Step, config: Config) -> Iterator[tuple[str, Tensor]]:
-    for field in fields(batch):
-        if isinstance(value := getattr(batch, field.name), Tensor):
-            yield f"given {field.name.rpartition('_')[0]}", value
-    batch, values = score(policy, batch, drawn_with(config))
+    found, values = score(policy, batch, drawn_with(config))
     yield "log-probability under the policy", values.logprobs_N
     yield "entropy", values.entropy_N
+    for field in fields(batch):  # some of which came from the same policy
+        if isinstance(value := getattr(batch, field.name), Tensor):
+            yield f"given {field.name.rpartition('_')[0]}", value
     policy.zero_grad()
-    yield "loss", backward(policy, batch, step, config).loss
+    yield "loss", backward(policy, found, step, config).loss
     for name, weight in policy.named_parameters():
         if weight.grad is not None:
             yield f"gradient of {name}", weight.grad

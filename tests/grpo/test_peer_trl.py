@@ -53,8 +53,13 @@ class Setting:
     """`start` and `now` in the layout of transformers."""
 
 
+def dense_policy() -> Policy:
+    """Without experts, whose choice of two near each other could turn on the last bit."""
+    return tiny_policy(first_k_dense_replace=3, initializer_range=0.1)
+
+
 def nearby(policy: Policy, seed: int, size: float) -> Policy:
-    other, generator = tiny_policy(first_k_dense_replace=3), torch.Generator().manual_seed(seed)
+    other, generator = dense_policy(), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight, own in zip(other.parameters(), policy.parameters(), strict=True):
             weight.copy_(own + size * torch.randn(own.shape, generator=generator))
@@ -63,7 +68,7 @@ def nearby(policy: Policy, seed: int, size: float) -> Policy:
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    start = tiny_policy(first_k_dense_replace=3)
+    start = dense_policy()
     now, sampler = nearby(start, 1, 0.02), nearby(start, 2, 0.01)
     folders = {name: tmp_path_factory.mktemp(name) for name in ("start", "now")}
     policies.save(start, folders["start"])
@@ -160,7 +165,7 @@ def ours(setting: Setting, folder: Path, choices: dict[str, Any]) -> tuple[float
             batch.certain_N.copy_(certain_N)
     setting.now.zero_grad()
     loss = sum(float(backward(setting.now, batch, step, config).loss.detach()) for batch in step.minibatch.batches)
-    gradient = tiny_policy(first_k_dense_replace=3)  # gradients in the place of weights, to be saved by their names
+    gradient = dense_policy()  # gradients in the place of weights, to be saved by their names
     with torch.no_grad():
         for place, weight in zip(gradient.parameters(), setting.now.parameters(), strict=True):
             place.copy_(torch.zeros_like(weight) if weight.grad is None else weight.grad)

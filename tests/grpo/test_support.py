@@ -88,10 +88,10 @@ def test_value_and_gradient_equal_the_definition_on_a_policy_that_moved() -> Non
             place = kept_SV[n - 1].nonzero().flatten().tolist().index(int(row[n]))
             total = total + inside[place] - 0.3 * (inside.exp() * inside).sum()
     total = total / batch.completion_mask_N.sum()
-    assert mean.item() == pytest.approx(total.item(), abs=1e-6)
+    assert mean.item() == pytest.approx(total.item(), rel=2e-6)
     theirs = torch.autograd.grad(total, list(policy.parameters()), allow_unused=True)
     for a, b in zip(ours, theirs, strict=True):
-        assert torch.allclose(a, torch.zeros_like(a) if b is None else b, atol=2e-6)
+        assert torch.allclose(a, torch.zeros_like(a) if b is None else b, atol=2e-6, rtol=1e-5), (a - b).abs().max()
 
 
 @torch.no_grad()

@@ -50,7 +50,8 @@ def gradients(
     optimizer = MasterAdamW(policy, betas=(0.0, 0.99), eps=1e-8, weight_decay=0.0)
     stats = update(
         policy, optimizer, minibatches, learning_rate=0.0, config=tiny_config(max_grad_norm=1e9, **changes),
-        ranks=Ranks(cpu=True), reference=None if reference is None else Reference(reference), entropy_coef=changes.get("entropy_coef", 0.0),
+        ranks=Ranks(cpu=True), reference=None if reference is None else Reference(reference),
+        entropy_coef=changes.get("entropy_coef", 0.0),
     )  # fmt: skip
     return {name: optimizer.inner.state[master]["exp_avg"] for name, master in optimizer.masters.items()}, stats
 
@@ -72,8 +73,8 @@ def rows_drawn_by(policy: Policy, **choices: Any) -> list[Row]:
 
 @pytest.mark.parametrize("choices", CHOICES, ids=str)
 def test_one_row_at_a_time_gives_the_gradient_of_all(choices: dict[str, Any]) -> None:
-    """Off-policy on purpose: sampled by one policy, learned by another near it against a third."""
-    sampler = tiny_policy()
+    """Off-policy on purpose: sampled by one policy, learned by another near it. In units of the largest gradient."""
+    sampler = tiny_policy(initializer_range=0.1)
     rows = rows_drawn_by(sampler, **choices)
     policy, reference = nearby(sampler), sampler if "beta" in choices else None
     choices = {"algorithm": None} | choices
@@ -85,11 +86,11 @@ def test_one_row_at_a_time_gives_the_gradient_of_all(choices: dict[str, Any]) ->
         looked = prepare(sampler, minibatches, config.model_copy(update={"num_iterations": 2}), ranks)
         given = [step.minibatch for step in looked]
         found.append(gradients(policy, given, reference, **choices)[0])
-    assert any(gradient.abs().max() > 1e-3 for gradient in found[0].values())
-    largest = max(1.0, *(float(whole.abs().max()) for whole in found[0].values()))
+    largest = max(float(whole.abs().max()) for whole in found[0].values())
+    assert largest > 1e-2
     for cut in found[1:]:
         for name, whole in found[0].items():
-            assert torch.allclose(whole, cut[name], atol=1e-6 * largest, rtol=1e-6), name
+            assert float((whole - cut[name]).abs().max()) < 2e-6 * largest, name
 
 
 def test_micro_batches_give_the_gradient_of_one_batch() -> None:
