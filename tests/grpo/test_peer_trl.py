@@ -54,8 +54,10 @@ class Setting:
 
 
 def dense_policy() -> Policy:
-    """Without experts, whose choice of two near each other could turn on the last bit."""
-    return tiny_policy(first_k_dense_replace=3, initializer_range=0.1)
+    """Without experts, whose choice of two near each other could turn on the last bit, and without a pad token, whose
+    embedding transformers keeps from learning.
+    """
+    return tiny_policy(first_k_dense_replace=3, initializer_range=0.1, pad_token_id=None)
 
 
 def nearby(policy: Policy, seed: int, size: float) -> Policy:
@@ -209,12 +211,21 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"loss_type": "dapo", "off_policy_mask_threshold": 0.01}, {"off_policy_mask_threshold": 0.01}),
     *(
         (
-            {"loss_type": "dapo", "vllm_importance_sampling_mode": mode, **{f"vllm_{k}": v for k, v in bounds.items()}},
-            {"importance_sampling_correction": mode, **bounds},
+            {
+                "loss_type": "dapo",
+                "vllm_importance_sampling_mode": f"{level}_{how}",
+                "vllm_importance_sampling_clip_max": high,
+                "vllm_importance_sampling_clip_min": low,
+            },
+            {
+                "importance_sampling_correction": f"{level}_{how}",
+                "importance_sampling_clip_max": high,
+                "importance_sampling_clip_min": low,
+            },
         )
-        for mode in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
-        for bounds in [{"importance_sampling_clip_max": 1.02, "importance_sampling_clip_min": 0.9}]
-    ),
+        for level, low, high in (("token", 0.95, 1.02), ("sequence", 0.8, 1.2))
+        for how in ("truncate", "mask")
+    ),  # fmt: skip
     ({"loss_type": "dapo", "entropy_coef": 0.3}, {"entropy_coef": 0.3}),
 ]
 
