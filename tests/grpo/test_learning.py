@@ -19,7 +19,7 @@ from rollouts import EngineConfig, SamplingParams, make_engine
 from tests.grpo.rollouts import tiny_config
 from tests.policies import tiny_policy
 
-NUM_STEPS, NUM_PROBLEMS, NUM_GENERATIONS = 40, 8, 8
+NUM_STEPS, NUM_PROBLEMS, NUM_GENERATIONS = 25, 8, 8
 
 
 def reward_of(token_ids: list[int]) -> float:
