@@ -35,7 +35,7 @@ class PolicyOutput:
 
 
 class Policy(nn.Module):
-    """A DeepSeek-V3-shaped language model on packed rows."""
+    """A language model of one of the families of policy/families.py, on packed rows."""
 
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Policy(nn.Module):
         flow through the weights of the chosen experts.
         """
         config = self.config
-        rotation = rotation_of(position_ids_N, config.qk_rope_head_dim, config.rope_theta)
+        rotation = rotation_of(position_ids_N, config)
         x_NC = self.embed_tokens(token_ids_N)
         chosen: list[Tensor] = []
         for index, layer in enumerate(self.layers):
@@ -99,8 +99,7 @@ class Policy(nn.Module):
         `next_token_ids_N` holds the token after each; module k shifts it on by k. Positions whose future lies beyond
         their row hold numbers without meaning: mask them.
         """
-        config = self.config
-        rotation = rotation_of(rows.position_ids_N, config.qk_rope_head_dim, config.rope_theta)
+        rotation = rotation_of(rows.position_ids_N, self.config)
         outs = []
         for module in self.mtp:
             hidden_NC, _ = module(hidden_NC, self.embed_tokens(next_token_ids_N), rotation, Expanded(rows=rows))
@@ -125,11 +124,16 @@ class Policy(nn.Module):
 
 
 def initialise(policy: Policy, seed: int) -> None:
-    """Draw every weight from N(0, initializer_range), norms to one, as the DeepSeek-V3 report does (section 4.2)."""
+    """Draw every weight from N(0, initializer_range), norms to one, as the DeepSeek-V3 report does (section 4.2).
+
+    Biases are 0.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, weight in policy.named_parameters():
         with torch.no_grad():
-            if weight.ndim == 1:
+            if name.endswith("bias"):
+                weight.zero_()
+            elif weight.ndim == 1:
                 weight.fill_(1.0)
             else:
                 assert "norm" not in name
