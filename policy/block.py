@@ -12,6 +12,7 @@ from policy.config import PolicyConfig
 from policy.grouped_attention import GroupedQueryAttention
 from policy.latent_attention import LatentAttention
 from policy.moe import FeedForward, MixtureOfExperts
+from policy.recompute import remade
 from policy.rope import Rotation
 
 
@@ -37,8 +38,8 @@ class Block(nn.Module):
         self, x_NC: Tensor, rotation: Rotation, plan: AttentionPlan, given_experts_NK: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Output [N, C] and, for a mixture of experts, the experts that were chosen [N, K]."""
-        x_NC = x_NC + self.self_attn(self.input_layernorm(x_NC), rotation, plan)
-        inner_NC = self.post_attention_layernorm(x_NC)
+        x_NC = x_NC + self.self_attn(remade(self.input_layernorm, x_NC), rotation, plan)
+        inner_NC = remade(self.post_attention_layernorm, x_NC)
         if isinstance(self.mlp, MixtureOfExperts):
             out_NC, experts_NK = self.mlp(inner_NC, given_experts_NK)
             return x_NC + out_NC, experts_NK

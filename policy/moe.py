@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from policy.config import PolicyConfig
+from policy.fused import swiglu
+from policy.recompute import remade
 
 
 def count_experts(experts_NK: Tensor, num_experts: int) -> Tensor:
@@ -33,7 +35,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_NC: Tensor) -> Tensor:
         """[N, C] to [N, C]."""
-        return self.down_proj(F.silu(self.gate_proj(x_NC)) * self.up_proj(x_NC))  # type: ignore[no-any-return]
+        return self.down_proj(remade(swiglu, self.gate_proj(x_NC), self.up_proj(x_NC)))  # type: ignore[no-any-return]
 
 
 class Router(nn.Module):
