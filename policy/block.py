@@ -7,20 +7,26 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from policy.attention import AttentionPlan, LatentAttention
+from policy.attention import AttentionPlan
 from policy.balance import RouterWatch
 from policy.config import PolicyConfig
+from policy.grouped_attention import GroupedQueryAttention
+from policy.latent_attention import LatentAttention
 from policy.moe import FeedForward, MixtureOfExperts, Routed
 from policy.rope import Rotation
 
 
 class Block(nn.Module):
-    """Pre-norm layer; its feed-forward is dense or a mixture of experts by `config.is_moe_layer(layer)`."""
+    """Pre-norm layer: attention by `config.family`, feed-forward dense or experts by `config.is_moe_layer(layer)`."""
 
     def __init__(self, config: PolicyConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = LatentAttention(config, layer)
+        self.self_attn: LatentAttention | GroupedQueryAttention
+        if config.family.attention == "latent":
+            self.self_attn = LatentAttention(config, layer)
+        else:
+            self.self_attn = GroupedQueryAttention(config, layer)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp: FeedForward | MixtureOfExperts
         if config.is_moe_layer(layer):

@@ -48,7 +48,7 @@ class PolicyOutput:
 
 
 class Policy(nn.Module):
-    """A DeepSeek-V3-shaped language model on packed rows."""
+    """A language model of one of the families of policy/families.py, on packed rows."""
 
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Policy(nn.Module):
         flow through the weights of the chosen experts. `watch` asks for sums of what the routers did.
         """
         config = self.config
-        rotation = rotation_of(position_ids_N, config.qk_rope_head_dim, config.rope_theta)
+        rotation = rotation_of(position_ids_N, config)
         x_NC = self.embed_tokens(token_ids_N)
         routed: list[Routed] = []
         for index, layer in enumerate(self.layers):
@@ -130,7 +130,7 @@ class Policy(nn.Module):
         table_VC = self.embed_tokens.weight
         if is_detached:
             hidden_NC, table_VC = hidden_NC.detach(), table_VC.detach()
-        rotation = rotation_of(rows.position_ids_N, self.config.qk_rope_head_dim, self.config.rope_theta)
+        rotation = rotation_of(rows.position_ids_N, self.config)
         outputs = []
         for k, module in enumerate(self.mtp):
             given_NK = None if given_experts_DNK is None else given_experts_DNK[k]
@@ -157,7 +157,7 @@ class Policy(nn.Module):
         the cache where one is given; under `Absorbed` it takes one token of each sequence. Positions, slots and blocks
         are those of the trunk's own pass over i. Its layer of the cache is `num_hidden_layers` + k.
         """
-        rotation = rotation_of(position_ids_N, self.config.qk_rope_head_dim, self.config.rope_theta)
+        rotation = rotation_of(position_ids_N, self.config)
         hidden_NC, routed = self.mtp[module](hidden_NC, self.embed_tokens(next_token_ids_N), rotation, plan)
         return PolicyOutput.of(hidden_NC, [routed] if routed is not None else [])
 
@@ -185,11 +185,16 @@ def _mixtures(blocks: Iterable[Block]) -> list[MixtureOfExperts]:
 
 
 def initialise(policy: Policy, seed: int) -> None:
-    """Draw every weight from N(0, initializer_range), norms to one, as the DeepSeek-V3 report does (section 4.2)."""
+    """Draw every weight from N(0, initializer_range), norms to one, as the DeepSeek-V3 report does (section 4.2).
+
+    Biases are 0.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, weight in policy.named_parameters():
         with torch.no_grad():
-            if weight.ndim == 1:
+            if name.endswith("bias"):
+                weight.zero_()
+            elif weight.ndim == 1:
                 weight.fill_(1.0)
             else:
                 assert "norm" not in name

@@ -135,7 +135,7 @@ def test_rotation_is_multiplication_by_a_complex_number() -> None:
     """`apply_rotary_emb` of the official code, spelled in complex numbers and in fp64."""
     positions = torch.tensor([0, 1, 7, 100])
     x_NHP = torch.randn(4, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    turned = rotate(x_NHP.float(), rotation_of(positions, 8, 10000.0))
+    turned = rotate(x_NHP.float(), rotation_of(positions, tiny_policy().config))
     for n, position in enumerate(positions.tolist()):
         for i in range(4):
             angle = torch.tensor(position * 10000.0 ** (-2 * i / 8), dtype=torch.float64)

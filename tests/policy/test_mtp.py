@@ -39,7 +39,7 @@ def mtp_losses_by_definition(policy: Policy, token_ids_N: Tensor, lengths: tuple
                 embedding, state = module.enorm(policy.embed_tokens.weight[t[i + k]]), module.hnorm(h[i])
                 joined.append(module.eh_proj(torch.cat((embedding, state))))  # equation 21
             rows = PackedRows.of([count])
-            rotation = rotation_of(torch.arange(count), policy.config.qk_rope_head_dim, policy.config.rope_theta)
+            rotation = rotation_of(torch.arange(count), policy.config)
             h = module.norm(module.block(torch.stack(joined), rotation, Expanded(rows=rows))[0])  # equation 22
             for i in range(count - 1):
                 logits_V = policy.lm_head.weight @ h[i]  # equation 23
