@@ -15,12 +15,20 @@ from torch import Tensor
 from torch.autograd import Function
 
 
-def swiglu(gate_NI: Tensor, up_NI: Tensor) -> Tensor:
-    """silu(gate) * up (Shazeer, 2020), keeping only the two for the backward pass."""
+def silu_gate(gate_NI: Tensor, up_NI: Tensor) -> Tensor:
+    """silu(gate) * up, the activation of SwiGLU (Shazeer, 2020), keeping only the two for the backward pass."""
     if gate_NI.device.type == "cuda" and gate_NI.ndim == 2:
-        out: Tensor = _Swiglu.apply(gate_NI, up_NI)
+        out: Tensor = _SiluGate.apply(gate_NI, up_NI)
         return out
     return F.silu(gate_NI) * up_NI
+
+
+def silu_gate_halves(gate_up_NI: Tensor) -> Tensor:
+    """The same where gate and up are the halves of one tensor, [N, 2I] to [N, I]."""
+    if gate_up_NI.device.type == "cuda" and gate_up_NI.ndim == 2:
+        out: Tensor = _SiluGateHalves.apply(gate_up_NI)
+        return out
+    return silu_gate(*gate_up_NI.chunk(2, dim=-1))
 
 
 def turn_pairs(x_NHP: Tensor, cos: Tensor, sin: Tensor, *, is_interleaved: bool) -> Tensor:
@@ -39,20 +47,38 @@ def turn_pairs(x_NHP: Tensor, cos: Tensor, sin: Tensor, *, is_interleaved: bool)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_NHP.dtype)
 
 
-class _Swiglu(Function):
+class _SiluGate(Function):
     @staticmethod
     def forward(ctx: Any, gate_NI: Tensor, up_NI: Tensor) -> Tensor:
         from policy import gpu_kernels
 
         ctx.save_for_backward(gate_NI, up_NI)
-        return gpu_kernels.swiglu_forward(_packed_rows(gate_NI), _packed_rows(up_NI))
+        return gpu_kernels.silu_gate_forward(_packed_rows(gate_NI), _packed_rows(up_NI))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         from policy import gpu_kernels
 
         gate_NI, up_NI = ctx.saved_tensors
-        return gpu_kernels.swiglu_backward(_packed_rows(gate_NI), _packed_rows(up_NI), _packed_rows(grads[0]))
+        both = gpu_kernels.silu_gate_backward(_packed_rows(gate_NI), _packed_rows(up_NI), _packed_rows(grads[0]))
+        gate_grad, up_grad = both.chunk(2, dim=-1)
+        return gate_grad, up_grad
+
+
+class _SiluGateHalves(Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up_NI: Tensor) -> Tensor:
+        from policy import gpu_kernels
+
+        ctx.save_for_backward(gate_up_NI)
+        return gpu_kernels.silu_gate_forward(*_packed_rows(gate_up_NI).chunk(2, dim=-1))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        from policy import gpu_kernels
+
+        [gate_up_NI] = ctx.saved_tensors
+        return gpu_kernels.silu_gate_backward(*_packed_rows(gate_up_NI).chunk(2, dim=-1), _packed_rows(grads[0]))
 
 
 class _Turn(Function):
@@ -70,9 +96,7 @@ class _Turn(Function):
 
         cos, sin = ctx.saved_tensors
         # A rotation's transpose is the rotation by the opposite angle; a growth in cos and sin stays a factor.
-        back = gpu_kernels.turn(
-            _packed_rows(grads[0]), cos, sin, is_interleaved=ctx.is_interleaved, is_inverse=True
-        )
+        back = gpu_kernels.turn(_packed_rows(grads[0]), cos, sin, is_interleaved=ctx.is_interleaved, is_inverse=True)
         return back, None, None, None
 
 

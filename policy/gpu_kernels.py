@@ -19,7 +19,7 @@ COLUMNS = 1024
 
 
 @triton.jit
-def _swiglu_kernel(gate, up, out, gate_stride, up_stride, width, BLOCK: tl.constexpr):
+def _silu_gate_kernel(gate, up, out, gate_stride, up_stride, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -29,7 +29,7 @@ def _swiglu_kernel(gate, up, out, gate_stride, up_stride, width, BLOCK: tl.const
 
 
 @triton.jit
-def _swiglu_backward_kernel(
+def _silu_gate_backward_kernel(
     gate, up, grad, gate_grad, up_grad, gate_stride, up_stride, grad_stride, result_stride, width, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -43,19 +43,19 @@ def _swiglu_backward_kernel(
     tl.store(up_grad + row * result_stride + column, g * a * sigmoid, mask=inside)
 
 
-def swiglu_forward(gate_NI: Tensor, up_NI: Tensor) -> Tensor:
+def silu_gate_forward(gate_NI: Tensor, up_NI: Tensor) -> Tensor:
     """silu(gate) * up, [N, I]; rows may lie apart (halves of one tensor), numbers of a row may not."""
     out_NI = torch.empty(gate_NI.shape, dtype=gate_NI.dtype, device=gate_NI.device)
     rows, width = out_NI.shape
     if rows:
         block = _block(width)
         grid = (rows, triton.cdiv(width, block))
-        _swiglu_kernel[grid](gate_NI, up_NI, out_NI, gate_NI.stride(0), up_NI.stride(0), width, BLOCK=block)
+        _silu_gate_kernel[grid](gate_NI, up_NI, out_NI, gate_NI.stride(0), up_NI.stride(0), width, BLOCK=block)
     return out_NI
 
 
-def swiglu_backward(gate_NI: Tensor, up_NI: Tensor, grad_NI: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up: the two halves of one tensor [N, 2I]."""
+def silu_gate_backward(gate_NI: Tensor, up_NI: Tensor, grad_NI: Tensor) -> Tensor:
+    """Gradients of gate and up side by side, [N, 2I]."""
     rows, width = gate_NI.shape
     both = torch.empty(rows, 2 * width, dtype=gate_NI.dtype, device=gate_NI.device)
     gate_grad, up_grad = both.chunk(2, dim=-1)
@@ -63,8 +63,8 @@ def swiglu_backward(gate_NI: Tensor, up_NI: Tensor, grad_NI: Tensor) -> tuple[Te
         block = _block(width)
         grid = (rows, triton.cdiv(width, block))
         strides = (gate_NI.stride(0), up_NI.stride(0), grad_NI.stride(0), both.stride(0))
-        _swiglu_backward_kernel[grid](gate_NI, up_NI, grad_NI, gate_grad, up_grad, *strides, width, BLOCK=block)
-    return gate_grad, up_grad
+        _silu_gate_backward_kernel[grid](gate_NI, up_NI, grad_NI, gate_grad, up_grad, *strides, width, BLOCK=block)
+    return both
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def _turn_kernel(
 
 
 def turn(x_NHP: Tensor, cos_NP: Tensor, sin_NP: Tensor, *, is_interleaved: bool, is_inverse: bool = False) -> Tensor:
-    """Each pair of numbers turned by its token's angle, or back; cos and sin are [N, P/2] fp32, the result is packed."""
+    """Each pair of numbers turned by its token's angle, or back; cos and sin are [N, P/2], fp32."""
     rows, heads, width = x_NHP.shape
     out_NHP = torch.empty(x_NHP.shape, dtype=x_NHP.dtype, device=x_NHP.device)
     if rows:
@@ -106,28 +106,31 @@ def turn(x_NHP: Tensor, cos_NP: Tensor, sin_NP: Tensor, *, is_interleaved: bool,
 
 @triton.jit
 def _fold_kernel(
-    logits, targets, peak, total, moment, picked, inverse_temperature, first, width, stride, BLOCK: tl.constexpr
-):
+    logits, targets, peak, total, moment, picked, inverse_temperature, first, width, stride,
+    BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One token: the slice's logits into its running maximum, sum of exponentials and first moment of these."""
     row = tl.program_id(0).to(tl.int64)
     highest = tl.load(peak + row)
     mass = tl.load(total + row)
     mean = tl.load(moment + row)
     target = tl.load(targets + row) - first
-    for start in range(0, width, BLOCK):
-        column = start + tl.arange(0, BLOCK)
+    for block in range(BLOCKS):
+        column = block * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(logits + row * stride + column, mask=column < width, other=float("-inf")) * inverse_temperature
         higher = tl.maximum(highest, tl.max(x, axis=0))
         old = tl.exp(highest - higher)
         weight = tl.exp(x - higher)
-        mean = old * (mean + mass * (highest - higher)) + tl.sum(tl.where(weight > 0, weight * (x - higher), 0.0), axis=0)
+        mean = old * (mean + mass * (highest - higher)) + tl.sum(
+            tl.where(weight > 0, weight * (x - higher), 0.0), axis=0
+        )
         mass = old * mass + tl.sum(weight, axis=0)
         highest = higher
     tl.store(peak + row, highest)
     tl.store(total + row, mass)
     tl.store(moment + row, mean)
-    if (target >= 0) & (target < width):
-        tl.store(picked + row, tl.load(logits + row * stride + target) * inverse_temperature)
+    is_here = (target >= 0) & (target < width)
+    tl.store(picked + row, tl.load(logits + row * stride + target, mask=is_here) * inverse_temperature, mask=is_here)
 
 
 def fold_logits(
@@ -139,9 +142,12 @@ def fold_logits(
 ) -> None:
     """See `policy.head.fold`; updates `running` (peak, total, moment, picked, each [N] fp32) in place."""
     rows, width = logits_NS.shape
-    _fold_kernel[(rows,)](
-        logits_NS, token_ids_N, *running, inverse_temperature, first, width, logits_NS.stride(0), BLOCK=_block(width)
-    )
+    block = _block(width)
+    if rows:
+        # A power of two, since a kernel is compiled for every number of blocks.
+        blocks = triton.next_power_of_2(triton.cdiv(width, block))
+        numbers = (inverse_temperature, first, width, logits_NS.stride(0))
+        _fold_kernel[(rows,)](logits_NS, token_ids_N, *running, *numbers, BLOCKS=blocks, BLOCK=block)
 
 
 @triton.jit
@@ -152,7 +158,9 @@ def _logit_gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    log_p = tl.load(logits + row * stride + column, mask=inside, other=0.0) * inverse_temperature - tl.load(log_total + row)
+    log_p = tl.load(logits + row * stride + column, mask=inside, other=0.0) * inverse_temperature - tl.load(
+        log_total + row
+    )
     p = tl.exp(log_p)
     g = tl.load(logprob_grad + row)
     h = tl.load(entropy_grad + row)
@@ -176,10 +184,11 @@ def logit_gradient(
     rows, width = logits_NS.shape
     out_NS = torch.empty(rows, width, dtype=dtype, device=logits_NS.device)
     block = _block(width)
-    _logit_gradient_kernel[(rows, triton.cdiv(width, block))](
-        logits_NS, token_ids_N, log_total_N, entropy_N, logprob_grad_N, entropy_grad_N, out_NS, inverse_temperature,
-        first, width, logits_NS.stride(0), BLOCK=block,
-    )  # fmt: skip
+    if rows:
+        known = (log_total_N, entropy_N, logprob_grad_N, entropy_grad_N)
+        numbers = (inverse_temperature, first, width, logits_NS.stride(0))
+        grid = (rows, triton.cdiv(width, block))
+        _logit_gradient_kernel[grid](logits_NS, token_ids_N, *known, out_NS, *numbers, BLOCK=block)
     return out_NS
 
 

@@ -46,19 +46,22 @@ def score_tokens(
     token_ids_N: Tensor,
     temperature: float = 1.0,
     *,
-    max_elements: int = MAX_ELEMENTS,
+    slice_width: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each token under softmax(W h / temperature), and that distribution's entropy: [N], [N], nats.
 
-    Both differentiable, in fp32. At most `max_elements` logits exist at a time (`MIN_SLICE` of each token at least).
+    Both differentiable, in fp32 (fp64 of fp64). `slice_width` is how much of the vocabulary is looked at at once; None
+    leaves it to `MAX_ELEMENTS`.
     """
-    if hidden_NC.device.type == "cpu" and hidden_NC.shape[0] * weight_VC.shape[0] <= max_elements:
+    if slice_width is None and hidden_NC.device.type == "cpu" and len(hidden_NC) * len(weight_VC) <= MAX_ELEMENTS:
         # Small enough to keep, which saves the second product.
         log_all_NV = (project(hidden_NC, weight_VC) / temperature).log_softmax(dim=-1)
         entropy_N = -(log_all_NV.exp() * log_all_NV).sum(dim=-1)
         return log_all_NV.gather(1, token_ids_N[:, None]).squeeze(1), entropy_N
-    width = max(MIN_SLICE, max_elements // max(1, len(hidden_NC)))
-    logprobs_N, entropy_N = _TokenScores.apply(hidden_NC, weight_VC, token_ids_N, 1 / temperature, width)
+    if slice_width is None:
+        fitting = max(MIN_SLICE, MAX_ELEMENTS // max(1, len(hidden_NC)))
+        slice_width = 1 << (fitting.bit_length() - 1)  # products of round widths are faster
+    logprobs_N, entropy_N = _TokenScores.apply(hidden_NC, weight_VC, token_ids_N, 1 / temperature, slice_width)
     return logprobs_N, entropy_N
 
 
@@ -189,4 +192,6 @@ def _add_product(total_NC: Tensor, a_NS: Tensor, b_SC: Tensor) -> None:
 def _uses_matrix_units(a: Tensor, b: Tensor) -> bool:
     """Whether both are half-precision on a GPU, where a product can be had in fp32 (which autograd does not know)."""
     is_half = a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16)
-    return is_half and a.device.type == "cuda" and not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
+    return (
+        is_half and a.device.type == "cuda" and not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
+    )

@@ -67,7 +67,6 @@ class LatentAttention(nn.Module):
     def _expanded(
         self, q_nope_NHD: Tensor, q_rope_NHP: Tensor, latent_NR: Tensor, k_rope_NP: Tensor, plan: Expanded
     ) -> Tensor:
-        config = self.config
         if plan.cache is not None:
             assert plan.slot_N is not None
             write_cache(plan.cache[self.layer], plan.slot_N, torch.cat((latent_NR, k_rope_NP), dim=-1))

@@ -1,8 +1,8 @@
 """What the backward pass needs of a block: kept, partly made again, or all made again.
 
 - `none` keeps everything that autograd asks for.
-- `selective` keeps what matrix products and attention gave and makes again what is cheap: outputs of RMSNorm, of SwiGLU's
-  activation, and MLA's keys and values from their latent (DeepSeek-V3, section 3.2.3). Each such place is marked
+- `selective` keeps what matrix products and attention gave and makes again what is cheap: what RMSNorm and SwiGLU's
+  activation gave, and MLA's keys and values from their latent (DeepSeek-V3, section 3.2.3). Each such place is marked
   `remade(function, ...)`; where autograd would keep such an output, it keeps how to make it.
 - `full` keeps a block's input and runs the block again (Chen et al., 2016), with the experts that were chosen.
 
@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 Recomputation = Literal["none", "selective", "full"]
 Made = TypeVar("Made", Tensor, tuple[Tensor, Tensor])
@@ -35,6 +36,42 @@ def remade(function: Callable[..., Made], *inputs: Tensor) -> Made:
     if memory is not None and torch.is_grad_enabled():
         memory.note(function, inputs, made)
     return made
+
+
+class Routed(Protocol):
+    """What a block tells of its router: here, the experts that it chose."""
+
+    @property
+    def experts_NK(self) -> Tensor:
+        """Chosen experts, int64."""
+
+
+RoutedKind = TypeVar("RoutedKind", bound=Routed)
+Block = Callable[[Tensor, Tensor | None], tuple[Tensor, RoutedKind | None]]
+"""From hidden states [N, C] and, perhaps, experts [N, K] given to the router, to hidden states and what was routed."""
+
+
+def run_block(
+    block: Block[RoutedKind], x_NC: Tensor, given_experts_NK: Tensor | None, recomputation: Recomputation
+) -> tuple[Tensor, RoutedKind | None]:
+    """`block(x_NC, given_experts_NK)`, keeping for the backward pass what `recomputation` says."""
+    if recomputation == "none" or not torch.is_grad_enabled():
+        return block(x_NC, given_experts_NK)
+    if recomputation == "selective":
+        with forgetting():
+            return block(x_NC, given_experts_NK)
+    chosen_NK = given_experts_NK
+
+    def run(x_NC: Tensor) -> tuple[Tensor, RoutedKind | None]:
+        # The second run replays the choice of the first: in bf16 a near tie could fall the other way.
+        nonlocal chosen_NK
+        out_NC, routed = block(x_NC, chosen_NK)
+        if routed is not None:
+            chosen_NK = routed.experts_NK
+        return out_NC, routed
+
+    out: tuple[Tensor, RoutedKind | None] = checkpoint(run, x_NC, use_reentrant=False, preserve_rng_state=False)
+    return out
 
 
 @contextmanager
