@@ -39,13 +39,14 @@ class FeedForward(nn.Module):
 class Router(nn.Module):
     """Chooses K experts for each token and the weight of each; computes in fp32."""
 
-    e_score_correction_bias: Tensor
+    e_score_correction_bias: Tensor | None
 
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        bias = torch.zeros(config.n_routed_experts, dtype=torch.float32)
+        is_biased = config.topk_method == "noaux_tc"
+        bias = torch.zeros(config.n_routed_experts, dtype=torch.float32) if is_biased else None
         self.register_buffer("e_score_correction_bias", bias)
 
     def forward(self, x_NC: Tensor, given_experts_NK: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -53,7 +54,8 @@ class Router(nn.Module):
 
         With `given_experts_NK` the choice is taken as given and only the weights, with their gradients, are computed.
         """
-        scores_NE = F.linear(x_NC.float(), self.weight.float()).sigmoid()
+        logits_NE = F.linear(x_NC.float(), self.weight.float())
+        scores_NE = logits_NE.sigmoid() if self.config.scoring_func == "sigmoid" else logits_NE.softmax(dim=-1)
         experts_NK = self._choose(scores_NE.detach()) if given_experts_NK is None else given_experts_NK
         weights_NK = scores_NE.gather(1, experts_NK)
         if self.config.norm_topk_prob:
@@ -63,15 +65,18 @@ class Router(nn.Module):
     @torch.no_grad()
     def balance(self, load_E: Tensor, rate: float) -> None:
         """Move each bias by `rate` towards a uniform load: down where above the mean, up where below."""
+        if self.e_score_correction_bias is None:
+            return
         load_E = load_E.to(self.e_score_correction_bias)
         self.e_score_correction_bias += rate * torch.sign(load_E.mean() - load_E)
 
     def _choose(self, scores_NE: Tensor) -> Tensor:
         config = self.config
-        biased_NE = scores_NE + self.e_score_correction_bias
-        if config.n_group > 1:
+        biased_NE = scores_NE if self.e_score_correction_bias is None else scores_NE + self.e_score_correction_bias
+        if config.n_group > 1 and config.topk_method != "greedy":
             grouped = biased_NE.unflatten(1, (config.n_group, -1))
-            best_two = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
+            num_best = min(2, grouped.shape[-1]) if config.topk_method == "noaux_tc" else 1
+            best_two = grouped.topk(num_best, dim=-1).values.sum(dim=-1)
             kept = best_two.topk(config.topk_group, dim=-1).indices
             dropped = torch.ones_like(best_two, dtype=torch.bool).scatter_(1, kept, False)
             biased_NE = grouped.masked_fill(dropped[..., None], float("-inf")).flatten(1)
