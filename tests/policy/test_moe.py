@@ -13,7 +13,8 @@ from torch import Tensor
 from policy import PackedRows, Policy
 from policy.attention import Expanded
 from policy.logprobs import next_token_loss
-from policy.moe import Experts, MixtureOfExperts, Router, count_experts
+from policy.moe import Experts, MixtureOfExperts
+from policy.router import Router
 from tests.policies import tiny_policy
 
 SHAPES: dict[str, dict[str, object]] = {
