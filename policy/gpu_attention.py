@@ -9,10 +9,10 @@ Shapes: N packed tokens, H query heads, G key-value heads, Q query and key width
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.varlen import varlen_attn
 
 from policy.packing import PackedRows
 
@@ -33,18 +33,11 @@ def attend_on_gpu(query_NHQ: Tensor, key_NGQ: Tensor, value_NGV: Tensor, rows: P
         with sdpa_kernel(BATCH_KERNELS, set_priority=True):
             out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=is_grouped)
         return rows.unpad(out.transpose(1, 2))
-    width = value_NGV.shape[-1]
-    out_NHQ = varlen_attn(
-        query_NHQ,
-        key_NGQ,
-        F.pad(value_NGV, (0, query_NHQ.shape[-1] - width)) if width < query_NHQ.shape[-1] else value_NGV,
-        rows.bounds,
-        rows.bounds,
-        rows.longest,
-        rows.longest,
-        scale=scale,
-        window_size=(-1, 0),
-        enable_gqa=query_NHQ.shape[1] > key_NGQ.shape[1],
-    )
-    assert isinstance(out_NHQ, Tensor)
+    width, wide = value_NGV.shape[-1], query_NHQ.shape[-1]
+    value_NGQ = F.pad(value_NGV, (0, wide - width)) if width < wide else value_NGV
+    # What `torch.nn.attention.varlen.varlen_attn` calls, whose own arguments change from version to version.
+    out_NHQ: Tensor = torch.ops.aten._flash_attention_forward(
+        query_NHQ, key_NGQ, value_NGQ, rows.bounds, rows.bounds, rows.longest, rows.longest,
+        0.0, True, False, scale=scale,
+    )[0]  # fmt: skip
     return out_NHQ[..., :width]
