@@ -141,7 +141,13 @@ def ahead_losses(
         if wanted_N is not None:
             target_N = target_N & wanted_N
         loss_sum, count = _sum_losses(
-            policy, output.hidden_NC, token_ids_N, target_N, ahead=k + 2, temperature=temperature, is_detached=is_detached
+            policy,
+            output.hidden_NC,
+            token_ids_N,
+            target_N,
+            ahead=k + 2,
+            temperature=temperature,
+            is_detached=is_detached,
         )
         sums.append(loss_sum)
         counts.append(count)
