@@ -174,6 +174,11 @@ class PolicyConfig(BaseModel):
             return self.kv_lora_rank + self.qk_rope_head_dim
         return 2 * self.num_key_value_heads * self.head_dim
 
+    @property
+    def num_cache_layers(self) -> int:
+        """Layers that a cache has room for where MTP modules draft: the trunk's, then the modules'."""
+        return self.num_hidden_layers + self.num_nextn_predict_layers
+
     def is_moe_layer(self, layer: int) -> bool:
         """Whether a layer's feed-forward is a mixture of experts (MTP modules, numbered last, always are)."""
         return (
