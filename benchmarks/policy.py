@@ -104,9 +104,8 @@ def compare(name: str, shape: PolicyConfig, rate: float, arguments: argparse.Nam
         for kind in get_args(Recomputation):
             measured.append(measure(f"ours, recomputation {kind}", our_pass(ours, ids_BS, kind), arguments.rounds))
         measured.append(measure("ours, rows of unequal length", ragged_pass(ours, ids_BS), arguments.rounds))
-        if arguments.profile:
-            print_profile(our_pass(ours, ids_BS, "none"))
-        del ours
+        ours.zero_grad(set_to_none=True)
+        ours.cpu()  # so that the peer's peak is its own
         peers = list(measure_peers(folder, ids_BS, dtype, arguments))
     if not peers:
         sys.exit("the peer could not be run in any way")
@@ -122,6 +121,8 @@ def compare(name: str, shape: PolicyConfig, rate: float, arguments: argparse.Nam
             f"{one.peak_gib / peer.peak_gib:>9.2f}{operations / one.seconds / rate:>16.1%}"
         )
     print(f"bf16 matrix products: {rate / 1e12:.0f} TFLOP/s; a pass: {operations / 1e12:.1f} T operations; {machine()}")
+    if arguments.profile:  # last, since what it leaves behind slows the host down
+        print_profile(our_pass(ours.to(device), ids_BS, "none"))
     return [row for one in measured for row in as_rows(f"policy/{name}/{one.name.removeprefix('ours, ')}", one, peer)]
 
 

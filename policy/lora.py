@@ -4,6 +4,9 @@ A small layer of our own instead of peft's, since decoding reads MLA's up-projec
 module's call: `LoraLinear.weight` is the adapted matrix there. Files are peft's, so that peft loads what is saved here.
 There is no dropout: the policy that samples and the one that is trained would no longer be the same.
 
+Beside experts only attention is adapted: peft takes the name of a dense feed-forward's layer there for the experts'
+stacked weights, so that files with such adapters would mean something else to it.
+
 Shapes: N tokens, I and O widths in and out, R rank.
 """
 
@@ -70,11 +73,15 @@ class LoraLinear(nn.Module):
 
 def add_adapters(policy: Policy, config: LoraConfig, seed: int) -> None:
     """Adapt the linear layers that `config` names, in place, and freeze all else. Raises LoraError for a wrong name."""
-    found = [(name, module) for name, module in policy.layers.named_modules() if isinstance(module, nn.Linear)]
+    found = [
+        (name, module)
+        for name, module in policy.layers.named_modules()
+        if isinstance(module, nn.Linear) and (".self_attn." in name or not policy.moe_layers)
+    ]
     last_names = sorted({_last(name) for name, _ in found})
     targets = last_names if config.target_modules == "all-linear" else config.target_modules
     if unknown := [target for target in targets if target not in last_names]:
-        raise LoraError(f"lora.target_modules names {', '.join(unknown)}; this model has {', '.join(last_names)}")
+        raise LoraError(f"lora.target_modules names {', '.join(unknown)}; this model takes {', '.join(last_names)}")
     policy.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, module in found:

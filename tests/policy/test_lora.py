@@ -92,13 +92,18 @@ def test_peft_loads_the_adapters_onto_the_model_in_transformers(kind: str, tmp_p
 
 
 def test_only_the_layers_named_are_adapted() -> None:
-    names = adapters(adapted("latent", LoraConfig(target_modules=("q_proj", "down_proj"))))
-    assert {name.rpartition(".")[2] for name in names} == {"q_proj", "down_proj"}
-    assert "layers.1.mlp.shared_experts.down_proj" in names
+    names = adapters(adapted("grouped_query", LoraConfig(target_modules=("q_proj", "down_proj"))))
+    assert set(names) == {f"layers.{k}.{name}" for k in range(3) for name in ("self_attn.q_proj", "mlp.down_proj")}
+
+
+def test_beside_experts_attention_alone_is_adapted() -> None:
+    names = adapters(adapted("latent"))
+    assert len(names) == 3 * 4
+    assert all(".self_attn." in name for name in names)
 
 
 def test_a_layer_that_is_not_there_is_refused_with_those_that_are() -> None:
-    with pytest.raises(LoraError, match=r"query; this model has down_proj, gate_proj, k_proj.*v_proj"):
+    with pytest.raises(LoraError, match=r"query; this model takes down_proj, gate_proj, k_proj.*v_proj"):
         add_adapters(tiny_llama(), LoraConfig(target_modules=("q_proj", "query")), seed=0)
 
 
