@@ -17,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from policy.fused import silu_gate_halves
+from policy.recompute import remade
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Order:
@@ -43,11 +46,11 @@ def swiglu(x_TO: Tensor, gate_up_EIO: Tensor, down_EOI: Tensor, ends_E: Tensor) 
     `gate_up_EIO` holds the gates' rows above the ups' (its width I is twice that of `down_EOI`).
     """
     if has_grouped_product(x_TO, down_EOI):
-        inner_TI = _activate(F.grouped_mm(x_TO, gate_up_EIO.transpose(1, 2), offs=ends_E))
+        inner_TI = remade(silu_gate_halves, F.grouped_mm(x_TO, gate_up_EIO.transpose(1, 2), offs=ends_E))
         return F.grouped_mm(inner_TI, down_EOI.transpose(1, 2), offs=ends_E)
     blocks = Blocks.of(ends_E, len(x_TO))
     x_GSO = blocks.fill(x_TO)
-    inner_GSI = _activate(torch.bmm(x_GSO, gate_up_EIO.index_select(0, blocks.group_G).transpose(1, 2)))
+    inner_GSI = silu_gate_halves(torch.bmm(x_GSO, gate_up_EIO.index_select(0, blocks.group_G).transpose(1, 2)))
     return blocks.empty(torch.bmm(inner_GSI, down_EOI.index_select(0, blocks.group_G).transpose(1, 2)))
 
 
@@ -128,8 +131,3 @@ class _GatherSorted(torch.autograd.Function):
 def scatter_sorted(x_T: Tensor, order_T: Tensor) -> Tensor:
     """Sorted rows back in the order in which they came, [T, ...]."""
     return torch.empty_like(x_T).index_copy_(0, order_T, x_T)
-
-
-def _activate(gate_up_I: Tensor) -> Tensor:
-    gate, up = gate_up_I.chunk(2, dim=-1)
-    return F.silu(gate) * up

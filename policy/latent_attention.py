@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from policy.attention import Absorbed, AttentionPlan, Expanded, attend_in_rows, read_cache, write_cache
 from policy.config import PolicyConfig
+from policy.recompute import remade
 from policy.rope import Rotation, attention_scale, rotate
 
 LATENT_NORM_EPS = 1e-6
@@ -49,7 +50,7 @@ class LatentAttention(nn.Module):
         q_nope_NHD, q_rope_NHP = query_NHQ.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         q_rope_NHP = rotate(q_rope_NHP, rotation)
         latent_NR, k_rope_NP = self.kv_a_proj_with_mqa(x_NC).split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
-        latent_NR = self.kv_a_layernorm(latent_NR)
+        latent_NR = remade(self.kv_a_layernorm, latent_NR)
         k_rope_NP = rotate(k_rope_NP[:, None], rotation)[:, 0]
         if isinstance(plan, Absorbed):
             attended = self._absorbed(q_nope_NHD, q_rope_NHP, latent_NR, k_rope_NP, plan)
@@ -66,16 +67,19 @@ class LatentAttention(nn.Module):
     def _expanded(
         self, q_nope_NHD: Tensor, q_rope_NHP: Tensor, latent_NR: Tensor, k_rope_NP: Tensor, plan: Expanded
     ) -> Tensor:
-        config = self.config
         if plan.cache is not None:
             assert plan.slot_N is not None
             write_cache(plan.cache[self.layer], plan.slot_N, torch.cat((latent_NR, k_rope_NP), dim=-1))
-        heads = config.num_attention_heads
+        query_NHQ = torch.cat((q_nope_NHD, q_rope_NHP), dim=-1)
+        key_NHQ, value_NHV = remade(self._keys_and_values, latent_NR, k_rope_NP)
+        return attend_in_rows(query_NHQ, key_NHQ, value_NHV, plan.rows, self.scale)
+
+    def _keys_and_values(self, latent_NR: Tensor, k_rope_NP: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [N, H, Q] and values [N, H, V] of every head."""
+        config, heads = self.config, self.config.num_attention_heads
         keys_values = self.kv_b_proj(latent_NR).unflatten(-1, (heads, config.qk_nope_head_dim + config.v_head_dim))
         k_nope_NHD, value_NHV = keys_values.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
-        query_NHQ = torch.cat((q_nope_NHD, q_rope_NHP), dim=-1)
-        key_NHQ = torch.cat((k_nope_NHD, k_rope_NP[:, None].expand(-1, heads, -1)), dim=-1)
-        return attend_in_rows(query_NHQ, key_NHQ, value_NHV, plan.rows, self.scale)
+        return torch.cat((k_nope_NHD, k_rope_NP[:, None].expand(-1, heads, -1)), dim=-1), value_NHV
 
     def _absorbed(
         self, q_nope_BHD: Tensor, q_rope_BHP: Tensor, latent_BR: Tensor, k_rope_BP: Tensor, plan: Absorbed

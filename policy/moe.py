@@ -10,12 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from policy.balance import RouterSums, RouterWatch, sum_up
 from policy.config import PolicyConfig
+from policy.fused import silu_gate
 from policy.grouped import gather_sorted, scatter_sorted, sort_by_group, swiglu
+from policy.recompute import remade
 from policy.router import Router
 
 
@@ -30,7 +31,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_NC: Tensor) -> Tensor:
         """[N, C] to [N, C]."""
-        return self.down_proj(F.silu(self.gate_proj(x_NC)) * self.up_proj(x_NC))  # type: ignore[no-any-return]
+        return self.down_proj(remade(silu_gate, self.gate_proj(x_NC), self.up_proj(x_NC)))  # type: ignore[no-any-return]
 
 
 class Experts(nn.Module):

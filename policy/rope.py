@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from policy.config import PolicyConfig, RopeScaling
+from policy.fused import turn_pairs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,13 +43,7 @@ def rotation_of(position_ids_N: Tensor, config: PolicyConfig) -> Rotation:
 
 def rotate(x_NHP: Tensor, rotation: Rotation) -> Tensor:
     """Turn each pair by its token's angle; fp32 inside, the input's dtype outside."""
-    x = x_NHP.float()
-    cos, sin = rotation.cos[:, None], rotation.sin[:, None]
-    if rotation.is_interleaved:
-        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x_NHP.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_NHP.dtype)
+    return turn_pairs(x_NHP, rotation.cos, rotation.sin, is_interleaved=rotation.is_interleaved)
 
 
 def attention_scale(config: PolicyConfig) -> float:

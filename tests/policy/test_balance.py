@@ -14,6 +14,7 @@ from policy import PackedRows, Policy
 from policy.attention import Expanded
 from policy.balance import RouterSums, RouterWatch, router_loss, sum_up
 from policy.logprobs import next_token_loss
+from policy.recompute import Recomputation
 from policy.router import Routing
 from tests.policies import tiny_policy
 
@@ -45,7 +46,7 @@ def test_balance_loss_equals_the_equations_gradients_too() -> None:
     sums = sum_up(routing, RouterWatch.of(rows, with_losses=True))
     parts = zip(routing.scores_NE.split(LENGTHS), routing.experts_NK.split(LENGTHS), strict=True)
     wanted = torch.stack([balance_loss_in_loops(scores, experts.tolist()) for scores, experts in parts]).sum()
-    assert float(sums.balance_M) == pytest.approx(float(wanted), rel=1e-5)
+    assert sums.balance_M.tolist() == pytest.approx([wanted.item()], rel=1e-5)
     ours, theirs = (
         torch.autograd.grad(x.sum(), routing.logits_NE, retain_graph=True)[0] for x in (sums.balance_M, wanted)
     )
@@ -135,6 +136,23 @@ def test_sums_of_rows_apart_add_up_to_those_of_rows_together() -> None:
     assert torch.equal(together.load_ME, sum(part.load_ME for part in alone))
     for name in ("entropy_M", "balance_M", "z_M"):
         assert torch.allclose(getattr(together, name), sum(getattr(part, name) for part in alone), rtol=1e-5)
+
+
+@pytest.mark.parametrize("recomputation", ["selective", "full"])
+def test_recomputation_changes_no_sum_and_no_gradient(recomputation: Recomputation) -> None:
+    policy, rows = tiny_policy(), PackedRows.of(LENGTHS)
+    token_ids_N = torch.randint(3, 61, (14,), generator=torch.Generator().manual_seed(0))
+
+    def run() -> list[Tensor]:
+        loss = next_token_loss(policy, token_ids_N, rows, watch=RouterWatch.of(rows, with_losses=True))
+        assert loss.routers is not None
+        extra = router_loss(loss.routers, aux_loss_coef=0.5, z_loss_coef=0.1, num_rows=3, num_tokens=14)
+        weights = [weight for _, weight in policy.named_parameters()]
+        return [extra.detach(), loss.routers.load_ME, *torch.autograd.grad(loss.total + extra, weights)]
+
+    plain = run()
+    policy.recomputation = recomputation
+    assert all(torch.equal(a, b) for a, b in zip(plain, run(), strict=True))
 
 
 def test_router_loss_is_a_mean_over_rows_and_tokens() -> None:
