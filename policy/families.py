@@ -151,18 +151,30 @@ def write_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
     values = {key: fields[name] for name, key in family.fields.items()}
     if family.attention == "latent":
         values |= {"num_key_value_heads": fields["num_attention_heads"], "head_dim": fields["qk_rope_head_dim"]}
-    scaling = fields["rope_scaling"]
-    if scaling is not None:  # "type" is what DeepSeek's own code reads
-        scaling = {"type": scaling["rope_type"], **{key: value for key, value in scaling.items() if value is not None}}
     return {
         "architectures": [family.architecture],
         "model_type": fields["model_type"],
         **values,
         "rope_theta": fields["rope_theta"],
-        "rope_scaling": scaling,
+        "rope_scaling": _write_scaling(fields["rope_scaling"]),
         **family.fixed,
         "use_cache": True,
     }
+
+
+def _write_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What belongs to the kind of scaling; under `type` too, which is what DeepSeek's own code reads."""
+    if scaling is None:
+        return None
+    kind = scaling["rope_type"]
+    keys = {
+        "linear": ("factor",),
+        "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+        "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"),
+    }[kind]
+    if kind == "yarn" and (scaling["mscale"], scaling["mscale_all_dim"]) != (1.0, 0.0):
+        keys += ("mscale", "mscale_all_dim")
+    return {"type": kind, "rope_type": kind, **{key: scaling[key] for key in keys if scaling[key] is not None}}
 
 
 def _read_rope(values: Mapping[str, Any]) -> dict[str, Any]:

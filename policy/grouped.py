@@ -100,7 +100,8 @@ class Blocks:
     def fill(self, x_T: Tensor) -> Tensor:
         """[T, ...] to [G, S, ...], zeros where there is no row."""
         flat = x_T.new_zeros(len(self.group_G) * self.size, *x_T.shape[1:])
-        return flat.index_copy_(0, self.slot_T, x_T).unflatten(0, (-1, self.size))
+        blocks: Tensor = flat.index_copy_(0, self.slot_T, x_T).unflatten(0, (-1, self.size))
+        return blocks
 
     def empty(self, x_GS: Tensor) -> Tensor:
         """[G, S, ...] to [T, ...]."""
