@@ -119,7 +119,7 @@ FAMILIES: Mapping[str, Family] = {
 
 def read_hf(values: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a `PolicyConfig` from the mapping in a Hugging Face `config.json`; raises ShapeError."""
-    kind = values.get("model_type")
+    kind = str(values.get("model_type"))
     if kind not in FAMILIES:
         raise ShapeError(f"model_type {kind!r} is not supported (supported: {', '.join(FAMILIES)})")
     if (quantised := values.get("quantization_config")) is not None:

@@ -52,7 +52,7 @@ def attention_scale(config: PolicyConfig) -> float:
     As `DeepseekV3Attention.softmax_scale` of the released code: where `mscale` equals `mscale_all_dim`, all of the
     growth is here and none in the rotation.
     """
-    scale, scaling = config.qk_head_dim**-0.5, config.rope_scaling
+    scale, scaling = 1 / math.sqrt(config.qk_head_dim), config.rope_scaling
     if config.family.attention == "latent" and scaling is not None:
         scale *= _mscale(scaling.factor, scaling.mscale_all_dim) ** 2
     return scale
