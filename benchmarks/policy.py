@@ -59,6 +59,8 @@ class Measured:
     name: str
     seconds: float
     """Median of the rounds."""
+    first_seconds: float
+    """The first pass of all, kernels compiled on the way."""
     peak_gib: float
     """Most memory allocated, weights and gradients included."""
     loss: float
@@ -114,11 +116,11 @@ def compare(name: str, shape: PolicyConfig, rate: float, arguments: argparse.Nam
         sys.exit(f"the two models differ: loss {measured[0].loss:.4f} against {peer.loss:.4f}")
     operations = count_operations(shape, count, length)
     print(f"\n{name}: {count} rows of {length}; losses {measured[0].loss:.4f} and {peer.loss:.4f}")
-    print(f"{'':<52}{'ms':>9}{'x peer':>8}{'GiB':>8}{'of peer':>9}{'of matmul rate':>16}")
+    print(f"{'':<52}{'ms':>9}{'x peer':>8}{'GiB':>8}{'of peer':>9}{'of matmul rate':>16}{'first s':>9}")
     for one in (*measured, *peers):
         print(
             f"{one.name:<52}{1e3 * one.seconds:>9.1f}{peer.seconds / one.seconds:>8.2f}{one.peak_gib:>8.2f}"
-            f"{one.peak_gib / peer.peak_gib:>9.2f}{operations / one.seconds / rate:>16.1%}"
+            f"{one.peak_gib / peer.peak_gib:>9.2f}{operations / one.seconds / rate:>16.1%}{one.first_seconds:>9.1f}"
         )
     print(f"bf16 matrix products: {rate / 1e12:.0f} TFLOP/s; a pass: {operations / 1e12:.1f} T operations; {machine()}")
     if arguments.profile:  # last, since what it leaves behind slows the host down
@@ -204,8 +206,10 @@ def peer_pass(model: Any, ids_BS: Tensor, at_once: int) -> Callable[[], float]:
 def measure(name: str, run: Callable[[], float], rounds: int) -> Measured:
     """Two passes uncounted, then the median and the peak of the timed ones."""
     is_gpu = torch.cuda.is_available()
-    for _ in range(2):
-        run()
+    start = time.perf_counter()
+    run()
+    first = time.perf_counter() - start
+    run()
     if is_gpu:
         gc.collect()
         torch.cuda.synchronize()
@@ -218,7 +222,7 @@ def measure(name: str, run: Callable[[], float], rounds: int) -> Measured:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() / 2**30 if is_gpu else 0.0
-    return Measured(name=name, seconds=statistics.median(times), peak_gib=peak, loss=loss)
+    return Measured(name=name, seconds=statistics.median(times), first_seconds=first, peak_gib=peak, loss=loss)
 
 
 def matmul_rate(device: str) -> float:
