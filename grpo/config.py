@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from grpo.algorithm import AlgorithmConfig
 from grpo.countdown import AttemptsConfig, CountdownConfig
 from policy import PolicyConfig
+from policy.lora import LoraConfig
+from policy.recompute import Recomputation
 from rollouts import EngineConfig
 
 DEFAULT_CONTEXT = 512
@@ -68,6 +70,9 @@ class BaseConfig(Section):
     mtp_weight: float = Field(default=0.1, ge=0, description="weight of the multi-token-prediction loss")
     mtp_interval: int = Field(default=1, ge=1, description="train the MTP modules on every n-th step only")
     bias_update_rate: float = Field(default=1e-3, ge=0, description="step of the routers' balancing bias")
+    mtp_bias_update_rate: float = Field(default=0.0, ge=0, description="the same in the MTP modules, when trained")
+    router_aux_loss_coef: float = Field(default=0.0, ge=0, description="weight of the sequence-wise balance loss")
+    router_z_loss_coef: float = Field(default=0.0, ge=0, description="weight of the routers' z-loss")
     cache_dir: Path = Field(default=Path("cache"), description="finished base models, by the hash of what made them")
 
     @field_validator("shape")
@@ -134,6 +139,16 @@ class Config(AlgorithmConfig):
     max_grad_norm: float = Field(default=1.0, gt=0)
     max_tokens_per_micro_batch: int = Field(default=8192, ge=1)
     max_skipped_steps: int = Field(default=5, ge=1, description="updates that are not finite before the run stops")
+    activation_recomputation: Recomputation = Field(
+        default="none", description="what the backward pass makes again to save memory: none, selective, full (blocks)"
+    )
+    lora: LoraConfig | None = Field(default=None, description="train low-rank adapters only; {} takes the defaults")
+    bias_update_rate: float = Field(default=0.0, ge=0, description="step of the routers' balancing bias; 0 keeps it")
+    router_aux_loss_coef: float = Field(default=0.0, ge=0, description="weight of the sequence-wise balance loss")
+    router_z_loss_coef: float = Field(default=0.0, ge=0, description="weight of the routers' z-loss")
+    mtp_weight: float = Field(
+        default=0.0, ge=0, description="weight of the MTP modules' loss on completions; it moves these modules alone"
+    )
 
     engine: EngineConfig = Field(default_factory=EngineConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
@@ -150,6 +165,12 @@ class Config(AlgorithmConfig):
             raise ValueError(f"a reward is listed twice in rewards: {', '.join(self.rewards)}")
         if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
             raise ValueError(f"reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} rewards")
+        if self.lora is not None and (self.bias_update_rate or self.mtp_weight):
+            raise ValueError("lora freezes all but the adapters: bias_update_rate and mtp_weight must be 0 beside it")
+        if self.lora is not None and self.sync_ref_model:
+            raise ValueError(
+                "lora takes the policy without its adapters for the reference: sync_ref_model must be false"
+            )
         if self.prompt_template not in ("r1_zero", "chat") and "{prompt}" not in self.prompt_template:
             raise ValueError(
                 f"prompt_template must be r1_zero, chat, or a text with {{prompt}} in it, got {self.prompt_template!r}"

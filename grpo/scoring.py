@@ -11,18 +11,21 @@ from grpo.config import Config
 from grpo.support import is_truncated, supported_logprobs
 from grpo.types import Batch
 from policy import Policy
+from policy.balance import RouterWatch
 from policy.logprobs import TokenLogprobs, token_logprobs
 from rollouts import SamplingParams
 
 
-def score(policy: Policy, batch: Batch, params: SamplingParams) -> tuple[Batch, TokenLogprobs]:
+def score(
+    policy: Policy, batch: Batch, params: SamplingParams, watch: RouterWatch | None = None
+) -> tuple[Batch, TokenLogprobs]:
     """The policy's log-probabilities and entropies of a batch, of the distribution that the sampler drew from; and the
     batch with the support that this was found to be.
     """
-    wanted_N = batch.completion_mask_N
+    tokens = (policy, batch.token_ids_N, batch.rows, batch.completion_mask_N)
     if not is_truncated(params):
-        return batch, token_logprobs(policy, batch.token_ids_N, batch.rows, wanted_N, temperature=params.temperature)
-    values, support = supported_logprobs(policy, batch.token_ids_N, batch.rows, wanted_N, params, batch.support)
+        return batch, token_logprobs(*tokens, temperature=params.temperature, watch=watch)
+    values, support = supported_logprobs(*tokens, params, batch.support, watch=watch)
     return replace(batch, support=support), values
 
 

@@ -23,9 +23,13 @@ from torch.utils.checkpoint import checkpoint
 
 from policy import PackedRows, Policy
 from policy.attention import Expanded
-from policy.logprobs import CHUNK_ELEMENTS, TokenLogprobs
+from policy.balance import RouterWatch
+from policy.logprobs import TokenLogprobs
 from rollouts import SamplingParams
 from rollouts.sampler import truncate
+
+CHUNK_ELEMENTS = 1 << 26
+"""Logits held at once, in numbers (256 MiB in fp32); more positions than fit are done in chunks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,10 +55,11 @@ def supported_logprobs(
     params: SamplingParams,
     support: Support | None = None,
     *,
+    watch: RouterWatch | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[TokenLogprobs, Support]:
     """`policy.logprobs.token_logprobs` over pi(. | K), and K: `support`, or found on this policy where None."""
-    output = policy(token_ids_N, rows.position_ids_N, Expanded(rows=rows))
+    output = policy(token_ids_N, rows.position_ids_N, Expanded(rows=rows), watch=watch)
     wanted_W = wanted_N.nonzero().squeeze(1)
     hidden_WC = output.hidden_NC.index_select(0, wanted_W - 1)
     drawn_W = token_ids_N.index_select(0, wanted_W)

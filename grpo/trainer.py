@@ -140,6 +140,8 @@ class Trainer:
                         "skipped": self.skipped,
                     },
                     reference=reference.policy if reference is not None and self.config.sync_ref_model else None,
+                    lora=self.config.lora,
+                    base_model=self.config.model,
                 )
             except OSError as error:
                 self.display.note(

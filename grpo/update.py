@@ -1,6 +1,6 @@
 """The optimizer steps over a batch of graded completions: micro-batched loss and gradient, summed over ranks, one step.
 
-Shapes: N packed tokens, M mixture-of-experts layers, E experts, X ratios between trainer and sampler.
+Shapes: N packed tokens, X ratios between trainer and sampler.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from grpo.auxiliary import Auxiliary, AuxiliaryStats
 from grpo.batch import Minibatch
 from grpo.config import Config
 from grpo.distributed import Ranks
@@ -25,7 +26,6 @@ from grpo.support import is_truncated
 from grpo.types import Batch
 from policy import Policy
 from policy.logprobs import TokenLogprobs
-from policy.moe import count_experts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,8 +58,8 @@ class UpdateStats:
     """Before clipping; the largest of the pass."""
     num_skipped: int
     """Optimizer steps that were not taken because loss or gradient was not finite."""
-    load_ME: list[list[float]]
-    """Share of token-expert pairs on each expert of each mixture-of-experts layer."""
+    auxiliary: AuxiliaryStats
+    """Of the MTP modules and the routers, in the last step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,8 +98,11 @@ def update(
         sums, norms = _Sums(policy), list[float]()
         for step in steps:
             loss = torch.zeros((), dtype=torch.float64, device=policy.device)
+            auxiliary = Auxiliary(
+                policy, step.minibatch.batches, num_tokens=step.minibatch.counts.tokens, config=config, ranks=ranks
+            )
             for batch in step.minibatch.batches:
-                loss += backward(policy, batch, step, config, sums).loss.detach()
+                loss += backward(policy, batch, step, config, sums, auxiliary).loss.detach()
                 optimizer.gather_gradients()
             ranks.sum_([*optimizer.gather_gradients(), loss])
             if loss.isfinite():
@@ -107,12 +110,13 @@ def update(
             else:
                 optimizer.inner.zero_grad(set_to_none=True)
                 norms.append(math.nan)
+            auxiliary_stats = auxiliary.finish(is_skipped=not math.isfinite(norms[-1]))
             if not math.isfinite(norms[-1]):
                 num_skipped += 1
                 if on_fault is not None:
                     on_fault(step)
         grad_norm = next((norm for norm in norms if not math.isfinite(norm)), max(norms))
-    return sums.mean(steps, ranks, grad_norm=grad_norm, num_skipped=num_skipped)
+    return sums.mean(steps, ranks, grad_norm=grad_norm, num_skipped=num_skipped, auxiliary=auxiliary_stats)
 
 
 def prepare(
@@ -158,9 +162,17 @@ def prepare(
     return steps
 
 
-def backward(policy: Policy, batch: Batch, step: Step, config: Config, sums: _Sums | None = None) -> LossTerms:
-    """Add one micro-batch's share of the gradient, and its numbers to `sums`."""
-    batch, values = score(policy, batch, drawn_with(config))
+def backward(
+    policy: Policy,
+    batch: Batch,
+    step: Step,
+    config: Config,
+    sums: _Sums | None = None,
+    auxiliary: Auxiliary | None = None,
+) -> LossTerms:
+    """Add one micro-batch's share of the gradient, and its numbers to `sums` and `auxiliary`."""
+    watch = None if auxiliary is None else auxiliary.watch(batch)
+    batch, values = score(policy, batch, drawn_with(config), watch)
     terms = batch_loss(
         values.logprobs_N,
         values.entropy_N,
@@ -171,7 +183,10 @@ def backward(policy: Policy, batch: Batch, step: Step, config: Config, sums: _Su
         entropy_coef=step.entropy_coef,
         num_kept=step.num_kept,
     )
-    terms.loss.backward()
+    loss = terms.loss
+    if auxiliary is not None and watch is not None:
+        loss = loss + auxiliary.loss(batch, values.output, watch)
+    loss.backward()
     if sums is not None:
         sums.add(terms, values, batch)
     return terms
@@ -184,8 +199,6 @@ class _Sums:
         self._zero = torch.zeros((), dtype=torch.float64, device=policy.device)
         self.totals: dict[str, Tensor] = {}
         self.difference_max, self.ratio_max, self.ratio_min_negated = 0.0, -math.inf, -math.inf
-        shape = (policy.config.num_moe_layers, policy.config.n_routed_experts)
-        self.load_ME = torch.zeros(shape, dtype=torch.float64, device=policy.device)
 
     def add(self, terms: LossTerms, values: TokenLogprobs, batch: Batch) -> None:
         mask_N, entropy_N, ratio_X = batch.completion_mask_N, values.entropy_N.detach(), terms.sampler_ratio_X
@@ -210,23 +223,27 @@ class _Sums:
         if len(ratio_X):
             self.ratio_max = max(self.ratio_max, float(ratio_X.max()))
             self.ratio_min_negated = max(self.ratio_min_negated, -float(ratio_X.min()))
-        if values.output.experts_MNK is not None:
-            for layer, experts_NK in enumerate(values.output.experts_MNK):
-                self.load_ME[layer] += count_experts(experts_NK, self.load_ME.shape[1])
 
-    def mean(self, steps: Sequence[Step], ranks: Ranks, *, grad_norm: float, num_skipped: int) -> UpdateStats:
+    def mean(
+        self,
+        steps: Sequence[Step],
+        ranks: Ranks,
+        *,
+        grad_norm: float,
+        num_skipped: int,
+        auxiliary: AuxiliaryStats,
+    ) -> UpdateStats:
         """The means over all ranks."""
         names = (
             *("loss", "kl", "entropy", "entropy_kept", "kept", "low", "high", "dropped", "difference"),
             *("ratio", "ratio_squared", "ratios"),
         )
         vector = torch.stack([self.totals.get(name, self._zero) for name in names])
-        ranks.sum_([vector, self.load_ME])
+        ranks.sum_([vector])
         total = dict(zip(names, vector.tolist(), strict=True))
         count = max(1, sum(step.minibatch.counts.tokens for step in steps))
         number = max(1.0, total["ratios"])
         ratio_max, ratio_min = ranks.max_number(self.ratio_max), -ranks.max_number(self.ratio_min_negated)
-        load_ME = self.load_ME.float()
         return UpdateStats(
             loss=total["loss"] / max(1, len(steps)),
             kl=total["kl"] / count,
@@ -243,5 +260,5 @@ class _Sums:
             effective_sample_size=effective_sample_size(total["ratio"], total["ratio_squared"], int(total["ratios"])),
             grad_norm=grad_norm,
             num_skipped=num_skipped,
-            load_ME=(load_ME / load_ME.sum(dim=-1, keepdim=True).clamp(min=1)).tolist(),
+            auxiliary=auxiliary,
         )

@@ -6,6 +6,7 @@ import torch
 from grpo.batch import make_batches
 from grpo.reference import Reference
 from grpo.scoring import drawn_with, score
+from policy.lora import LoraConfig, adapters, add_adapters
 from tests.grpo.rollouts import make_groups, rows_of, tiny_config
 from tests.policies import tiny_policy
 
@@ -40,3 +41,20 @@ def test_it_follows_by_the_share_asked_for() -> None:
     reference.follow(policy, 1.0)
     for ours, theirs in zip(reference.policy.parameters(), policy.parameters(), strict=True):
         assert torch.allclose(ours, theirs)
+
+
+def test_adapters_off_the_policy_is_its_own_reference() -> None:
+    policy = tiny_policy()
+    [batch] = make_batches(rows_of(make_groups(policy)), 10**6)
+    params = drawn_with(tiny_config())
+    before = score(policy, batch, params)[1].logprobs_N.detach()
+    add_adapters(policy, LoraConfig(r=2), seed=0)
+    reference = Reference(policy)
+    assert reference.policy is policy
+    with torch.no_grad():
+        for layer in adapters(policy).values():
+            layer.lora_B += 0.3
+    adapted = score(policy, batch, params)[1].logprobs_N
+    assert torch.equal(reference.score(batch, params).logprobs_N, before)
+    assert (adapted - before).abs().max() > 0.01
+    assert torch.equal(score(policy, batch, params)[1].logprobs_N, adapted)

@@ -1,5 +1,6 @@
 """The update: cut as one likes, the gradient is the same; and it is the gradient of the loss as written."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from grpo.reference import Reference
 from grpo.update import UpdateStats, prepare, update
 from policy import Policy
 from tests.grpo.rollouts import make_groups, minibatches_of, rows_of, tiny_config
-from tests.policies import tiny_policy
+from tests.policies import tiny_llama, tiny_policy
 
 CHOICES: list[dict[str, Any]] = [
     *({"algorithm": name} for name in PRESETS),
@@ -105,8 +106,9 @@ def test_micro_batches_give_the_gradient_of_one_batch() -> None:
             assert torch.allclose(whole[name], cut[name], atol=1e-6), name
 
 
-def test_gradient_is_that_of_the_loss_as_written() -> None:
-    policy = tiny_policy()
+@pytest.mark.parametrize("make", [tiny_policy, tiny_llama], ids=["deepseek_v3", "llama"])
+def test_gradient_is_that_of_the_loss_as_written(make: Callable[[], Policy]) -> None:
+    policy = make()
     rows = rows_of(make_groups(policy))
     ours, stats = gradients(policy, minibatches_of(rows, 60))
     policy.zero_grad()
@@ -244,8 +246,10 @@ def test_expert_load_is_a_share_of_all_choices() -> None:
     policy = tiny_policy()
     rows = rows_of(make_groups(policy))
     _, stats = gradients(policy, minibatches_of(rows, 60))
-    assert len(stats.load_ME) == policy.config.num_moe_layers
-    for layer in stats.load_ME:
+    routers = stats.auxiliary.routers
+    assert routers is not None
+    assert len(routers.load_ME) == policy.config.num_moe_layers
+    for layer in routers.load_ME:
         assert sum(layer) == pytest.approx(1)
 
 
