@@ -1,19 +1,24 @@
 """An update that is not finite is kept, and done again it says what is at fault."""
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from grpo.cli import app
 from grpo.distributed import Ranks
 from grpo.optimizer import MasterAdamW
-from grpo.replay import ReplayError, load_fault, replay, save_fault
+from grpo.replay import NonFiniteError, ReplayError, load_fault, replay, save_fault
+from grpo.run import run
 from grpo.types import Origin
 from grpo.update import Step, UpdateStats, prepare, update
 from policy import Policy
 from tests.grpo.rollouts import make_groups, minibatches_of, rows_of, tiny_config
 from tests.policies import tiny_policy
+from tests.recipes import write_recipe
 
 POISON = 50
 
@@ -120,3 +125,30 @@ def test_other_files_are_refused(content: bytes, tmp_path: Path) -> None:
         replay(tmp_path / "y.pt")
     with pytest.raises(ReplayError, match="cannot be read"):
         replay(tmp_path / "none.pt")
+
+
+def test_a_run_stops_after_so_many_skipped_updates_with_all_saved(tmp_path: Path) -> None:
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text("def huge(problem, completion):\n    return 1e30 * len(completion)\n")
+    recipe = write_recipe(tmp_path, rewards=[f"{plugin}:huge"], scale_rewards="none", max_steps=9, max_skipped_steps=2)
+    with pytest.raises(NonFiniteError, match=r"2 updates were not finite \(max_skipped_steps: 2\)"):
+        run(recipe, [], resume=False)
+    folder = tmp_path / "runs" / "tiny"
+    files = sorted((folder / "skipped").iterdir())
+    assert [file.name for file in files] == ["step_000001_rank0.pt", "step_000002_rank0.pt"]
+    assert (folder / "checkpoints" / "step_000002" / "manifest.json").is_file()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["update/skipped"], line["update/skipped_total"]) for line in lines] == [(1, 1), (1, 2)]
+    found = replay(files[1])
+    assert (found.number, math.isinf(found.grad_norm), found.faults) == (2, True, [])  # each row alone is finite
+    answer = CliRunner().invoke(app, ["replay", str(files[0])])
+    assert answer.exit_code == 0
+    assert "gradient norm inf" in answer.output
+    with pytest.raises(NonFiniteError, match="3 updates"):
+        run(recipe, ["max_skipped_steps=3"], resume=True)
+
+
+def test_the_command_says_what_it_cannot_replay(tmp_path: Path) -> None:
+    answer = CliRunner().invoke(app, ["replay", str(tmp_path / "none.pt")])
+    assert answer.exit_code == 2
+    assert "cannot be read as a skipped update" in answer.output
