@@ -32,7 +32,7 @@ def all_gradients(ranks: Ranks) -> dict[str, Tensor]:
         config = tiny_config(max_grad_norm=0.5, **choices)
         policy = tiny_policy()
         drawn = {key: choices[key] for key in ("temperature", "top_k", "top_p", "min_p") if key in choices}
-        first, groups = ranks.share(make_groups(policy, num_problems=5, **drawn))
+        first, groups = ranks.share(make_groups(policy, num_problems=3, length=8, **drawn))
         rewards = ranks.gather([[result.reward for result in group.results] for group in groups])
         advantages = step_advantages(rewards, config)[first : first + len(groups)]
         rows = make_rows(groups, advantages, mask_truncated=False, first_problem=first)

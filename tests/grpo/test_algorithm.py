@@ -1,13 +1,17 @@
 """Named algorithms are rows of one table; the recipe's own keys go first."""
 
+import re
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import yaml
 
-from grpo.algorithm import PRESETS, AlgorithmConfig, Name
+from grpo.algorithm import PRESETS, Aggregation, AlgorithmConfig, Baseline, Clipping, Level, Name, Scale
 from grpo.config import ConfigError, load_config
 from tests.recipes import write_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_table_has_a_row_for_every_name_and_each_is_a_valid_choice_of_its_own() -> None:
@@ -57,3 +61,21 @@ def test_choices_that_do_not_go_together_are_named(choices: dict[str, Any], mess
     with pytest.raises(ConfigError) as caught:
         load_config(write_recipe(tmp_path), settings)
     assert message in str(caught.value)
+
+
+def test_the_table_in_the_docs_is_the_table() -> None:
+    text = (ROOT / "docs" / "algorithms.md").read_text()
+    text = text.partition("## Named algorithms")[2].partition("## The choices")[0]
+    rows = {found[1]: found[2] for found in re.finditer(r"^\| `(\w+)` \| (`.*?`) \|", text, re.MULTILINE)}
+    for name, choices in PRESETS.items():
+        said = dict(item.split(": ", 1) for item in re.findall(r"`([^`]+)`", rows[name]))
+        assert {key: yaml.safe_load(value) for key, value in said.items()} == choices, name
+
+
+def test_the_docs_name_every_choice_and_every_file() -> None:
+    text = (ROOT / "docs" / "algorithms.md").read_text()
+    assert [key for key in AlgorithmConfig.model_fields if key not in text] == []
+    values = [value for kind in (Baseline, Scale, Level, Clipping, Aggregation) for value in get_args(kind)]
+    assert [value for value in values if f"`{value}`" not in text] == []
+    files = set(re.findall(r"`((?:grpo|tests)/[\w/]+\.py)`", text))
+    assert [file for file in files if not (ROOT / file).is_file()] == []
