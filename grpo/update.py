@@ -127,8 +127,7 @@ def prepare(
     reference: Reference | None = None,
     entropy_coef: float = 0.0,
 ) -> list[Step]:
-    """Fill in what the loss needs of the policy before its first step, and of the reference, in passes without a
-    gradient."""
+    """Passes without a gradient: what the loss needs of the policy before its first step, and of the reference."""
     params = drawn_with(config)
     is_masked = config.top_entropy_quantile < 1
     needs_a_pass = config.takes_several_steps or is_masked or (reference is not None and is_truncated(params))
