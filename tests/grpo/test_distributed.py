@@ -13,15 +13,20 @@ from safetensors.torch import load_file
 from grpo.config import load_config
 from grpo.distributed import Ranks
 from grpo.pretrain import base_model
+from tests.grpo.all_choices import all_gradients
 from tests.grpo.test_trainer import RECIPE, metrics_of, recipe  # noqa: F401
 
 CPU = Path(__file__).parents[2] / "recipes" / "accelerate" / "cpu.yaml"
 
 
 def launch(processes: int, *arguments: str) -> None:
+    launch_module(processes, "grpo", "train", *arguments)
+
+
+def launch_module(processes: int, *arguments: str) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CPU)]
     done = subprocess.run(
-        [*command, "--num_processes", str(processes), "-m", "grpo", "train", *arguments],
+        [*command, "--num_processes", str(processes), "-m", *arguments],
         capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -35,6 +40,16 @@ def test_a_share_of_a_list_is_contiguous_and_complete() -> None:
         ranks.rank, ranks.size = rank, 3
         shares.append(ranks.share(list(range(5))))
     assert shares == [(0, [0]), (1, [1, 2]), (3, [3, 4])]
+
+
+@pytest.mark.multi
+def test_every_choice_has_the_gradient_of_one_rank_on_two(tmp_path: Path) -> None:
+    """Clipped after the sum: the norm is bounded, and one message carries what each step needs."""
+    launch_module(2, "tests.grpo.all_choices", str(tmp_path / "two.pt"))
+    two, one = torch.load(tmp_path / "two.pt", weights_only=True), all_gradients(Ranks(cpu=True))
+    assert two.keys() == one.keys()
+    for name, gradient in one.items():
+        assert torch.allclose(two[name], gradient, atol=1e-6), name
 
 
 @pytest.mark.multi
