@@ -20,7 +20,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c '$(CHECK_VERSION)' 2>/dev/null && echo $$python && break; done)
 
 help:  ## this list
-	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 zero: $(VENV)/.installed  ## install, train a base model from scratch, teach it countdown with RL, show before and after
 	@exec $(IN_VENV) grpo train $(RECIPE) --resume $(RUN_ARGS)

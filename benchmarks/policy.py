@@ -50,6 +50,13 @@ SHAPES = {
         pad_token_id=0,
     ),
 }  # fmt: skip
+DEEPSEEK_V3 = PolicyConfig(
+    vocab_size=129280, hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048, num_hidden_layers=61,
+    num_attention_heads=128, n_routed_experts=256, num_experts_per_tok=8, n_group=8, topk_group=4, kv_lora_rank=512,
+    q_lora_rank=1536, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128, first_k_dense_replace=3,
+    max_position_embeddings=163840, routed_scaling_factor=2.5,
+)  # fmt: skip
+"""Of the released checkpoint; for the size of its cache alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +93,7 @@ def main() -> None:
     for name in arguments.shapes:
         shape = SHAPES[name].model_copy(update={"num_hidden_layers": arguments.layers} if arguments.layers else {})
         rows += compare(name, shape, rate, arguments)
+    rows += compare_caches()
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
 
@@ -128,6 +136,26 @@ def compare(name: str, shape: PolicyConfig, rate: float, arguments: argparse.Nam
     return [row for one in measured for row in as_rows(f"policy/{name}/{one.name.removeprefix('ours, ')}", one, peer)]
 
 
+def compare_caches() -> list[dict[str, Any]]:
+    """Print what a cached token takes in bf16: here, with keys and values of every head, and of 8 heads."""
+    rows = []
+    print(f"\n{'bytes of the cache a token':<28}{'ours':>10}{'all heads':>11}{'ratio':>7}{'8 groups':>10}{'ratio':>7}")
+    for name, shape in (SHAPES | {"DeepSeek-V3": DEEPSEEK_V3}).items():
+        value = shape.v_head_dim if shape.family.attention == "latent" else shape.head_dim
+        per_head = 2 * shape.num_hidden_layers * (shape.qk_head_dim + value)
+        ours, heads, groups = (
+            2 * shape.num_hidden_layers * shape.cache_width,
+            shape.num_attention_heads * per_head,
+            8 * per_head,
+        )
+        print(f"{name:<28}{ours:>10}{heads:>11}{heads / ours:>7.1f}{groups:>10}{groups / ours:>7.1f}")
+        for kind, theirs in (("all_heads", heads), ("8_groups", groups)):
+            rows.append(
+                {"name": f"cache/{name}/{kind}", "ours": ours, "peer": theirs, "ratio": round(theirs / ours, 3)}
+            )
+    return [row | {"unit": "bytes a token", "machine": "any", "versions": {}} for row in rows]
+
+
 def our_pass(policy: Policy, ids_BS: Tensor, kind: Recomputation) -> Callable[[], float]:
     """Forward, log-probabilities, backward, over all rows at once."""
     rows = PackedRows.of([ids_BS.shape[1]] * len(ids_BS), ids_BS.device)
@@ -150,7 +178,7 @@ def _pass_over(policy: Policy, ids_N: Tensor, rows: PackedRows, kind: Recomputat
         policy.recomputation = kind
         loss = -token_logprobs(policy, ids_N, rows, wanted_N).logprobs_N.sum() / (len(ids_N) - len(rows.lengths))
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     return run
 
@@ -197,7 +225,7 @@ def peer_pass(model: Any, ids_BS: Tensor, at_once: int) -> Callable[[], float]:
             del logits
             loss = -logprobs.sum() / count
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
         return total
 
     return run
@@ -206,6 +234,9 @@ def peer_pass(model: Any, ids_BS: Tensor, at_once: int) -> Callable[[], float]:
 def measure(name: str, run: Callable[[], float], rounds: int) -> Measured:
     """Two passes uncounted, then the median and the peak of the timed ones."""
     is_gpu = torch.cuda.is_available()
+    if is_gpu:
+        gc.collect()
+        torch.cuda.empty_cache()  # what one way left behind in pieces must not cost the next one time
     start = time.perf_counter()
     run()
     first = time.perf_counter() - start

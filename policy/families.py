@@ -52,7 +52,7 @@ _EVERY = _same(
 )  # fmt: skip
 _LATENT = _same("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _GROUPED_QUERY = _same("num_key_value_heads", "head_dim")
-_EXPERTS = _same("moe_intermediate_size", "num_experts_per_tok", "norm_topk_prob")
+_EXPERTS = _same("moe_intermediate_size", "num_experts_per_tok")
 _DEEPSEEK = {
     **_EVERY, **_LATENT, **_EXPERTS,
     **_same("n_routed_experts", "n_shared_experts", "n_group", "topk_group"),
@@ -67,7 +67,7 @@ FAMILIES: Mapping[str, Family] = {
     "deepseek_v3": Family(
         architecture="DeepseekV3ForCausalLM",
         attention="latent",
-        fields={**_DEEPSEEK, **_same("num_nextn_predict_layers")},
+        fields={**_DEEPSEEK, **_same("norm_topk_prob", "num_nextn_predict_layers")},
         fixed={**_FIXED_DEEPSEEK, "rope_interleave": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
         has_interleaved_rope=True,
     ),
@@ -76,7 +76,8 @@ FAMILIES: Mapping[str, Family] = {
         attention="latent",
         fields={**_DEEPSEEK, **_same("topk_method")},
         defaults={**_SOFTMAX, "norm_topk_prob": False},
-        fixed={**_FIXED_DEEPSEEK, "mlp_bias": False, "scoring_func": "softmax"},
+        # DeepSeek's code and transformers do different things for norm_topk_prob; no released model sets it.
+        fixed={**_FIXED_DEEPSEEK, "mlp_bias": False, "scoring_func": "softmax", "norm_topk_prob": False},
         has_interleaved_rope=True,
     ),
     "llama": Family(
@@ -107,7 +108,7 @@ FAMILIES: Mapping[str, Family] = {
             **_EVERY,
             **_GROUPED_QUERY,
             **_EXPERTS,
-            **_same("attention_bias", "decoder_sparse_step", "mlp_only_layers"),
+            **_same("attention_bias", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"),
             "n_routed_experts": "num_experts",
         },
         defaults={**_SOFTMAX, "n_shared_experts": 0, "first_k_dense_replace": 0},

@@ -60,6 +60,9 @@ RECIPE = {
     "use_adaptive_entropy": True,
     "entropy_coef_delta": 0.01,
     "entropy_target": 5.0,
+    "bias_update_rate": 0.001,
+    "router_aux_loss_coef": 0.001,
+    "mtp_weight": 0.1,
     "evaluation": {"num_problems": 10, "k": 2, "batch_size": 4},
     "save_steps": 2,
 }  # fmt: skip

@@ -21,12 +21,15 @@ MODEL = os.environ.get("GRPO_TEST_MODEL", "")
 SCRIPT = Path(__file__).resolve().parent.parent / "vllm_greedy.py"
 NUM_TOKENS = 32
 # vLLM's kernels on a CPU have sizes below which they do not go, and none for MLA of another rank than 512.
-WIDE = {"vocab_size": 128, "hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.1}
+WIDE = {
+    "vocab_size": 128, "hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.1,
+    "max_position_embeddings": 512,
+}  # fmt: skip
 DEEPSEEK = {
     **WIDE, "moe_intermediate_size": 128, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 4,
     "topk_group": 2,
     "kv_lora_rank": 64, "q_lora_rank": 96, "qk_rope_head_dim": 32, "qk_nope_head_dim": 64, "v_head_dim": 64,
-    "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1, "max_position_embeddings": 512,
+    "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1,
     "rope_scaling": {
         "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "mscale": 1.0,
         "mscale_all_dim": 1.0,
