@@ -22,6 +22,7 @@ from torch import Tensor
 
 from policy.config import PolicyConfig, ShapeError
 from policy.gguf import GgufError, find_gguf, read_gguf
+from policy.lora import merged_parameters
 from policy.model import Policy, cast_weights
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -34,7 +35,8 @@ class CheckpointError(Exception):
 def save(policy: Policy, path: Path | str, *, dtype: torch.dtype | None = None) -> None:
     """Write `config.json` and `model.safetensors` into `path`, readable by transformers and vLLM as they are.
 
-    `dtype` converts the weights (by default they stay as they are); correction biases are always fp32.
+    `dtype` converts the weights (by default they stay as they are); correction biases are always fp32. Adapters are
+    merged into the weights that they adapt.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +68,7 @@ def load(path_or_id: Path | str, *, dtype: torch.dtype | None = None, device: st
 
 
 def restore(policy: Policy, stored: Mapping[str, Tensor], *, where: str) -> None:
-    """Copy a checkpoint's tensors into a policy of the same shape, in place."""
+    """Copy a checkpoint's tensors into a policy of the same shape without adapters, in place."""
     places = dict(checkpoint_tensors(policy))
     if homeless := {name for name in stored.keys() - places.keys() if _is_of_the_trunk(name, policy.config)}:
         raise CheckpointError(
@@ -88,7 +90,9 @@ def restore(policy: Policy, stored: Mapping[str, Tensor], *, where: str) -> None
 
 
 def checkpoint_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the checkpoint by its Hugging Face name; each is a view of the policy's own memory."""
+    """Every tensor of the checkpoint by its Hugging Face name; each is a view of the policy's own memory, unless it is
+    merged with an adapter.
+    """
     config = policy.config
     yield "model.embed_tokens.weight", policy.embed_tokens.weight
     yield "model.norm.weight", policy.norm.weight
@@ -157,7 +161,7 @@ def resolve_folder(path_or_id: Path | str) -> Path:
 
 
 def _block_tensors(prefix: str, block: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in (*block.named_parameters(), *block.named_buffers()):
+    for name, tensor in (*merged_parameters(block), *block.named_buffers()):
         if name == "mlp.experts.gate_up_proj":
             for expert, gate_up in enumerate(tensor.detach()):
                 gate, up = gate_up.chunk(2, dim=0)
