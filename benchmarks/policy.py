@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="cpu tries the script out (with --layers 2 and short rows)")
     parser.add_argument("--peer-attention", nargs="+", default=["sdpa", "flash_attention_2", "flex_attention"])
     parser.add_argument("--peer-experts", nargs="+", default=["grouped_mm", "batched_mm", "eager"])
+    parser.add_argument("--peer-rows", nargs="+", type=int, default=[32, 16, 8], help="rows at a time to try")
     parser.add_argument("--profile", action="store_true", help="print where our passes spend the GPU's time")
     parser.add_argument("--json", type=Path, help="write the rows here")
     arguments = parser.parse_args()
@@ -192,7 +193,7 @@ def measure_peers(folder: str, ids_BS: Tensor, dtype: torch.dtype, arguments: ar
             continue
         for experts in arguments.peer_experts if is_moe else [None]:
             model = load_peer(folder, dtype, str(ids_BS.device.type), attention, experts)
-            for at_once in (len(ids_BS) >> i for i in range(3 if len(ids_BS) > 2 else 1)):
+            for at_once in arguments.peer_rows:
                 name = f"transformers {attention} {experts or ''} {at_once} rows at a time"
                 try:
                     yield measure(name, peer_pass(model, ids_BS, at_once), arguments.rounds)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from policy.gpu_attention import attend_on_gpu
+from policy.gpu_attention import attend_on_gpu, takes_unpadded
 from policy.packing import PackedRows
 
 
@@ -53,7 +53,7 @@ SHORT_ROW = 256
 
 def attend_in_rows(query_NHQ: Tensor, key_NGQ: Tensor, value_NGV: Tensor, rows: PackedRows, scale: float) -> Tensor:
     """Causal softmax attention [N, H, V] within each packed row."""
-    if query_NHQ.device.type == "cuda" and query_NHQ.dtype in (torch.bfloat16, torch.float16):
+    if takes_unpadded(query_NHQ, value_NGV):
         return attend_on_gpu(query_NHQ, key_NGQ, value_NGV, rows, scale)
     # Causal attention never looks right, so zeros padded after a row's end change nothing inside it.
     query, key, value = (rows.pad(x).transpose(1, 2) for x in (query_NHQ, key_NGQ, value_NGV))

@@ -78,8 +78,8 @@ def test_recomputation_changes_values_by_nothing_and_gradients_by_rounding(
 @pytest.mark.parametrize("lengths", [(700, 3, 1, 320), (512, 512)], ids=["ragged", "equal"])
 @pytest.mark.parametrize(
     ("heads", "groups", "width", "value_width"),
-    [(14, 2, 64, 64), (12, 12, 192, 128), (4, 1, 128, 128)],
-    ids=["qwen05", "dsv3_05", "wide"],
+    [(14, 2, 64, 64), (12, 12, 192, 128), (4, 1, 128, 128), (4, 4, 20, 10)],
+    ids=["qwen05", "dsv3_05", "wide", "odd"],
 )
 def test_attention_within_rows_equals_its_definition(
     heads: int, groups: int, width: int, value_width: int, lengths: tuple[int, ...]
