@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from policy import PackedRows, Policy
-from policy.attention import Absorbed, Expanded
+from policy.attention import Expanded
+from policy.paged_attention import Absorbed
 
 
 class ModelRunner:
@@ -48,13 +49,9 @@ class ModelRunner:
         """
         device = self.policy.device
         reach = int(lengths_B.max()) // self.block_size + 1
-        table_BL = torch.from_numpy(np.ascontiguousarray(block_table[:, :reach])).to(device)
-        own = np.take_along_axis(block_table, (lengths_B // self.block_size)[:, None], axis=1)[:, 0]
+        table_BM = torch.from_numpy(np.ascontiguousarray(block_table[:, :reach])).to(device)
         positions_B = torch.from_numpy(lengths_B).to(device)
-        beyond_BL = torch.arange(reach * self.block_size, device=device)[None] > positions_B[:, None]
-        bias_B1L = torch.zeros(beyond_BL.shape, device=device).masked_fill_(beyond_BL, float("-inf"))[:, None]
-        slot_B = torch.from_numpy(own * self.block_size + lengths_B % self.block_size).to(device)
-        plan = Absorbed(cache=self.cache, slot_B=slot_B, block_table_BL=table_BL, bias_B1L=bias_B1L)
+        plan = Absorbed.at(self.cache, table_BM, positions_B)
         output = self.policy(torch.from_numpy(token_ids_B).to(device), positions_B, plan)
         return self.policy.project(output.hidden_NC)
 
