@@ -47,25 +47,25 @@ class Routed(Protocol):
 
 
 RoutedKind = TypeVar("RoutedKind", bound=Routed)
-Block = Callable[[Tensor, Tensor | None], tuple[Tensor, RoutedKind | None]]
-"""From hidden states [N, C] and, perhaps, experts [N, K] given to the router, to hidden states and what was routed."""
-
 
 def run_block(
-    block: Block[RoutedKind], x_NC: Tensor, given_experts_NK: Tensor | None, recomputation: Recomputation
+    block: Callable[..., tuple[Tensor, RoutedKind | None]],
+    x_NC: Tensor,
+    given_experts_NK: Tensor | None,
+    recomputation: Recomputation,
 ) -> tuple[Tensor, RoutedKind | None]:
-    """`block(x_NC, given_experts_NK)`, keeping for the backward pass what `recomputation` says."""
+    """`block(x_NC, given_experts_NK=...)`, keeping for the backward pass what `recomputation` says."""
     if recomputation == "none" or not torch.is_grad_enabled():
-        return block(x_NC, given_experts_NK)
+        return block(x_NC, given_experts_NK=given_experts_NK)
     if recomputation == "selective":
         with forgetting():
-            return block(x_NC, given_experts_NK)
+            return block(x_NC, given_experts_NK=given_experts_NK)
     chosen_NK = given_experts_NK
 
     def run(x_NC: Tensor) -> tuple[Tensor, RoutedKind | None]:
         # The second run replays the choice of the first: in bf16 a near tie could fall the other way.
         nonlocal chosen_NK
-        out_NC, routed = block(x_NC, chosen_NK)
+        out_NC, routed = block(x_NC, given_experts_NK=chosen_NK)
         if routed is not None:
             chosen_NK = routed.experts_NK
         return out_NC, routed
@@ -84,6 +84,7 @@ def forgetting() -> Iterator[None]:
             yield
     finally:
         _memory.reset(token)
+        memory.clear()
 
 
 @dataclass(slots=True)
@@ -127,6 +128,10 @@ class _Memory:
     def __init__(self) -> None:
         # The outputs are held here until the block is done, so that no address is used twice.
         self._by_address: dict[int, tuple[_Recipe, int, Tensor]] = {}
+
+    def clear(self) -> None:
+        """Let go of the outputs; autograd holds on to the pack hook, and with it to this object."""
+        self._by_address.clear()
 
     def note(self, function: Callable[..., Any], inputs: tuple[Tensor, ...], made: Tensor | tuple[Tensor, ...]) -> None:
         recipe = _Recipe(function, tuple(self.pack(x.detach()) for x in inputs))
