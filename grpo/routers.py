@@ -69,7 +69,7 @@ class RouterTotals:
 
 
 def balance(policy: Policy, load_ME: Tensor, *, rate: float, mtp_rate: float) -> None:
-    """Move the routers' biases towards an even load by the load of all ranks: the trunk's, and the modules' if there."""
+    """Move the routers' biases by the load of all ranks towards an even one: the trunk's, and the modules' if there."""
     layers, num_trunk = [*policy.moe_layers, *policy.mtp_moe_layers], len(policy.moe_layers)
     for index, (layer, load_E) in enumerate(zip(layers[: len(load_ME)], load_ME, strict=True)):
         if step := rate if index < num_trunk else mtp_rate:

@@ -36,9 +36,7 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         names = {tensor.name for tensor in GGUFReader(file).tensors}
         if "rope_freqs.weight" in names:
-            raise GgufError(
-                f"{file} scales RoPE by a table, which transformers leaves out; use safetensors instead"
-            )
+            raise GgufError(f"{file} scales RoPE by a table, which transformers leaves out; use safetensors instead")
         model = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True
         )

@@ -54,7 +54,7 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", bias)
 
     def forward(self, x_NC: Tensor, given_experts_NK: Tensor | None = None) -> Routing:
-        """Route tokens; a choice that is given is taken as it is, and its weights, with their gradients, are computed."""
+        """Route tokens. A choice that is given is taken as it is; its weights and their gradients are computed."""
         config = self.config
         logits_NE = linear_fp32(x_NC, self.weight)
         scores_NE = logits_NE.sigmoid() if config.scoring_func == "sigmoid" else logits_NE.softmax(dim=-1)
