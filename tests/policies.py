@@ -22,6 +22,25 @@ def tiny_policy(seed: int = 0, **changes: object) -> Policy:
     return policy
 
 
+def tiny_llama(seed: int = 0, **changes: object) -> Policy:
+    """As `tiny_policy`, with grouped-query attention and dense layers; `model_type` may name another such family."""
+    shape: dict[str, object] = dict(  # noqa: C408
+        model_type="llama", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.25,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    policy = Policy(PolicyConfig.model_validate(shape | changes))
+    initialise(policy, seed)
+    return policy
+
+
+TINY_QWEN3_MOE: dict[str, object] = {
+    "model_type": "qwen3_moe", "head_dim": 12, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16, "decoder_sparse_step": 2,
+}  # fmt: skip
+"""What makes `tiny_llama` a mixture of experts in every second layer, its heads wider than the model."""
+
+
 @torch.no_grad()
 def hidden_over_cache(policy: Policy, token_ids_BS: Tensor, num_prefilled: int, block_size: int = 3) -> Tensor:
     """[B, S, C]: the first tokens of every row in one pass, then one token of every row at a time over the cache."""

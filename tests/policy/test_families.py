@@ -3,7 +3,6 @@
 Shapes: B rows, S positions, V vocabulary.
 """
 
-import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import policy
-from policy.checkpoint import CONFIG, WEIGHTS
+from policy.checkpoint import WEIGHTS
 from tests.policies import hidden_over_cache
 
 COMMON = dict(  # noqa: C408
@@ -159,18 +158,9 @@ def test_round_trips_are_bit_equal_both_ways(name: str, tmp_path: Path) -> None:
     assert policy.load(tmp_path / "again").config == ours.config
     with torch.no_grad():
         assert torch.equal(again.eval()(draw_tokens()).logits, model(draw_tokens()).logits)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_config_json_says_what_transformers_says(name: str, tmp_path: Path) -> None:
-    theirs(name).save_pretrained(tmp_path / "theirs")
-    policy.save(policy.load(tmp_path / "theirs"), tmp_path / "ours")
-    wanted = AutoConfig.from_pretrained(tmp_path / "theirs").to_dict()
-    got = AutoConfig.from_pretrained(tmp_path / "ours").to_dict()
-    # The two spellings of RoPE's kind, and keys that only vLLM and DeepSeek's own code read, are ours alone.
-    spelled = {"rope_parameters", "transformers_version", "dtype", "topk_method", "scoring_func", "moe_layer_freq"}
-    differing = {key for key in wanted if key not in spelled and wanted[key] != got.get(key)}
-    assert not differing, {key: (wanted[key], got.get(key)) for key in differing}
-    rope = wanted["rope_parameters"]
-    assert rope.items() <= got["rope_parameters"].items()
-    assert json.loads((tmp_path / "ours" / CONFIG).read_text())["architectures"] == wanted["architectures"]
+    assert again.config.architectures == [type(model).__name__]
+    wanted, got = model.config.to_dict(), again.config.to_dict()
+    # RoPE's kind stands there in two spellings; transformers counts MTP modules that it does not have.
+    assert wanted["rope_parameters"].items() <= got["rope_parameters"].items()
+    apart = {"rope_parameters", "num_nextn_predict_layers", "_name_or_path", "architectures"}
+    assert {key: got.get(key) for key in wanted.keys() - apart} == {key: wanted[key] for key in wanted.keys() - apart}
