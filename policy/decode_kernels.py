@@ -117,9 +117,19 @@ def _merge_kernel(
 
 
 def attend(
-    query_BHQ: Tensor, blocks: Tensor, block_table_BM: Tensor, length_B: Tensor, layout: CacheLayout, scale: float
+    query_BHQ: Tensor,
+    blocks: Tensor,
+    block_table_BM: Tensor,
+    length_B: Tensor,
+    layout: CacheLayout,
+    scale: float,
+    *,
+    part: int = PART,
 ) -> Tensor:
-    """See `policy.paged_attention.attend_over_cache`; `blocks` [blocks, block_size, W] are one layer's."""
+    """See `policy.paged_attention.attend_over_cache`; `blocks` [blocks, block_size, W] are one layer's.
+
+    One program walks through at most `part` positions.
+    """
     (rows, heads, key_width), (_, size, width) = query_BHQ.shape, blocks.shape
     assert query_BHQ.stride(-1) == 1
     assert block_table_BM.stride(-1) == 1
@@ -129,7 +139,7 @@ def attend(
     is_shared = layout.groups == 1 and layout.value_start == 0 and layout.value_width == main
     per_group = heads // layout.groups
     tile = 16 if per_group <= 16 or main > 128 else 32
-    parts = triton.cdiv(block_table_BM.shape[1] * size, PART)
+    parts = triton.cdiv(block_table_BM.shape[1] * size, part)
     out = torch.empty(rows, heads, layout.value_width, dtype=blocks.dtype, device=blocks.device)
     mixed, peaks, totals = out, out, out
     if parts > 1:
@@ -141,12 +151,12 @@ def attend(
         scale, query_BHQ.stride(0), query_BHQ.stride(1), block_table_BM.stride(0), per_group, layout.groups, parts,
         layout.value_start,
         WIDTH=width, SIZE=size, KEY=key_width, MAIN=main, REST=rest, VALUE=layout.value_width, VALUES=values,
-        IS_SHARED=is_shared, HEADS=tile, STEP=32 if main > 128 else 64, LONGEST=PART, IS_WHOLE=parts == 1,
+        IS_SHARED=is_shared, HEADS=tile, STEP=32 if main > 128 else 64, LONGEST=part, IS_WHOLE=parts == 1,
         PRECISION="ieee" if blocks.dtype == torch.float32 else "tf32", num_warps=4, num_stages=2,
     )  # fmt: skip
     if parts > 1:
         _merge_kernel[(rows, heads)](
-            mixed, peaks, totals, length_B, out, heads, parts, VALUE=layout.value_width, VALUES=values, LONGEST=PART
+            mixed, peaks, totals, length_B, out, heads, parts, VALUE=layout.value_width, VALUES=values, LONGEST=part
         )
     return out
 

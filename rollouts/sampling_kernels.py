@@ -96,11 +96,13 @@ def sample(
     *,
     is_greedy: bool,
     is_truncated: bool,
+    block: int = BLOCK,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Token [B] int64, its log-probability [B] fp32 in nats, and whether all logits were numbers [B] bool.
 
     Sequence b draws from the logits of row `row_of_B[b]`. Seeds are 64 bits held as int64. With `is_truncated`, logits
-    of -inf are tokens that were ruled out; else they are a fault. Nothing waits for the GPU.
+    of -inf are tokens that were ruled out; else they are a fault. A program holds `block` logits at once. Nothing waits
+    for the GPU.
     """
     count, device = len(row_of_B), logits_RV.device
     assert logits_RV.stride(-1) == 1
@@ -111,6 +113,6 @@ def sample(
     _sample_kernel[(count,)](
         logits_RV, row_of_B, seeds_B, counters_B, tokens_B, logprobs_B, finite_B,
         logits_RV.stride(0), vocabulary, inverse_temperature,
-        IS_GREEDY=is_greedy, IS_TRUNCATED=is_truncated, BLOCK=min(BLOCK, triton.next_power_of_2(vocabulary)), num_warps=8,
+        IS_GREEDY=is_greedy, IS_TRUNCATED=is_truncated, BLOCK=min(block, triton.next_power_of_2(vocabulary)), num_warps=8,
     )  # fmt: skip
     return tokens_B, logprobs_B, finite_B
