@@ -50,6 +50,13 @@ SHAPES = {
         pad_token_id=0,
     ),
 }  # fmt: skip
+DEEPSEEK_V3 = PolicyConfig(
+    vocab_size=129280, hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048, num_hidden_layers=61,
+    num_attention_heads=128, n_routed_experts=256, num_experts_per_tok=8, n_group=8, topk_group=4, kv_lora_rank=512,
+    q_lora_rank=1536, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128, first_k_dense_replace=3,
+    max_position_embeddings=163840, routed_scaling_factor=2.5,
+)  # fmt: skip
+"""Of the released checkpoint; for the size of its cache alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +66,8 @@ class Measured:
     name: str
     seconds: float
     """Median of the rounds."""
+    first_seconds: float
+    """The first pass of all, kernels compiled on the way."""
     peak_gib: float
     """Most memory allocated, weights and gradients included."""
     loss: float
@@ -84,6 +93,7 @@ def main() -> None:
     for name in arguments.shapes:
         shape = SHAPES[name].model_copy(update={"num_hidden_layers": arguments.layers} if arguments.layers else {})
         rows += compare(name, shape, rate, arguments)
+    rows += compare_caches()
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
 
@@ -104,9 +114,8 @@ def compare(name: str, shape: PolicyConfig, rate: float, arguments: argparse.Nam
         for kind in get_args(Recomputation):
             measured.append(measure(f"ours, recomputation {kind}", our_pass(ours, ids_BS, kind), arguments.rounds))
         measured.append(measure("ours, rows of unequal length", ragged_pass(ours, ids_BS), arguments.rounds))
-        if arguments.profile:
-            print_profile(our_pass(ours, ids_BS, "none"))
-        del ours
+        ours.zero_grad(set_to_none=True)
+        ours.cpu()  # so that the peer's peak is its own
         peers = list(measure_peers(folder, ids_BS, dtype, arguments))
     if not peers:
         sys.exit("the peer could not be run in any way")
@@ -115,14 +124,36 @@ def compare(name: str, shape: PolicyConfig, rate: float, arguments: argparse.Nam
         sys.exit(f"the two models differ: loss {measured[0].loss:.4f} against {peer.loss:.4f}")
     operations = count_operations(shape, count, length)
     print(f"\n{name}: {count} rows of {length}; losses {measured[0].loss:.4f} and {peer.loss:.4f}")
-    print(f"{'':<52}{'ms':>9}{'x peer':>8}{'GiB':>8}{'of peer':>9}{'of matmul rate':>16}")
+    print(f"{'':<52}{'ms':>9}{'x peer':>8}{'GiB':>8}{'of peer':>9}{'of matmul rate':>16}{'first s':>9}")
     for one in (*measured, *peers):
         print(
             f"{one.name:<52}{1e3 * one.seconds:>9.1f}{peer.seconds / one.seconds:>8.2f}{one.peak_gib:>8.2f}"
-            f"{one.peak_gib / peer.peak_gib:>9.2f}{operations / one.seconds / rate:>16.1%}"
+            f"{one.peak_gib / peer.peak_gib:>9.2f}{operations / one.seconds / rate:>16.1%}{one.first_seconds:>9.1f}"
         )
     print(f"bf16 matrix products: {rate / 1e12:.0f} TFLOP/s; a pass: {operations / 1e12:.1f} T operations; {machine()}")
+    if arguments.profile:  # last, since what it leaves behind slows the host down
+        print_profile(our_pass(ours.to(device), ids_BS, "none"))
     return [row for one in measured for row in as_rows(f"policy/{name}/{one.name.removeprefix('ours, ')}", one, peer)]
+
+
+def compare_caches() -> list[dict[str, Any]]:
+    """Print what a cached token takes in bf16: here, with keys and values of every head, and of 8 heads."""
+    rows = []
+    print(f"\n{'bytes of the cache a token':<28}{'ours':>10}{'all heads':>11}{'ratio':>7}{'8 groups':>10}{'ratio':>7}")
+    for name, shape in (SHAPES | {"DeepSeek-V3": DEEPSEEK_V3}).items():
+        value = shape.v_head_dim if shape.family.attention == "latent" else shape.head_dim
+        per_head = 2 * shape.num_hidden_layers * (shape.qk_head_dim + value)
+        ours, heads, groups = (
+            2 * shape.num_hidden_layers * shape.cache_width,
+            shape.num_attention_heads * per_head,
+            8 * per_head,
+        )
+        print(f"{name:<28}{ours:>10}{heads:>11}{heads / ours:>7.1f}{groups:>10}{groups / ours:>7.1f}")
+        for kind, theirs in (("all_heads", heads), ("8_groups", groups)):
+            rows.append(
+                {"name": f"cache/{name}/{kind}", "ours": ours, "peer": theirs, "ratio": round(theirs / ours, 3)}
+            )
+    return [row | {"unit": "bytes a token", "machine": "any", "versions": {}} for row in rows]
 
 
 def our_pass(policy: Policy, ids_BS: Tensor, kind: Recomputation) -> Callable[[], float]:
@@ -147,7 +178,7 @@ def _pass_over(policy: Policy, ids_N: Tensor, rows: PackedRows, kind: Recomputat
         policy.recomputation = kind
         loss = -token_logprobs(policy, ids_N, rows, wanted_N).logprobs_N.sum() / (len(ids_N) - len(rows.lengths))
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     return run
 
@@ -194,7 +225,7 @@ def peer_pass(model: Any, ids_BS: Tensor, at_once: int) -> Callable[[], float]:
             del logits
             loss = -logprobs.sum() / count
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
         return total
 
     return run
@@ -203,8 +234,13 @@ def peer_pass(model: Any, ids_BS: Tensor, at_once: int) -> Callable[[], float]:
 def measure(name: str, run: Callable[[], float], rounds: int) -> Measured:
     """Two passes uncounted, then the median and the peak of the timed ones."""
     is_gpu = torch.cuda.is_available()
-    for _ in range(2):
-        run()
+    if is_gpu:
+        gc.collect()
+        torch.cuda.empty_cache()  # what one way left behind in pieces must not cost the next one time
+    start = time.perf_counter()
+    run()
+    first = time.perf_counter() - start
+    run()
     if is_gpu:
         gc.collect()
         torch.cuda.synchronize()
@@ -217,7 +253,7 @@ def measure(name: str, run: Callable[[], float], rounds: int) -> Measured:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() / 2**30 if is_gpu else 0.0
-    return Measured(name=name, seconds=statistics.median(times), peak_gib=peak, loss=loss)
+    return Measured(name=name, seconds=statistics.median(times), first_seconds=first, peak_gib=peak, loss=loss)
 
 
 def matmul_rate(device: str) -> float:

@@ -2,7 +2,8 @@
 
 Each is one formula: on the CPU written out in torch, on a GPU a kernel of `policy/gpu_kernels.py` with the same result.
 
-Shapes: N tokens or token-expert pairs, I inner width, H heads, P rotated width.
+Shapes: N tokens or token-expert pairs, I inner width, H heads, P rotated width, D width before it, Q = D + P, V value
+width.
 """
 
 from __future__ import annotations
@@ -31,20 +32,32 @@ def silu_gate_halves(gate_up_NI: Tensor) -> Tensor:
     return silu_gate(*gate_up_NI.chunk(2, dim=-1))
 
 
-def turn_pairs(x_NHP: Tensor, cos: Tensor, sin: Tensor, *, is_interleaved: bool) -> Tensor:
-    """Each pair of numbers turned by its token's angle ([N, P/2] cosines and sines, fp32), fp32 inside.
+def turn_pairs(x_NHQ: Tensor, cos: Tensor, sin: Tensor, *, is_interleaved: bool) -> Tensor:
+    """Each pair of a head's last P numbers turned by its token's angle ([N, P/2] cosines and sines, fp32), fp32 inside.
 
-    Pairs are neighbours (x[2i], x[2i+1]) where interleaved, else (x[i], x[i + P/2]).
+    Pairs are neighbours (x[2i], x[2i+1]) where interleaved, else (x[i], x[i + P/2]). Numbers before them are kept.
     """
-    if x_NHP.device.type == "cuda":
-        turned: Tensor = _Turn.apply(x_NHP, cos, sin, is_interleaved)
+    if x_NHQ.device.type == "cuda":
+        turned: Tensor = _Turn.apply(x_NHQ, cos, sin, is_interleaved)
         return turned
+    kept, x_NHP = x_NHQ.split([x_NHQ.shape[-1] - 2 * cos.shape[-1], 2 * cos.shape[-1]], dim=-1)
     x, cos, sin = x_NHP.float(), cos[:, None], sin[:, None]
     if is_interleaved:
         a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x_NHP.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_NHP.dtype)
+        out = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x_NHQ.dtype)
+    else:
+        a, b = x.chunk(2, dim=-1)
+        out = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_NHQ.dtype)
+    return torch.cat((kept, out), dim=-1) if kept.shape[-1] else out
+
+
+def split_keys_values(keys_values: Tensor, k_rope_NP: Tensor, own: int) -> tuple[Tensor, Tensor]:
+    """MLA's keys [N, H, D + P] and values [N, H, V], from own keys beside values [N, H, D + V] and the shared part."""
+    if keys_values.device.type == "cuda":
+        key_NHQ, value_NHV = _SplitKeysValues.apply(keys_values, k_rope_NP, own)
+        return key_NHQ, value_NHV
+    k_nope_NHD, value_NHV = keys_values.split([own, keys_values.shape[-1] - own], dim=-1)
+    return torch.cat((k_nope_NHD, k_rope_NP[:, None].expand(-1, keys_values.shape[1], -1)), dim=-1), value_NHV
 
 
 class _SiluGate(Function):
@@ -81,14 +94,29 @@ class _SiluGateHalves(Function):
         return gpu_kernels.silu_gate_backward(*_packed_rows(gate_up_NI).chunk(2, dim=-1), _packed_rows(grads[0]))
 
 
+class _SplitKeysValues(Function):
+    @staticmethod
+    def forward(ctx: Any, keys_values: Tensor, k_rope_NP: Tensor, own: int) -> tuple[Tensor, Tensor]:
+        from policy import gpu_kernels
+
+        ctx.own = own
+        return gpu_kernels.join_keys(keys_values[..., :own], _packed_rows(k_rope_NP)), keys_values[..., own:]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        from policy import gpu_kernels
+
+        return *gpu_kernels.part_gradients(*(_packed_rows(grad) for grad in grads), ctx.own), None
+
+
 class _Turn(Function):
     @staticmethod
-    def forward(ctx: Any, x_NHP: Tensor, cos: Tensor, sin: Tensor, is_interleaved: bool) -> Tensor:
+    def forward(ctx: Any, x_NHQ: Tensor, cos: Tensor, sin: Tensor, is_interleaved: bool) -> Tensor:
         from policy import gpu_kernels
 
         ctx.save_for_backward(cos, sin)
         ctx.is_interleaved = is_interleaved
-        return gpu_kernels.turn(_packed_rows(x_NHP), cos, sin, is_interleaved=is_interleaved)
+        return gpu_kernels.turn(_packed_rows(x_NHQ), cos, sin, is_interleaved=is_interleaved)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:

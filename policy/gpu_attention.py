@@ -1,18 +1,19 @@
 """Causal attention within packed rows on a GPU, in bf16 or fp16, without padding.
 
-Rows of one length are a batch, which cuDNN does fastest (1.4 to 1.8 times FlashAttention-2 on an H100), with values
-narrower than keys, as MLA has them, too. Rows of different lengths go to FlashAttention-2 for variable lengths, which
-wants values as wide as keys: narrower ones are filled up with zeros.
+Two kernels. FlashAttention-2 takes rows of any lengths; it wants values as wide as keys, so that narrower ones, as MLA
+has them, are filled up with zeros. cuDNN's takes a batch of rows of one length and values of any width, and is 1.4 to
+1.8 times as fast on an H100, but plans anew for every number and length of rows, which takes as long as a whole pass:
+it serves training, and there only rows of one length that are several.
 
 Shapes: N packed tokens, H query heads, G key-value heads, Q query and key width, V value width.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.varlen import varlen_attn
 
 from policy.packing import PackedRows
 
@@ -22,29 +23,22 @@ BATCH_KERNELS = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-"""For rows of one length, the fastest first; a kernel that does not take the widths is passed over."""
+"""For rows of one length, the fastest first; one that does not take the widths is passed over."""
 
 
 def attend_on_gpu(query_NHQ: Tensor, key_NGQ: Tensor, value_NGV: Tensor, rows: PackedRows, scale: float) -> Tensor:
     """Softmax attention [N, H, V] of each token over itself and those before it in its row."""
-    if rows.slot_N is None:
+    if torch.is_grad_enabled() and rows.slot_N is None and len(rows.lengths) > 1:
         query, key, value = (rows.pad(x).transpose(1, 2) for x in (query_NHQ, key_NGQ, value_NGV))
         is_grouped = query.shape[1] > key.shape[1]
         with sdpa_kernel(BATCH_KERNELS, set_priority=True):
             out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=is_grouped)
         return rows.unpad(out.transpose(1, 2))
-    width = value_NGV.shape[-1]
-    out_NHQ = varlen_attn(
-        query_NHQ,
-        key_NGQ,
-        F.pad(value_NGV, (0, query_NHQ.shape[-1] - width)) if width < query_NHQ.shape[-1] else value_NGV,
-        rows.bounds,
-        rows.bounds,
-        rows.longest,
-        rows.longest,
-        scale=scale,
-        window_size=(-1, 0),
-        enable_gqa=query_NHQ.shape[1] > key_NGQ.shape[1],
-    )
-    assert isinstance(out_NHQ, Tensor)
+    width, wide = value_NGV.shape[-1], query_NHQ.shape[-1]
+    value_NGQ = F.pad(value_NGV, (0, wide - width)) if width < wide else value_NGV
+    # What `torch.nn.attention.varlen.varlen_attn` calls, whose own arguments change from version to version.
+    out_NHQ: Tensor = torch.ops.aten._flash_attention_forward(
+        query_NHQ, key_NGQ, value_NGQ, rows.bounds, rows.bounds, rows.longest, rows.longest,
+        0.0, True, False, scale=scale,
+    )[0]  # fmt: skip
     return out_NHQ[..., :width]

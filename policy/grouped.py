@@ -100,7 +100,8 @@ class Blocks:
     def fill(self, x_T: Tensor) -> Tensor:
         """[T, ...] to [G, S, ...], zeros where there is no row."""
         flat = x_T.new_zeros(len(self.group_G) * self.size, *x_T.shape[1:])
-        return flat.index_copy_(0, self.slot_T, x_T).unflatten(0, (-1, self.size))
+        blocks: Tensor = flat.index_copy_(0, self.slot_T, x_T).unflatten(0, (-1, self.size))
+        return blocks
 
     def empty(self, x_GS: Tensor) -> Tensor:
         """[G, S, ...] to [T, ...]."""
@@ -125,9 +126,48 @@ class _GatherSorted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         [order_T], [grad_T] = ctx.saved_tensors, grads
+        if grad_T.is_cuda:
+            from policy import gpu_kernels
+
+            places_NK = invert(order_T).unflatten(0, (-1, ctx.per_row))
+            return gpu_kernels.mix_rows(grad_T.contiguous(), places_NK, None), None, None
         return scatter_sorted(grad_T, order_T).unflatten(0, (-1, ctx.per_row)).sum(1), None, None
 
 
 def scatter_sorted(x_T: Tensor, order_T: Tensor) -> Tensor:
     """Sorted rows back in the order in which they came, [T, ...]."""
     return torch.empty_like(x_T).index_copy_(0, order_T, x_T)
+
+
+def mix_sorted(x_TC: Tensor, order_T: Tensor, weights_NK: Tensor) -> Tensor:
+    """Of each token its K sorted rows, added up with its weights, [N, C]."""
+    if x_TC.is_cuda:
+        mixed: Tensor = _MixSorted.apply(x_TC, order_T, weights_NK)
+        return mixed
+    x_NKC = scatter_sorted(x_TC, order_T).unflatten(0, (-1, weights_NK.shape[1]))
+    return torch.einsum("nkc,nk->nc", x_NKC, weights_NK.to(x_NKC.dtype))
+
+
+class _MixSorted(torch.autograd.Function):
+    """Without a copy of the rows in the order of the tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TC: Tensor, order_T: Tensor, weights_NK: Tensor) -> Tensor:
+        from policy import gpu_kernels
+
+        places_NK = invert(order_T).view_as(weights_NK)
+        weights_NK = weights_NK.contiguous()
+        ctx.save_for_backward(x_TC, places_NK, weights_NK)
+        return gpu_kernels.mix_rows(x_TC, places_NK, weights_NK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor]:
+        from policy import gpu_kernels
+
+        x_grad_TC, weights_grad_NK = gpu_kernels.mix_rows_backward(grads[0].contiguous(), *ctx.saved_tensors)
+        return x_grad_TC, None, weights_grad_NK
+
+
+def invert(order_T: Tensor) -> Tensor:
+    """Where each row went, of the order in which they now are."""
+    return torch.empty_like(order_T).scatter_(0, order_T, torch.arange(len(order_T), device=order_T.device))

@@ -31,7 +31,10 @@ class CacheLayout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Absorbed:
-    """Attend from one new token per sequence over its cached positions, the new one included."""
+    """Attend from one new token per sequence over its cached positions, the new one included.
+
+    The name is MLA's, which absorbs its up-projections here; grouped-query attention has nothing to absorb.
+    """
 
     cache: Tensor
     """[layers, blocks, block_size, W]."""

@@ -48,6 +48,7 @@ class Routed(Protocol):
 
 RoutedKind = TypeVar("RoutedKind", bound=Routed)
 
+
 def run_block(
     block: Callable[..., tuple[Tensor, RoutedKind | None]],
     x_NC: Tensor,

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from policy.fused import split_keys_values
 from policy.head import Running, fold, gradient_of_logits
 
 pytest.importorskip("triton")
@@ -57,6 +58,49 @@ def test_turned_pairs_are_multiplied_by_a_complex_number_and_turn_back(
     assert close(turned[..., pairs[1]], product.imag)
     back = gpu_kernels.turn(turned, angles.cos(), angles.sin(), is_interleaved=is_interleaved, is_inverse=True)
     assert close(back, x_NHP)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_before_the_pairs_are_kept(dtype: torch.dtype) -> None:
+    x_NHQ, angles = draw(3, 5, 7 + 8, dtype=dtype), draw(3, 4, seed=1)
+    cos, sin = angles.cos(), angles.sin()
+    turned = gpu_kernels.turn(x_NHQ, cos, sin, is_interleaved=True)
+    assert torch.equal(turned[..., :7], x_NHQ[..., :7])
+    assert torch.equal(turned[..., 7:], gpu_kernels.turn(x_NHQ[..., 7:], cos, sin, is_interleaved=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [1, 5, 9])
+def test_keys_are_joined_and_their_gradient_parted(heads: int, dtype: torch.dtype) -> None:
+    own, shared, value = 12, 6, 10
+    both = draw(3, heads, own + value, dtype=dtype)
+    rope_NP = draw(3, shared + 4, seed=1, dtype=dtype)[:, 4:]
+    exact, exact_rope = (x.double().cpu().requires_grad_() for x in (both, rope_NP))
+    key, values = split_keys_values(exact, exact_rope, own)
+    assert torch.equal(gpu_kernels.join_keys(both[..., :own], rope_NP).cpu().double(), key.detach())
+    key_grad = draw(3, heads, own + shared, seed=2, dtype=dtype)
+    value_grad = draw(heads, 3, value, seed=3, dtype=dtype).transpose(0, 1)
+    grads = (key_grad.cpu().double(), value_grad.cpu().double())
+    wanted = torch.autograd.grad((key, values), (exact, exact_rope), grads)
+    for ours, theirs in zip(gpu_kernels.part_gradients(key_grad, value_grad, own), wanted, strict=True):
+        assert close(ours.cpu(), theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("width", "per_token"), [(5, 1), (48, 3), (gpu_kernels.COLUMNS + 7, 2)])
+def test_rows_are_mixed_as_by_the_formula_gradients_too(width: int, per_token: int, dtype: torch.dtype) -> None:
+    rows_TC = draw(4 * per_token, width, dtype=dtype)
+    places_NK = torch.randperm(4 * per_token, generator=torch.Generator().manual_seed(1)).view(4, per_token).to(DEVICE)
+    weights_NK, grad_NC = draw(4, per_token, seed=2), draw(4, width, seed=3, dtype=dtype)
+    exact_rows, exact_weights = (x.double().requires_grad_() for x in (rows_TC, weights_NK))
+    exact = (exact_rows[places_NK] * exact_weights[..., None]).sum(1)
+    wanted = torch.autograd.grad(exact, (exact_rows, exact_weights), grad_NC.double())
+    assert close(gpu_kernels.mix_rows(rows_TC, places_NK, weights_NK), exact.detach())
+    assert close(gpu_kernels.mix_rows(rows_TC, places_NK, None), rows_TC.double()[places_NK].sum(1))
+    for ours, theirs in zip(
+        gpu_kernels.mix_rows_backward(grad_NC, rows_TC, places_NK, weights_NK), wanted, strict=True
+    ):
+        assert close(ours, theirs)
 
 
 @pytest.mark.parametrize("width", [1, 30, gpu_kernels.COLUMNS + 5])

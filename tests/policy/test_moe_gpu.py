@@ -130,4 +130,4 @@ def test_a_decoding_step_can_be_captured_and_replayed(dtype: torch.dtype, shape:
         graph.replay()
         wanted_NC, wanted = moe(x_NC)
         assert torch.equal(routed.experts_NK, wanted.experts_NK)
-        assert torch.equal(out_NC, wanted_NC)
+        assert torch.allclose(out_NC, wanted_NC, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)

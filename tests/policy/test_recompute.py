@@ -78,6 +78,7 @@ def test_what_is_remade_is_not_kept_and_is_made_once_for_all_its_users() -> None
         return 2 * x
 
     x, weights = torch.randn(3, 4, requires_grad=True), [torch.randn(4, 4, requires_grad=True) for _ in range(3)]
+
     def use() -> tuple[Tensor, weakref.ref[UntypedStorage]]:
         made = remade(double, x)
         total = torch.stack([(made @ weight).sum() for weight in weights]).sum()
