@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from time import perf_counter
 from types import FrameType
 
+import torch
+
 from grpo.advantages import group_advantages
 from grpo.batch import count_learned_tokens, make_batches, make_rows
 from grpo.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
@@ -217,6 +219,8 @@ class Trainer:
             "num_tokens": tokens,
             "tokens_per_second": tokens / elapsed,
         }
+        if self.policy.device.type == "cuda":
+            metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated(self.policy.device) / 2**30
         if self.ranks.is_main:
             self.folder.add_metrics(metrics)
         self.display.advance(metrics)
