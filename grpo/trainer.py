@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from types import FrameType
 
+import torch
+
 from grpo.advantages import step_advantages
 from grpo.batch import make_minibatches, make_rows
 from grpo.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
@@ -263,6 +265,8 @@ class Trainer:
             "num_tokens": tokens,
             "tokens_per_second": tokens / elapsed,
         }
+        if self.policy.device.type == "cuda":
+            metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated(self.policy.device) / 2**30
         if self.ranks.is_main:
             self.folder.add_metrics(metrics)
         self.display.advance(metrics)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from policy.gpu_attention import attend_on_gpu, takes_unpadded
 from policy.packing import PackedRows
+from policy.paged_attention import Absorbed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,23 +26,6 @@ class Expanded:
     """[layers, blocks, block_size, W], or None while training."""
     slot_N: Tensor | None = None
     """Flat position of each token in the cache, block * block_size + offset."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Absorbed:
-    """Attend from one new token per sequence over its cached positions, the new one included.
-
-    The name is MLA's, which absorbs its up-projections here; grouped-query attention has nothing to absorb.
-    """
-
-    cache: Tensor
-    """[layers, blocks, block_size, W]."""
-    slot_B: Tensor
-    """Flat cache position where each sequence's new token goes."""
-    block_table_BL: Tensor
-    """[B, blocks of the longest], block ids in order."""
-    bias_B1L: Tensor
-    """[B, 1, L] fp32, 0 at a sequence's positions and -inf beyond."""
 
 
 AttentionPlan = Expanded | Absorbed
@@ -84,8 +68,3 @@ def write_cache(blocks: Tensor, slot_N: Tensor, entries_NW: Tensor) -> None:
     """
     entries_NW = entries_NW.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     blocks.flatten(0, 1).index_copy_(0, slot_N, entries_NW.to(blocks.dtype))
-
-
-def read_cache(blocks: Tensor, block_table_BL: Tensor) -> Tensor:
-    """Cached entries [B, L, W] of each sequence in order, from one layer's blocks [blocks, block_size, W]."""
-    return blocks.index_select(0, block_table_BL.flatten()).view(len(block_table_BL), -1, blocks.shape[-1])

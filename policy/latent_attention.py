@@ -13,9 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from policy.attention import Absorbed, AttentionPlan, Expanded, attend_in_rows, read_cache, write_cache
+from policy.attention import AttentionPlan, Expanded, attend_in_rows, write_cache
 from policy.config import PolicyConfig
 from policy.fused import split_keys_values
+from policy.paged_attention import Absorbed, CacheLayout, attend_over_cache
 from policy.recompute import remade
 from policy.rope import Rotation, attention_scale, rotate
 
@@ -43,6 +44,9 @@ class LatentAttention(nn.Module):
         )
         self.o_proj = nn.Linear(heads * config.v_head_dim, width, bias=False)
         self.scale = attention_scale(config)
+        self.layout = CacheLayout(
+            groups=1, key_width=config.cache_width, value_start=0, value_width=config.kv_lora_rank
+        )
 
     def forward(self, x_NC: Tensor, rotation: Rotation, plan: AttentionPlan) -> Tensor:
         """[N, C] to [N, C]; under `Absorbed`, N is one token of each sequence."""
@@ -80,14 +84,10 @@ class LatentAttention(nn.Module):
     def _absorbed(self, query_BHQ: Tensor, latent_BR: Tensor, k_rope_BP: Tensor, plan: Absorbed) -> Tensor:
         config = self.config
         q_nope_BHD, q_rope_BHP = query_BHQ.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-        blocks = plan.cache[self.layer]
-        write_cache(blocks, plan.slot_B, torch.cat((latent_BR, k_rope_BP), dim=-1))
-        cached_BLW = read_cache(blocks, plan.block_table_BL)
+        write_cache(plan.cache[self.layer], plan.slot_B, torch.cat((latent_BR, k_rope_BP), dim=-1))
         up_HXR = self.kv_b_proj.weight.view(config.num_attention_heads, -1, config.kv_lora_rank)
         key_up_HDR, value_up_HVR = up_HXR.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
         q_latent_BHR = torch.bmm(q_nope_BHD.transpose(0, 1), key_up_HDR).transpose(0, 1)
         query_BHW = torch.cat((q_latent_BHR, q_rope_BHP), dim=-1)
-        scores_BHL = torch.bmm(query_BHW, cached_BLW.transpose(1, 2)).float() * self.scale + plan.bias_B1L
-        weights_BHL = scores_BHL.softmax(dim=-1).to(cached_BLW.dtype)
-        mixed_BHR = torch.bmm(weights_BHL, cached_BLW[..., : config.kv_lora_rank])
+        mixed_BHR = attend_over_cache(query_BHW, self.layer, plan, self.layout, self.scale)
         return torch.bmm(mixed_BHR.transpose(0, 1), value_up_HVR.transpose(1, 2)).transpose(0, 1)

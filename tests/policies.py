@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from policy import PackedRows, Policy, PolicyConfig, initialise
-from policy.attention import Absorbed, Expanded
+from policy.attention import Expanded
+from policy.paged_attention import Absorbed
 
 
 def tiny_policy(seed: int = 0, **changes: object) -> Policy:
@@ -55,8 +56,6 @@ def hidden_over_cache(policy: Policy, token_ids_BS: Tensor, num_prefilled: int, 
     prefilled = policy(token_ids_BS[:, :num_prefilled].flatten(), rows.position_ids_N, plan).hidden_NC
     hidden = [prefilled.unflatten(0, (batch, num_prefilled))]
     for now in range(num_prefilled, length):
-        beyond = torch.arange(per_row * block_size) > now
-        bias_B1L = torch.zeros(batch, 1, len(beyond)).masked_fill(beyond, float("-inf"))
-        absorbed = Absorbed(cache=cache, slot_B=slot_BS[:, now], block_table_BL=table, bias_B1L=bias_B1L)
-        hidden.append(policy(token_ids_BS[:, now], torch.full((batch,), now), absorbed).hidden_NC[:, None])
+        now_B = torch.full((batch,), now)
+        hidden.append(policy(token_ids_BS[:, now], now_B, Absorbed.at(cache, table, now_B)).hidden_NC[:, None])
     return torch.cat(hidden, dim=1)

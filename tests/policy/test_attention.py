@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from policy import PackedRows, Policy
-from policy.attention import SHORT_ROW, Absorbed, Expanded, attend_causally
+from policy.attention import SHORT_ROW, Expanded, attend_causally
+from policy.paged_attention import Absorbed
 from tests.policies import tiny_llama, tiny_policy
 
 BLOCK = 3
@@ -65,13 +66,7 @@ def test_absorbed_decoding_over_the_cache_equals_the_expanded_forward(shape: str
         if not live:
             break
         positions = [prompts[b] + step for b in live]
-        inside_BL = torch.arange(most * BLOCK)[None] <= torch.tensor(positions)[:, None]
-        absorbed = Absorbed(
-            cache=cache,
-            slot_B=torch.tensor([flat_slots(tables[b], [p])[0] for b, p in zip(live, positions, strict=True)]),
-            block_table_BL=torch.from_numpy(tables[live]),
-            bias_B1L=torch.zeros(inside_BL.shape).masked_fill(~inside_BL, float("-inf"))[:, None],
-        )
+        absorbed = Absorbed.at(cache, torch.from_numpy(tables[live]), torch.tensor(positions))
         tokens = torch.tensor([sequences[b][p] for b, p in zip(live, positions, strict=True)])
         for b, hidden_C in zip(live, policy(tokens, torch.tensor(positions), absorbed).hidden_NC, strict=True):
             got[b].append(hidden_C)

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from policy import PackedRows, Policy
-from policy.attention import Absorbed, Expanded
+from policy.attention import Expanded
+from policy.paged_attention import Absorbed
 from policy.logprobs import ahead_losses, next_token_loss
 from policy.rope import rotation_of
 from tests.policies import tiny_policy
@@ -168,15 +169,7 @@ def test_drafting_over_the_cache_equals_predicting_ahead_on_the_whole_row(depth:
         if not live:
             break
         positions_B = torch.tensor([prompts[b] + step for b in live])
-        beyond_BL = torch.arange(15)[None] > positions_B[:, None]
-        plan = Absorbed(
-            cache=cache,
-            slot_B=torch.tensor(
-                [slots(b, range(p, p + 1))[0] for b, p in zip(live, positions_B.tolist(), strict=True)]
-            ),
-            block_table_BL=tables[live],
-            bias_B1L=torch.zeros(beyond_BL.shape).masked_fill(beyond_BL, float("-inf"))[:, None],
-        )
+        plan = Absorbed.at(cache, tables[live], positions_B)
         tokens = [[sequences[b][prompts[b] + step + ahead] for b in live] for ahead in range(depth + 1)]
         hidden_BC = policy(torch.tensor(tokens[0]), positions_B, plan).hidden_NC
         for k in range(depth):
