@@ -208,7 +208,10 @@ def train(policy: Policy, seed: int, *, rate: float = 0.0, aux_loss_coef: float 
 
 @pytest.mark.parametrize(
     ("shape", "balancing", "num_seeds"),
-    [({}, {"rate": 0.02}, 3), ({"model_type": "deepseek_v2", "norm_topk_prob": True}, {"aux_loss_coef": 0.05}, 2)],
+    [
+        ({}, {"rate": 0.02}, 3),
+        ({"model_type": "deepseek_v2", "routed_scaling_factor": 2.0}, {"aux_loss_coef": 0.05}, 2),
+    ],
     ids=["bias_of_a_sigmoid_router", "auxiliary_loss_of_a_softmax_router"],
 )
 def test_balancing_evens_the_load_and_costs_no_loss(
