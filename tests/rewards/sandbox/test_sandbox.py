@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -186,7 +187,8 @@ def test_two_dead_supervisors_are_reported_and_not_scored() -> None:
         def keep_killing() -> None:
             while not stop.wait(0.02):
                 for pid in find_descendants():
-                    os.kill(pid, signal.SIGKILL)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
 
         killer = threading.Thread(target=keep_killing)
         killer.start()
