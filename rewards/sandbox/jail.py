@@ -92,24 +92,22 @@ def prepare_walls(
     os.closerange(max(3, kept + 1), _highest_descriptor())
 
 
-def finish_walls(
-    walls: Walls,
-    limits: RunLimits,
-    descriptors: Sequence[int],
-    *,
-    profile: seccomp.Profile,
-    base_address_space: int,
-    status: int,
-) -> int:
-    """Put up the rest, for a run: `descriptors` become 0, 1, 2...; all others close, but for `status`.
+def arrange_descriptors(descriptors: Sequence[int], status: int) -> int:
+    """Make `descriptors` 0, 1, 2..., `status` what comes right after them, which is returned; the rest is closed."""
+    wanted = [*descriptors, status]
+    # First to free numbers above the final ones, so that no descriptor is overwritten before it has been copied.
+    high = [fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, len(wanted)) for source in wanted]
+    for index, source in enumerate(high):
+        os.dup2(source, index, inheritable=index < len(descriptors))
+    os.closerange(len(high), _highest_descriptor())
+    return len(descriptors)
 
-    Returns the new number of `status`. OSError naming what failed.
-    """
-    status = _rearrange_descriptors(descriptors, status)
+
+def finish_walls(walls: Walls, limits: RunLimits, *, profile: seccomp.Profile, base_address_space: int) -> None:
+    """Put up the rest, for a run. OSError naming what failed."""
     _set_limits(limits, base_address_space, counts_threads=walls.counts_threads)
     if walls.seccomp:
         seccomp.install_filter(seccomp.assemble_filter(profile, platform.machine()), os.getpid())
-    return status
 
 
 def open_places(walls: Walls, profile: seccomp.Profile) -> list[landlock.Rule]:
@@ -125,17 +123,6 @@ def open_places(walls: Walls, profile: seccomp.Profile) -> list[landlock.Rule]:
 def _reset_signals() -> None:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-
-def _rearrange_descriptors(descriptors: Sequence[int], status: int) -> int:
-    """`descriptors` to 0, 1, 2..., `status` right after them, the rest closed."""
-    wanted = [*descriptors, status]
-    # First to free numbers above the final ones, so that no descriptor is overwritten before it has been copied.
-    high = [fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, len(wanted)) for source in wanted]
-    for index, source in enumerate(high):
-        os.dup2(source, index, inheritable=index < len(descriptors))
-    os.closerange(len(high), _highest_descriptor())
-    return len(descriptors)
 
 
 def _highest_descriptor() -> int:

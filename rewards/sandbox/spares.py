@@ -187,14 +187,9 @@ class Spares:
                 request, descriptors = receive_message(channel)
                 if request is None:
                     os._exit(0)  # nobody wants it any more
-                status = jail.finish_walls(
-                    self._walls,
-                    jail.RunLimits(**request["limits"]),
-                    descriptors,
-                    profile=kind.profile,
-                    base_address_space=request["base_address_space"],
-                    status=status,
-                )
+                status = jail.arrange_descriptors(descriptors, status)
+                limits, base = jail.RunLimits(**request["limits"]), request["base_address_space"]
+                jail.finish_walls(self._walls, limits, profile=kind.profile, base_address_space=base)
             except BaseException as error:  # noqa: BLE001 - said, not swallowed: a run without its walls is refused
                 os.write(status, f"{type(error).__name__}: {error}".encode()[:4000])
                 os._exit(1)
