@@ -194,16 +194,12 @@ _INTS = {"r": 3, "p": 2}
 
 def _is_deeper(data: Any, depth: int) -> bool:
     """Whether JSON data is nested deeper than that; level by level, for it may be too deep to walk down."""
-    level = [data]
+    level: list[Any] = [data]
     for _ in range(depth):
-        level = [
-            inner
-            for outer in level
-            if type(outer) is list or type(outer) is dict
-            for inner in (outer if type(outer) is list else outer.values())
-        ]
-        if not level:
+        containers = [item for item in level if type(item) is list or type(item) is dict]
+        if not containers:
             return False
+        level = [inner for outer in containers for inner in (outer.values() if type(outer) is dict else outer)]
     return any(type(item) is list or type(item) is dict for item in level)
 
 
