@@ -119,7 +119,10 @@ def compare(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     if arguments.layers:
         shape = shape.model_copy(update={"num_hidden_layers": arguments.layers})
     problems = [
-        {"prompt": f"Using the numbers {i}, {i + 3}, {2 * i + 1}, make an equation that equals {3 * i + 7}. ", "answer": ""}
+        {
+            "prompt": f"Using the numbers {i}, {i + 3}, {2 * i + 1}, make an equation that equals {3 * i + 7}. ",
+            "answer": "",
+        }
         for i in range(512)
     ]
     with tempfile.TemporaryDirectory() as scratch:
@@ -156,7 +159,11 @@ def compare(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def run_ours(
-    scratch: Path, folder: Path, problems: list[dict[str, str]], size: tuple[int, int, int], arguments: argparse.Namespace
+    scratch: Path,
+    folder: Path,
+    problems: list[dict[str, str]],
+    size: tuple[int, int, int],
+    arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     """Median seconds of a step and peak memory of `grpo train`; prints the phases."""
     is_gpu = torch.cuda.is_available()
@@ -186,9 +193,15 @@ def run_ours(
     for step in steps:
         print({key: round(step[key], 3) for key in step if key == "step_time" or key.startswith("time/")}, flush=True)
     count = statistics.median(prompts * group * step["completions/mean_length"] for step in steps[2:])
-    medians = {key: statistics.median(step[key] for step in steps[2:]) for key in ("step_time", "sampling/logp_difference_mean")}
+    medians = {
+        key: statistics.median(step[key] for step in steps[2:])
+        for key in ("step_time", "sampling/logp_difference_mean")
+    }
     print(f"ours: {medians}; {count:.0f} tokens a step, {count / medians['step_time']:.0f} tokens/s", flush=True)
-    return {"step_s": medians["step_time"], "peak_gib": max(step.get("memory/peak_gib") or 0.0 for step in steps) or None}
+    return {
+        "step_s": medians["step_time"],
+        "peak_gib": max(step.get("memory/peak_gib") or 0.0 for step in steps) or None,
+    }
 
 
 def run_trl(

@@ -83,13 +83,15 @@ from vllm import LLM, SamplingParams
 folder, dtype, rounds, num_new, prompts, groups = json.loads(sys.argv[1])
 if __name__ == "__main__":
     start = time.time()
-    engine = LLM(model=folder, dtype=dtype, skip_tokenizer_init=True, max_model_len=2048 if dtype == "bfloat16" else 256,
-                 max_num_seqs=1024, enable_prefix_caching=True,
-                 **({"gpu_memory_utilization": 0.5} if dtype == "bfloat16" else {}))
+    is_gpu = dtype == "bfloat16"
+    engine = LLM(model=folder, dtype=dtype, skip_tokenizer_init=True, max_model_len=2048 if is_gpu else 256,
+                 max_num_seqs=1024, enable_prefix_caching=True, **({"gpu_memory_utilization": 0.5} if is_gpu else {}))
     loading = time.time() - start
     rates = []
     for group in groups:
-        params = SamplingParams(n=group, temperature=1.0, max_tokens=num_new, logprobs=0, ignore_eos=True, detokenize=False)
+        params = SamplingParams(
+            n=group, temperature=1.0, max_tokens=num_new, logprobs=0, ignore_eos=True, detokenize=False
+        )
         times = []
         for turn in range(rounds + 1):
             start = time.time()
@@ -146,7 +148,10 @@ def measure(name: str, work: Work, arguments: argparse.Namespace, device: str) -
         if not arguments.no_generate:
             theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
             rates["generate"] = [
-                rate_of(generate_run(theirs, prompts_PS[:count], group, num_new), 1 if device == "cuda" else arguments.rounds)
+                rate_of(
+                    generate_run(theirs, prompts_PS[:count], group, num_new),
+                    1 if device == "cuda" else arguments.rounds,
+                )
                 for count, group in work.batches
             ]
             del theirs
@@ -177,7 +182,9 @@ def our_rates(
     """Tokens a second of the built-in engine for each batch; prints the start-up and the agreement with the trainer."""
     rates, params = [], SamplingParams(max_completion_length=num_new)
     start = time.perf_counter()
-    engine = make_engine(policy, EngineConfig(max_num_seqs=1024, cache_gib=1.0 if policy.device.type == "cpu" else 16.0))
+    engine = make_engine(
+        policy, EngineConfig(max_num_seqs=1024, cache_gib=1.0 if policy.device.type == "cpu" else 16.0)
+    )
     engine.generate(prompts_PS[:1].tolist(), 1, SamplingParams(max_completion_length=1))
     print(f"ours: {time.perf_counter() - start:.1f} s from a policy in memory to the first token", flush=True)
     for count, group in work.batches:
@@ -196,7 +203,9 @@ def our_rates(
         from torch.profiler import ProfilerActivity, profile
 
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            engine.generate(prompts_PS[: work.batches[0][0]].tolist(), work.batches[0][1], SamplingParams(max_completion_length=64))
+            engine.generate(
+                prompts_PS[: work.batches[0][0]].tolist(), work.batches[0][1], SamplingParams(max_completion_length=64)
+            )
         print(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=25, max_name_column_width=70))
     engine.close()
     return rates
@@ -237,7 +246,14 @@ def vllm_rates(
     """Tokens a second of vLLM for each batch, from a process of its own."""
     rates = []
     for count, group in work.batches:
-        request = [folder, str(dtype).removeprefix("torch."), arguments.rounds, num_new, prompts_PS[:count].tolist(), [group]]
+        request = [
+            folder,
+            str(dtype).removeprefix("torch."),
+            arguments.rounds,
+            num_new,
+            prompts_PS[:count].tolist(),
+            [group],
+        ]
         script = Path(folder) / "run_vllm.py"
         script.write_text(VLLM_SCRIPT)
         done = subprocess.run([arguments.vllm_python, str(script), json.dumps(request)], capture_output=True, text=True)

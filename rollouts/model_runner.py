@@ -3,8 +3,8 @@
 On a GPU a decoding step is a CUDA graph, captured once for each of a few batch sizes; sampled tokens stay on the device
 and feed the next step, and the host looks only every `run_ahead` steps.
 
-Shapes: B sequences, N packed prompt tokens, P prompts, R rows of a captured batch (B rounded up), S steps, V vocabulary,
-M blocks of the longest sequence.
+Shapes: B sequences, N packed prompt tokens, P prompts, R rows of a captured batch (B rounded up), S steps,
+V vocabulary, M blocks of the longest sequence.
 """
 
 from __future__ import annotations

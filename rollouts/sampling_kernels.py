@@ -113,6 +113,7 @@ def sample(
     _sample_kernel[(count,)](
         logits_RV, row_of_B, seeds_B, counters_B, tokens_B, logprobs_B, finite_B,
         logits_RV.stride(0), vocabulary, inverse_temperature,
-        IS_GREEDY=is_greedy, IS_TRUNCATED=is_truncated, BLOCK=min(block, triton.next_power_of_2(vocabulary)), num_warps=8,
+        IS_GREEDY=is_greedy, IS_TRUNCATED=is_truncated, BLOCK=min(block, triton.next_power_of_2(vocabulary)),
+        num_warps=8,
     )  # fmt: skip
     return tokens_B, logprobs_B, finite_B

@@ -55,7 +55,12 @@ class RunningBatch:
         return row
 
     def push_tokens(
-        self, rows: np.ndarray, token_ids_SB: np.ndarray, logprobs_SB: np.ndarray, stop_token_ids: SequenceOf[int], most: int
+        self,
+        rows: np.ndarray,
+        token_ids_SB: np.ndarray,
+        logprobs_SB: np.ndarray,
+        stop_token_ids: SequenceOf[int],
+        most: int,
     ) -> np.ndarray:
         """Record the tokens sampled for these rows in S steps, up to each one's end; gives how many it kept, [B].
 

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from policy import PackedRows, Policy
 from policy.attention import Expanded
-from policy.paged_attention import Absorbed
 from policy.logprobs import ahead_losses, next_token_loss
+from policy.paged_attention import Absorbed
 from policy.rope import rotation_of
 from tests.policies import tiny_policy
 
