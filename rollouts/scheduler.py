@@ -69,7 +69,7 @@ class RunningBatch:
         steps = len(token_ids_SB)
         is_end_SB = np.isin(token_ids_SB, stop_token_ids) | (token_ids_SB < 0)
         until_end_B = np.where(is_end_SB.any(axis=0), is_end_SB.argmax(axis=0) + 1, steps)
-        kept_B = np.minimum(until_end_B, most - self.count[rows])
+        kept_B: np.ndarray = np.minimum(until_end_B, most - self.count[rows])
         for step in range(steps):
             goes_on = kept_B > step
             at = rows[goes_on], self.count[rows[goes_on]] + step
