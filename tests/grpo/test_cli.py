@@ -305,7 +305,7 @@ def broken(folder: Path, base: Path, how: str) -> Path:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("another architecture", "model_type 'gpt2' is not supported (supported: deepseek_v3)"),
+        ("another architecture", "model_type 'gpt2' is not supported (supported: deepseek_v3, deepseek_v2, llama,"),
         ("no config", "has no config.json"),
         ("half the weights", "is damaged or half-written"),
         ("another shape", "has shape"),

@@ -153,7 +153,7 @@ def test_a_stopped_run_resumes_as_if_it_had_not_been(recipe: Path, uninterrupted
 
 
 def test_a_run_of_adapters_moves_these_alone_and_recomputing_changes_nothing(recipe: Path) -> None:
-    shared = [f"output_dir={recipe.parent}", "lora={r: 4}", "bias_update_rate=0", "mtp_weight=0", "save_steps=1"]
+    shared = [f"output_dir={recipe.parent}", "lora={r: 4}", "bias_update_rate=0", "mtp_weight=0", "sync_ref_model=false", "save_steps=1"]
     run(recipe, [*shared, "name=adapters", "max_steps=2", "activation_recomputation=full"], resume=False)
     run(recipe, [*shared, "name=adapters_again", "max_steps=1"], resume=False)
     run(recipe, [*shared, "name=adapters_again", "max_steps=2"], resume=True)
