@@ -30,13 +30,20 @@ class Row:
     advantage: float
     learned: bool
     """False where nothing is learned from the row: truncated under `mask_truncated_completions`, or aborted."""
+    is_stale: bool = False
+    """Whether an earlier version of the policy sampled it."""
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion.token_ids)
 
 
-def make_rows(groups: Sequence[Group], advantages: Sequence[Sequence[float]], *, mask_truncated: bool) -> list[Row]:
-    """One row per completion, [B], in order; completions without a token are left out."""
+def make_rows(
+    groups: Sequence[Group], advantages: Sequence[Sequence[float]], *, mask_truncated: bool, version: int = 0
+) -> list[Row]:
+    """One row per completion, [B], in order; completions without a token are left out.
+
+    `version` is that of the policy in hand; what an earlier one sampled is stale.
+    """
     return [
         Row(
             prompt_ids=group.prompt_ids,
@@ -44,6 +51,7 @@ def make_rows(groups: Sequence[Group], advantages: Sequence[Sequence[float]], *,
             advantage=advantage,
             learned=completion.finish_reason != "abort"
             and not (mask_truncated and completion.finish_reason == "length"),
+            is_stale=completion.policy_version < version,
         )
         for group, of_group in zip(groups, advantages, strict=True)
         for completion, advantage in zip(group.completions, of_group, strict=True)
@@ -81,16 +89,19 @@ def cut_by_tokens(items: Sequence[Sized], max_tokens: int) -> list[list[Sized]]:
 
 def _pack(rows: Sequence[Row], device: torch.device | str) -> Batch:
     token_ids, mask, logprobs, advantages = list[int](), list[bool](), list[float](), list[float]()
+    stale = list[bool]()
     for row in rows:
         prompt, length = len(row.prompt_ids), len(row.completion.token_ids)
         token_ids += [*row.prompt_ids, *row.completion.token_ids]
         mask += [False] * prompt + [True] * length
         logprobs += [0.0] * prompt + list(row.completion.logprobs)
         advantages += [0.0] * prompt + [row.advantage] * length
+        stale += [False] * prompt + [row.is_stale] * length
     return Batch(
         token_ids_N=torch.tensor(token_ids, device=device),
         rows=PackedRows.of([len(row) for row in rows], device),
         completion_mask_N=torch.tensor(mask, device=device),
         rollout_logprobs_N=torch.tensor(logprobs, dtype=torch.float32, device=device),
         advantages_N=torch.tensor(advantages, dtype=torch.float32, device=device),
+        stale_N=torch.tensor(stale, device=device) if any(stale) else None,
     )

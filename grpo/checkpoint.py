@@ -1,10 +1,11 @@
 """Checkpoints of a run: whole or absent, checked when read.
 
 A checkpoint is a folder `step_000050` that transformers and vLLM load as it is (weights in the Hugging Face layout,
-tokenizer) plus `trainer.safetensors` (master weights, moments), `state.json` and `manifest.json` (SHA-256 of every
-file). It is written beside its place, synced and renamed, so that a kill at any moment leaves the last good one.
+tokenizer) plus `trainer.safetensors` (master weights, moments), `state.json`, `data.json` (questions asked, pass rates,
+groups not trained on yet, old successes) and `manifest.json` (SHA-256 of every file). It is written beside its place,
+synced and renamed, so that a kill at any moment leaves the last good one.
 
-Everything else that the future depends on (data order, seeds, learning rate) follows from the step number.
+Everything else that the future depends on (seeds, learning rate) follows from the step number and the recipe.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -28,7 +30,7 @@ from policy import CheckpointError, Policy
 from policy.checkpoint import load_config, read_tensors, restore
 from policy.tokenizer import Tokenizer
 
-MANIFEST, STATE, TRAINER = "manifest.json", "state.json", "trainer.safetensors"
+MANIFEST, STATE, TRAINER, DATA = "manifest.json", "state.json", "trainer.safetensors", "data.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,15 +45,26 @@ class Found:
 
 
 def save_checkpoint(
-    folder: Path, step: int, policy: Policy, tokenizer: Tokenizer, optimizer: MasterAdamW, keep: int
+    folder: Path,
+    step: int,
+    policy: Policy,
+    tokenizer: Tokenizer,
+    optimizer: MasterAdamW,
+    keep: int,
+    *,
+    data: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write `folder/step_{step}` and remove all but the newest `keep`. Raises OSError where the disk refuses."""
+    """Write `folder/step_{step}` and remove all but the newest `keep`. Raises OSError where the disk refuses.
+
+    `data` is what the next questions depend on, as JSON.
+    """
     target = folder / f"step_{step:06d}"
     with written_whole(target) as temporary:
         policies.save(policy, temporary)
         tokenizer.save(temporary)
         save_file(optimizer.state_tensors(), temporary / TRAINER)
         (temporary / STATE).write_text(json.dumps({"step": step}) + "\n")
+        (temporary / DATA).write_text(json.dumps(data) + "\n")
         files = sorted(file for file in temporary.iterdir() if file.is_file())
         (temporary / MANIFEST).write_text(json.dumps({file.name: _digest(file) for file in files}, indent=2) + "\n")
     for old in _by_step(folder)[:-keep]:
@@ -118,6 +131,16 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: MasterAdamW) -> None:
         )
     restore(policy, read_tensors(path), where=str(path))
     optimizer.load_state_tensors(load_file(path / TRAINER))
+
+
+def read_data_state(path: Path) -> dict[str, Any]:
+    """What was given to `save_checkpoint` as `data`. Raises CheckpointError for a checkpoint without it."""
+    if not (path / DATA).is_file():
+        raise CheckpointError(
+            f"{path} has no {DATA}: an older version wrote it; begin anew under another name (name=...)"
+        )
+    state: dict[str, Any] = json.loads((path / DATA).read_text())
+    return state
 
 
 def _by_step(folder: Path) -> list[Path]:

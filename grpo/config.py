@@ -15,7 +15,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from grpo.countdown import AttemptsConfig, CountdownConfig
+from grpo.curriculum import CurriculumConfig
+from grpo.dynamic_sampling import DynamicSamplingConfig
+from grpo.replay_buffer import ReplayConfig
+from grpo.schedule import LengthScheduleConfig
 from policy import PolicyConfig
+from rewards.registry import reward_name
 from rollouts import EngineConfig
 
 DEFAULT_CONTEXT = 512
@@ -139,6 +144,11 @@ class Config(Section):
     num_iterations: int = Field(default=1, ge=1, description="optimizer steps on each batch of completions")
     max_tokens_per_micro_batch: int = Field(default=8192, ge=1)
 
+    dynamic_sampling: DynamicSamplingConfig | None = Field(default=None, description="replace groups without signal")
+    curriculum: CurriculumConfig | None = Field(default=None, description="choose problems by their pass rates")
+    length_schedule: LengthScheduleConfig | None = Field(default=None, description="max_completion_length that grows")
+    replay: ReplayConfig | None = Field(default=None, description="add old successes to groups in which all failed")
+
     engine: EngineConfig = Field(default_factory=EngineConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     save_steps: int = Field(default=50, ge=0, description="checkpoint every so many steps; 0: at the end only")
@@ -154,6 +164,16 @@ class Config(Section):
             raise ValueError(f"a reward is listed twice in rewards: {', '.join(self.rewards)}")
         if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
             raise ValueError(f"reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} rewards")
+        names = ["reward", *map(reward_name, self.rewards)]
+        if self.dynamic_sampling is not None and self.dynamic_sampling.metric not in names:
+            raise ValueError(
+                f"dynamic_sampling.metric must be one of {', '.join(names)}, got {self.dynamic_sampling.metric!r}"
+            )
+        if self.length_schedule is not None and self.length_schedule.start > self.max_completion_length:
+            raise ValueError(
+                f"length_schedule.start ({self.length_schedule.start}) must not exceed max_completion_length "
+                f"({self.max_completion_length}), where the schedule ends"
+            )
         if self.prompt_template not in ("r1_zero", "chat") and "{prompt}" not in self.prompt_template:
             raise ValueError(
                 f"prompt_template must be r1_zero, chat, or a text with {{prompt}} in it, got {self.prompt_template!r}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +10,10 @@ from time import perf_counter
 from types import FrameType
 
 from grpo.advantages import group_advantages
+from grpo.asking import Asked, Asker, make_asker
 from grpo.batch import count_learned_tokens, make_batches, make_rows
-from grpo.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from grpo.collect import Collected, collect, sampling_params
+from grpo.checkpoint import find_checkpoint, load_checkpoint, read_data_state, save_checkpoint
+from grpo.collect import make_collector
 from grpo.config import Config
 from grpo.data import Dataset
 from grpo.display import Display
@@ -21,15 +21,13 @@ from grpo.distributed import Ranks
 from grpo.evaluate import Evaluator, make_evaluator
 from grpo.metrics import graded, rollout_metrics, update_metrics
 from grpo.optimizer import MasterAdamW, learning_rate_at
-from grpo.prompts import render_prompts
 from grpo.record import RunFolder
 from grpo.types import Group
 from grpo.update import UpdateStats, update
 from policy import Policy
 from policy.tokenizer import Tokenizer
 from rewards import Grader, Problem
-from rollouts import Engine, make_engine
-from rollouts.sampler import mix
+from rollouts import make_engine
 
 
 @dataclass(kw_only=True, slots=True)
@@ -64,36 +62,28 @@ class Trainer:
             weight_decay=config.weight_decay,
         )
         reference = copy.deepcopy(self.policy).requires_grad_(False) if config.beta else None
-        self._resume(optimizer)
+        collector = make_collector(config, self.policy, self.tokenizer, self.grader, engine)
+        asker = make_asker(collector, self.ranks, self.dataset)
+        self._resume(optimizer, asker)
         engine.load_weights(self.policy, self.step)
-        evaluator = make_evaluator(
-            config,
-            self.policy,
-            self.tokenizer,
-            engine=engine,
-            grader=self.grader,
-            ranks=self.ranks,
-            problems=self.held_out,
-        )
+        evaluator = make_evaluator(collector, self.ranks, self.held_out)
         if self.step == 0:
             self._evaluate(evaluator, "base")
         self.display.stage("GRPO", config.max_steps, done=self.step)
         while self.step < config.max_steps and not self.ranks.any(self.stop_requested):
             started = perf_counter()
-            first, problems = self.ranks.share(
-                self.dataset.take(self.step * config.prompts_per_step, config.prompts_per_step)
-            )
-            collected = self._collect(problems, first, engine)
-            advantages = [self._advantages(group) for group in collected.groups]
-            stats, update_s = self._update(collected.groups, advantages, optimizer, reference)
+            asked = asker.ask(self.step)
+            _, groups = self.ranks.share([answer.group for answer in asked.filled.trained])
+            advantages = [self._advantages(group) for group in groups]
+            stats, update_s = self._update(groups, advantages, optimizer, reference)
             self.step += 1
             engine.load_weights(self.policy, self.step)
-            self._record(collected, advantages, stats, update_s, started)
+            self._record(asked, advantages, stats, update_s, started)
             if config.evaluation.eval_steps and self.step % config.evaluation.eval_steps == 0:
                 self._evaluate(evaluator, self.step)
             if config.save_steps and self.step % config.save_steps == 0 and self.step < config.max_steps:
-                self.save(optimizer)
-        self.save(optimizer)
+                self.save(optimizer, asker)
+        self.save(optimizer, asker)
         if self.step >= config.max_steps:
             self._evaluate(evaluator, "final")
         engine.close()
@@ -107,7 +97,7 @@ class Trainer:
         )
         signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
 
-    def save(self, optimizer: MasterAdamW) -> None:
+    def save(self, optimizer: MasterAdamW, asker: Asker) -> None:
         """Write a checkpoint; a disk that refuses is said, and the last good one stays."""
         if self.ranks.is_main and not (self.folder.checkpoints / f"step_{self.step:06d}").is_dir():
             try:
@@ -118,6 +108,7 @@ class Trainer:
                     self.tokenizer,
                     optimizer,
                     self.config.save_total_limit,
+                    data=asker.state(),
                 )
             except OSError as error:
                 self.display.note(
@@ -125,32 +116,17 @@ class Trainer:
                 )
         self.ranks.wait()
 
-    def _resume(self, optimizer: MasterAdamW) -> None:
+    def _resume(self, optimizer: MasterAdamW, asker: Asker) -> None:
         found = find_checkpoint(self.folder.checkpoints)
         self.ranks.wait()
         if found is not None:
             for line in found.damaged:
                 self.display.note(line)
             load_checkpoint(found.path, self.policy, optimizer)
+            asker.load_state(read_data_state(found.path))
             self.step = found.step
         if self.ranks.is_main:
             self.folder.forget_after(self.step)
-
-    def _collect(self, problems: Sequence[Problem], first: int, engine: Engine) -> Collected:
-        config = self.config
-        prompts = render_prompts(problems, config, self.tokenizer, self.policy.config.max_position_embeddings)
-        base = self.step * config.prompts_per_step + first
-        collected = collect(
-            problems,
-            prompts,
-            engine=engine,
-            tokenizer=self.tokenizer,
-            grader=self.grader,
-            num_generations=config.num_generations,
-            params=sampling_params(config, self.tokenizer),
-            prompt_seeds=[int(mix(config.seed, base + index)) for index in range(len(problems))],
-        )
-        return _shuffle_rewards(collected, config.seed, base) if config.shuffle_rewards else collected
 
     def _advantages(self, group: Group) -> list[float]:
         return group_advantages([result.reward for result in group.results], self.config.scale_rewards)
@@ -163,7 +139,7 @@ class Trainer:
         reference: Policy | None,
     ) -> tuple[UpdateStats, float]:
         config, started = self.config, perf_counter()
-        rows = make_rows(groups, advantages, mask_truncated=config.mask_truncated_completions)
+        rows = make_rows(groups, advantages, mask_truncated=config.mask_truncated_completions, version=self.step)
         stats = update(
             self.policy,
             optimizer,
@@ -190,27 +166,27 @@ class Trainer:
 
     def _record(
         self,
-        collected: Collected,
+        asked: Asked,
         advantages: Sequence[Sequence[float]],
         stats: UpdateStats,
         update_s: float,
         started: float,
     ) -> None:
-        groups = self.ranks.gather(collected.groups)
         dealt = self.ranks.gather([list(of_group) for of_group in advantages])
         if self.ranks.is_main:
-            self.folder.add_rollouts(self.step, groups, dealt)
-        rollouts = rollout_metrics([graded(group) for group in groups])
-        tokens = sum(len(group.prompt_ids) + len(c.token_ids) for group in groups for c in group.completions)
+            self.folder.add_rollouts(self.step, asked.filled.trained, dealt, asked.filled.dropped)
+        rollouts = rollout_metrics([graded(group) for group in asked.fresh])
+        tokens = sum(len(group.prompt_ids) + len(c.token_ids) for group in asked.fresh for c in group.completions)
         elapsed = perf_counter() - started
         metrics = {
             "step": self.step,
             **rollouts,
+            **asked.metrics,
             **update_metrics(stats),
             "learning_rate": self._learning_rate(),
             "step_time": elapsed,
-            "time/sample": collected.sample_s,
-            "time/grade": collected.grade_s,
+            "time/sample": asked.sample_s,
+            "time/grade": asked.grade_s,
             "time/update": update_s,
             "num_tokens": tokens,
             "tokens_per_second": tokens / elapsed,
@@ -231,23 +207,3 @@ class Trainer:
             f"({evaluation['ci95'][0]:.1%} to {evaluation['ci95'][1]:.1%}), {evaluation['mean_length']:.0f} tokens"
         )
         self.ranks.wait()
-
-
-def _shuffle_rewards(collected: Collected, seed: int, step: int) -> Collected:
-    """Deal the results out anew among all completions: the control in which reward says nothing about a completion."""
-    results = [result for group in collected.groups for result in group.results]
-    random.Random(f"shuffle {seed} {step}").shuffle(results)
-    groups, start = [], 0
-    for group in collected.groups:
-        end = start + len(group.results)
-        groups.append(
-            Group(
-                problem=group.problem,
-                prompt_ids=group.prompt_ids,
-                completions=group.completions,
-                texts=group.texts,
-                results=results[start:end],
-            )
-        )
-        start = end
-    return Collected(groups=groups, sample_s=collected.sample_s, grade_s=collected.grade_s)

@@ -1,6 +1,6 @@
 """What flows through a training step.
 
-Shapes: P problems, G completions of each, B = P*G rows, N packed tokens.
+Shapes: P problems, G completions of each (one more where an old one was added), B rows, N packed tokens.
 """
 
 from __future__ import annotations
@@ -16,6 +16,17 @@ from rollouts import Completion
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """One asking of a problem."""
+
+    number: int
+    """Place among all askings of the run, from 0; its completions' seeds follow from it."""
+    place: int
+    """Index of the problem in the dataset."""
+    problem: Problem
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
     """One problem with everything that was sampled for it."""
 
@@ -28,6 +39,14 @@ class Group:
     """Each completion decoded, [G]; what the rewards saw."""
     results: Sequence[RewardResult]
     """[G]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What came back for a question."""
+
+    question: Question
+    group: Group
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,3 +66,6 @@ class Batch:
     """Nats, fp32, as recorded by the sampler; 0 outside completions."""
     advantages_N: Tensor
     """fp32; each row's advantage at its completion's tokens, 0 elsewhere."""
+    stale_N: Tensor | None = None
+    """True at the tokens that an earlier version of the policy sampled, whose old log-probabilities are the recorded
+    ones; None: nowhere."""

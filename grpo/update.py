@@ -57,7 +57,8 @@ def update(
 
     The old policy of the ratio is the one at the start of the batch: with one iteration that is the current one,
     and with
-    more its log-probabilities are computed once beforehand (the sampler's would be biased by truncated sampling).
+    more its log-probabilities are computed once beforehand (the sampler's would be biased by truncated sampling). For
+    completions of an earlier version it is that version, by the log-probabilities recorded then.
     """
     olds: list[Tensor | None] = [None] * len(batches)
     if config.num_iterations > 1:
@@ -108,9 +109,12 @@ def _backward(
     mask_N = batch.completion_mask_N
     result = token_logprobs(policy, batch.token_ids_N, batch.rows, mask_N, temperature=config.temperature)
     current_N = result.logprobs_N
+    old_N = current_N.detach() if old_N is None else old_N
+    if batch.stale_N is not None:
+        old_N = torch.where(batch.stale_N, batch.rollout_logprobs_N, old_N)
     terms = clipped_loss(
         current_N,
-        current_N.detach() if old_N is None else old_N,
+        old_N,
         batch.advantages_N,
         mask_N,
         epsilon=config.epsilon,

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 import policy as policies
@@ -24,48 +23,28 @@ from grpo.run import run
 from grpo.trainer import Trainer
 from policy.tokenizer import load_tokenizer
 from rewards import Grader
+from tests.recipes import TINY, write_recipe
 
 TIMES = ("step_time", "time/sample", "time/grade", "time/update", "tokens_per_second")
-RECIPE = {
-    "name": "tiny",
-    "device": "cpu",
-    "base": {
-        "shape": {
-            "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "kv_lora_rank": 16,
-            "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "max_position_embeddings": 128,
-            "num_nextn_predict_layers": 1, "initializer_range": 0.1,
-        },  # fmt: skip
-        "attempts": {"max_attempts": 4},
-        "max_steps": 30,
-        "tokens_per_step": 1024,
-        "learning_rate": 5e-3,
-        "warmup_steps": 5,
-    },
-    "dataset": {"countdown": {"high": 7, "operators": "+-"}, "num_problems": 40},
-    "prompt_template": "User : {prompt} Assistant :",
-    "reward_workers": 0,
+CHANGES = {
+    "base": TINY["base"] | {"max_steps": 30, "tokens_per_step": 1024, "learning_rate": 5e-3, "warmup_steps": 5},
     "prompts_per_step": 5,
-    "num_generations": 4,
     "max_completion_length": 40,
     "max_steps": 6,
-    "learning_rate": 1e-3,
     "warmup_steps": 2,
     "max_tokens_per_micro_batch": 400,
     "num_iterations": 2,
     "beta": 0.01,
     "evaluation": {"num_problems": 10, "k": 2, "batch_size": 4},
     "save_steps": 2,
-}  # fmt: skip
+}
+"""A base with something to lose, an odd number of problems, every pass of the update."""
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe file whose base model is trained once for all tests here."""
-    folder = tmp_path_factory.mktemp("recipe")
-    base = RECIPE["base"] | {"cache_dir": str(folder / "cache")}
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(RECIPE | {"base": base}))
-    return folder / "tiny.yaml"
+    return write_recipe(tmp_path_factory.mktemp("recipe"), **CHANGES)
 
 
 def metrics_of(folder: Path) -> list[dict]:
