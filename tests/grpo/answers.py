@@ -21,8 +21,8 @@ def make_answer(number: int, rewards: Sequence[float | None], *, place: int | No
         ],
         texts=[f"completion {g} of {number}" for g in range(len(rewards))],
         results=[
-            RewardResult(reward=reward, breakdown={} if reward is None else {"right": reward, "form": 1.0}, elapsed_s=0.5)
-            for reward in rewards
+            RewardResult(reward=r, breakdown={} if r is None else {"right": r, "form": 1.0}, elapsed_s=0.5)
+            for r in rewards
         ],
     )  # fmt: skip
     return Answer(question=Question(number=number, place=place, problem=problem), group=group)
