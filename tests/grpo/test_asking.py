@@ -22,8 +22,8 @@ from tests.policies import tiny_policy
 from tests.recipes import write_recipe
 
 REWARD = """
-def even(problem, completion):
-    return float(len(completion.split()) % 4 == 0)
+def odd(problem, completion):
+    return float(len(completion.split()) % 4 == 3)
 """
 
 
@@ -31,7 +31,7 @@ def even(problem, completion):
 def asker(tmp_path: Path, **changes: Any) -> Iterator[Asker]:
     """Of a policy that is right about once in four completions."""
     (tmp_path / "lengths.py").write_text(REWARD)
-    rewards = [f"{tmp_path / 'lengths.py'}:even"]
+    rewards = [f"{tmp_path / 'lengths.py'}:odd"]
     config = load_config(write_recipe(tmp_path, **({"rewards": rewards, "prompts_per_step": 3} | changes)))
     tokenizer = build_word_tokenizer(vocabulary(CountdownConfig(max_value=30)), 64)
     policy = tiny_policy(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
@@ -58,7 +58,7 @@ SECTIONS = {
     "plain": {},
     "dynamic": {"dynamic_sampling": {"oversample": 1.7}},
     "all": {
-        "dynamic_sampling": {"oversample": 1.7, "metric": "even"},
+        "dynamic_sampling": {"oversample": 1.7, "metric": "odd"},
         "curriculum": {"revisit_steps": 3},
         "replay": {"max_pass_rate": 0.5},
         "length_schedule": {"start": 4, "steps": 5},
@@ -111,8 +111,8 @@ def test_an_old_success_gives_a_failed_group_its_signal(tmp_path: Path) -> None:
             helped += [(step, a) for a in asked.filled.trained if len(a.group.completions) == 5]
         assert helped
         for step, answer in helped:
-            assert not any(is_correct(result, "even") for result in answer.group.results[:4])
-            assert is_correct(answer.group.results[4], "even")
+            assert not any(is_correct(result, "odd") for result in answer.group.results[:4])
+            assert is_correct(answer.group.results[4], "odd")
             assert has_signal(answer.group)
             assert answer.group.completions[4].policy_version < step
 
@@ -123,6 +123,6 @@ def test_the_curriculum_remembers_what_was_sampled(tmp_path: Path) -> None:
         curriculum = remembering.stream.curriculum
         assert curriculum is not None
         for answer in asked.filled.trained:
-            share = sum(is_correct(result, "even") for result in answer.group.results) / 4
+            share = sum(is_correct(result, "odd") for result in answer.group.results) / 4
             assert curriculum.rate_P[answer.question.place] == share
         assert asked.metrics["curriculum/unseen"] == 5

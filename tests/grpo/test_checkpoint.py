@@ -94,7 +94,7 @@ def test_what_the_next_questions_depend_on_comes_back_to_the_bit(tmp_path: Path)
     path = save_checkpoint(tmp_path, 1, policy, make_tokenizer(), make_optimizer(policy), keep=1, data=data)
     assert read_data_state(path) == data
     (path / DATA).unlink()
-    with pytest.raises(CheckpointError, match=r"step_000001 has no data.json, an older version wrote it"):
+    with pytest.raises(CheckpointError, match=r"step_000001 has no data.json: an older version wrote it"):
         read_data_state(path)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from grpo.config import load_config
 from grpo.distributed import Ranks
 from grpo.pretrain import base_model
-from tests.grpo.test_trainer import metrics_of, recipe  # noqa: F401
+from tests.grpo.test_trainer import STATEFUL, metrics_of, recipe  # noqa: F401
 
 CPU = Path(__file__).parents[2] / "recipes" / "accelerate" / "cpu.yaml"
 
@@ -38,9 +38,11 @@ def test_a_share_of_a_list_is_contiguous_and_complete() -> None:
 
 
 @pytest.mark.multi
-def test_two_ranks_equal_one(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize("changes", [[], [*STATEFUL, "prompts_per_step=3"]], ids=["plain", "stateful"])
+def test_two_ranks_equal_one(changes: list[str], recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Of three problems the first rank has one, and none where one is asked in the place of another."""
     base = base_model(load_config(recipe), Ranks(cpu=True), lambda metrics: None)
-    settings = [str(recipe), f"output_dir={tmp_path}", f"model={base}", "max_steps=3", "save_steps=0"]
+    settings = [str(recipe), f"output_dir={tmp_path}", f"model={base}", "max_steps=3", "save_steps=0", *changes]
     for processes in (1, 2):
         launch(processes, *settings, f"name=ranks{processes}")
     one, two = tmp_path / "ranks1", tmp_path / "ranks2"

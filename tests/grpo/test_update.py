@@ -148,7 +148,7 @@ def test_stale_rows_are_weighed_against_what_was_recorded() -> None:
                 ratio = (logprob - (recorded if row.is_stale else logprob.detach())).exp()
                 gain = torch.minimum(ratio * row.advantage, ratio.clamp(0.8, 1.2) * row.advantage)
                 loss = loss - gain / total
-                ratios.append(float(ratio))
+                ratios.append(float(ratio.detach()))
         loss.backward()
         assert max(abs(ratio - 1) for ratio in ratios) > 0.01, "a test in which nothing is stale shows nothing"
         assert stats.loss == pytest.approx(loss.item(), abs=1e-6)
