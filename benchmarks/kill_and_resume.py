@@ -41,6 +41,13 @@ STATEFUL = (
     "save_steps=2",
 )
 """What a resumed run has to take up again."""
+LUCKY = """
+import zlib
+
+def lucky(problem, completion):
+    return float(zlib.crc32(completion.encode()) % 5 == 0)
+"""
+"""A reward that one completion in five gets, so that there is something to drop, to carry over and to replay."""
 STARTS = 0.2
 """Share of the kills that come while the process starts, not once it has made a step."""
 
@@ -77,9 +84,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows here")
     arguments = parser.parse_args()
     small = SMALL if arguments.recipe is None else ()
-    settings = [str(arguments.recipe or RECIPE), *small, *STATEFUL, *arguments.overrides]
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
+        (place / "lucky.py").write_text(LUCKY)
+        rewards = [f"rewards=['{place / 'lucky.py'}:lucky']", "reward_weights=null"]
+        settings = [str(arguments.recipe or RECIPE), *small, *STATEFUL, *rewards, *arguments.overrides]
         whole, killed = (make_job(settings, place, name, arguments.processes) for name in ("whole", "killed"))
         started = time.monotonic()
         whole.finish()

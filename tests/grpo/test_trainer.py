@@ -48,10 +48,21 @@ STATEFUL = [
 """Everything that carries something from step to step."""
 
 
+LUCKY = """
+import zlib
+
+def lucky(problem, completion):
+    return float(zlib.crc32(completion.encode()) % 5 == 0)
+"""
+"""A reward that one completion in five gets, however little the base model knows."""
+
+
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe file whose base model is trained once for all tests here."""
-    return write_recipe(tmp_path_factory.mktemp("recipe"), **CHANGES)
+    folder = tmp_path_factory.mktemp("recipe")
+    (folder / "lucky.py").write_text(LUCKY)
+    return write_recipe(folder, **CHANGES, rewards=[f"{folder / 'lucky.py'}:lucky", "format"])
 
 
 def metrics_of(folder: Path) -> list[dict]:
@@ -81,7 +92,7 @@ def uninterrupted(recipe: Path) -> Path:
 def test_a_run_leaves_everything_behind(uninterrupted: Path) -> None:
     metrics = metrics_of(uninterrupted)
     assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
-    assert {"reward", "entropy", "kl", "grad_norm", "moe/max_load", "rewards/countdown/mean"} <= metrics[0].keys()
+    assert {"reward", "entropy", "kl", "grad_norm", "moe/max_load", "rewards/lucky/mean"} <= metrics[0].keys()
     stages = {e["stage"]: e for e in json.loads((uninterrupted / "evaluation.json").read_text())}
     assert stages.keys() == {"base", "final"}
     assert stages["base"]["num_problems"] == 10
@@ -90,6 +101,7 @@ def test_a_run_leaves_everything_behind(uninterrupted: Path) -> None:
     assert [len(group["completions"]) for group in rollouts] == [4] * 5
     for group in rollouts:
         assert sum(c["advantage"] for c in group["completions"]) == pytest.approx(0, abs=1e-9)
+    assert any(c["advantage"] for group in rollouts for c in group["completions"]), "a run that learns nothing"
     assert "<html" in (uninterrupted / "report.html").read_text()
     assert load_config(uninterrupted / "config.yaml").num_iterations == 2
     kept = sorted(path.name for path in (uninterrupted / "checkpoints").iterdir())
