@@ -4,7 +4,7 @@ Everything that carries state from step to step is switched on: dynamic sampling
 replayed successes, growing completions, two passes over each batch. The two runs must agree to the bit in metrics (but
 seconds), rollouts, evaluations, weights, moments and data state, and every question must have met exactly one fate.
 
-    python benchmarks/kill_and_resume.py [RECIPE] [a.b=value ...] [--kills 30] [--processes 1] [--seed 0] [--json PATH]
+    python benchmarks/kill_and_resume.py [a.b=value ...] [--kills 30] [--processes 1] [--seed 0] [--recipe PATH] [--json P]
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "countdown_zero_cpu.yaml"
 SMALL = (
-    *("base.max_steps=60", "base.tokens_per_step=512", "prompts_per_step=5", "num_generations=4", "max_steps=90"),
-    *("max_completion_length=60", "evaluation.num_problems=8", "evaluation.k=2", "evaluation.eval_steps=40"),
+    *("base.max_steps=20", "base.tokens_per_step=512", "prompts_per_step=5", "num_generations=4", "max_steps=60"),
+    *("max_completion_length=60", "evaluation.num_problems=8", "evaluation.k=2", "evaluation.eval_steps=25"),
 )
 STATEFUL = (
     *("dynamic_sampling.oversample=1.7", "dynamic_sampling.max_rounds=3", "curriculum.revisit_steps=5"),
@@ -76,7 +76,7 @@ class Job:
 def main() -> None:
     """Run, kill, resume, compare; print a table, write JSON if asked. Exits with 1 where the two runs differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", nargs="?", type=Path, help="default: the laptop recipe, made small")
+    parser.add_argument("--recipe", type=Path, help="default: the laptop recipe, made small")
     parser.add_argument("overrides", nargs="*", help="a.b=value")
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--processes", type=int, default=1, help="ranks")
