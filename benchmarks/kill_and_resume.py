@@ -4,7 +4,7 @@ Everything that carries state from step to step is switched on: dynamic sampling
 replayed successes, growing completions, two passes over each batch. The two runs must agree to the bit in metrics (but
 seconds), rollouts, evaluations, weights, moments and data state, and every question must have met exactly one fate.
 
-    python benchmarks/kill_and_resume.py [a.b=value ...] [--kills 30] [--processes 1] [--seed 0] [--recipe PATH] [--json P]
+    python benchmarks/kill_and_resume.py [a.b=value ...] [--kills 30] [--processes 1] [--seed 0] [--recipe PATH]
 """
 
 from __future__ import annotations
