@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from grpo.collect import Collector, sampling_params
+from grpo.collect import Collected, Collector, sampling_params
 from grpo.data import Dataset
 from grpo.distributed import Ranks
 from grpo.dynamic_sampling import Filled, fill_step
@@ -55,28 +55,29 @@ class Asker:
 
     def ask(self, step: int) -> Asked:
         """The groups of this step, 0 the first."""
-        config, seconds, fresh = self.collector.config, [0.0, 0.0], list[Group]()
+        config, rounds = self.collector.config, list[Collected]()
         if self.replay is not None:
             self.replay.begin(step)
 
-        def ask(questions: list[Question]) -> list[Answer]:
-            groups = self._collect(questions, step, seconds)
-            fresh.extend(groups)
+        def ask(count: int) -> list[Answer]:
+            questions = self.stream.take(count, step)
+            rounds.append(self._collect(questions, step))
             return [
                 self._remember(Answer(question=question, group=group), step)
-                for question, group in zip(questions, groups, strict=True)
+                for question, group in zip(questions, rounds[-1].groups, strict=True)
             ]
 
-        def take(count: int) -> list[Question]:
-            return self.stream.take(count, step)
-
         if config.dynamic_sampling is None:
-            filled = Filled(trained=ask(take(config.prompts_per_step)))
+            filled = Filled(trained=ask(config.prompts_per_step))
         else:
-            filled = fill_step(config.prompts_per_step, config.dynamic_sampling, self.pending, take, ask)
+            filled = fill_step(config.prompts_per_step, config.dynamic_sampling, self.pending, ask)
         self.pending = filled.pending
         return Asked(
-            filled=filled, fresh=fresh, sample_s=seconds[0], grade_s=seconds[1], metrics=self._metrics(filled, step)
+            filled=filled,
+            fresh=[group for collected in rounds for group in collected.groups],
+            sample_s=sum(collected.sample_s for collected in rounds),
+            grade_s=sum(collected.grade_s for collected in rounds),
+            metrics=self._metrics(filled, step),
         )
 
     def state(self) -> dict[str, Any]:
@@ -94,8 +95,8 @@ class Asker:
         if self.replay is not None:
             self.replay.load_state(state["replay"])
 
-    def _collect(self, questions: Sequence[Question], step: int, seconds: list[float]) -> list[Group]:
-        """Every rank samples and grades its share; all get all groups, in order. Adds to the seconds spent."""
+    def _collect(self, questions: Sequence[Question], step: int) -> Collected:
+        """Every rank samples and grades its share; all get all groups, in order, with seconds of their own."""
         config = self.collector.config
         _, mine = self.ranks.share(questions)
         problems = [question.problem for question in mine]
@@ -106,10 +107,10 @@ class Asker:
             params=self._params(step),
             prompt_seeds=[int(mix(config.seed, question.number)) for question in mine],
         )
-        seconds[0] += collected.sample_s
-        seconds[1] += collected.grade_s
         groups = self.ranks.gather(collected.groups)
-        return _shuffle_rewards(groups, config.seed, questions[0].number) if config.shuffle_rewards else groups
+        if config.shuffle_rewards:
+            groups = _shuffle_rewards(groups, config.seed, questions[0].number)
+        return replace(collected, groups=groups)
 
     def _remember(self, answer: Answer, step: int) -> Answer:
         """Note how the problem went; the answer comes back with an old success in it where that helps."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pydantic import BaseModel, ConfigDict, Field
 
 from grpo.advantages import VARIANCE_TOLERANCE
-from grpo.types import Answer, Group, Question
+from grpo.types import Answer, Group
 
 
 class DynamicSamplingConfig(BaseModel):
@@ -67,18 +67,17 @@ def fill_step(
     prompts_per_step: int,
     config: DynamicSamplingConfig,
     pending: Sequence[Answer],
-    take: Callable[[int], list[Question]],
-    ask: Callable[[list[Question]], list[Answer]],
+    ask: Callable[[int], list[Answer]],
 ) -> Filled:
     """Sample in rounds until there are `prompts_per_step` groups with signal, the `pending` ones first.
 
-    `take` gives that many questions more, `ask` their answers in order. Both, and `pending`, are the same on all ranks,
-    so that all do as many rounds. Where `max_rounds` are not enough, the newest groups without signal fill the step up.
+    `ask` gives the answers to so many questions more, in order. They, and `pending`, are the same on all ranks, so
+    that all do as many rounds. Where `max_rounds` are not enough, the newest groups without signal fill the step up.
     """
     kept, silent, num_rounds = list(pending), list[Answer](), 0
     while len(kept) < prompts_per_step and num_rounds < config.max_rounds:
         missing = prompts_per_step - len(kept)
-        for answer in ask(take(int(missing * config.oversample))):
+        for answer in ask(int(missing * config.oversample)):
             (kept if has_signal(answer.group, config.metric) else silent).append(answer)
         num_rounds += 1
     num_filled = max(0, prompts_per_step - len(kept))

@@ -40,7 +40,9 @@ class Success:
     completion: Completion
     """With the log-probabilities and the version of when it was sampled."""
     text: str
+    """The completion decoded."""
     result: RewardResult
+    """What the rewards gave it."""
     step: int
     """Step that sampled it."""
     uses: int = 0

@@ -24,6 +24,7 @@ class Question:
     place: int
     """Index of the problem in the dataset."""
     problem: Problem
+    """The problem itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +47,9 @@ class Answer:
     """What came back for a question."""
 
     question: Question
+    """What was asked."""
     group: Group
+    """What was sampled and graded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

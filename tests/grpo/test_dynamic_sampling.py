@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from grpo.dynamic_sampling import DynamicSamplingConfig, Filled, fill_step, has_signal
-from grpo.types import Answer, Question
+from grpo.types import Answer
 from tests.grpo.answers import make_answer
 
 
@@ -18,19 +18,17 @@ class Source:
         self.number = 0
         self.rounds: list[int] = []
 
-    def take(self, count: int) -> list[Question]:
+    def ask(self, count: int) -> list[Answer]:
+        rewards = {True: [1.0, 0.0], False: [1.0, 1.0]}
         self.number += count
         self.rounds.append(count)
-        return [make_answer(n, []).question for n in range(self.number - count, self.number)]
-
-    def ask(self, questions: list[Question]) -> list[Answer]:
-        rewards = {True: [1.0, 0.0], False: [1.0, 1.0]}
-        return [make_answer(q.number, rewards[self.teaches(q.number)], version=self.version) for q in questions]
+        numbers = range(self.number - count, self.number)
+        return [make_answer(n, rewards[self.teaches(n)], version=self.version) for n in numbers]
 
     def fill(self, count: int, pending: Sequence[Answer] = (), **settings: object) -> Filled:
         self.rounds = []
         config = DynamicSamplingConfig.model_validate(settings)
-        return fill_step(count, config, pending, self.take, self.ask)
+        return fill_step(count, config, pending, self.ask)
 
 
 def numbers(answers: Sequence[Answer]) -> list[int]:
