@@ -37,7 +37,7 @@ SMALL = (
 )
 STATEFUL = (
     *("dynamic_sampling.oversample=1.7", "dynamic_sampling.max_rounds=3", "curriculum.revisit_steps=5"),
-    *("replay.max_pass_rate=0.5", "length_schedule.start=30", "length_schedule.steps=40", "num_iterations=2"),
+    *("replay_buffer.max_pass_rate=0.5", "length_schedule.start=30", "length_schedule.steps=40", "num_iterations=2"),
     "save_steps=2",
 )
 """What a resumed run has to take up again."""

@@ -142,7 +142,7 @@ def make_asker(collector: Collector, ranks: Ranks, dataset: Dataset) -> Asker:
         collector=collector,
         ranks=ranks,
         stream=Stream(dataset, config.curriculum),
-        replay=None if config.replay is None else ReplayBuffer(config.replay),
+        replay=None if config.replay_buffer is None else ReplayBuffer(config.replay_buffer),
     )
 
 

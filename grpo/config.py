@@ -147,7 +147,9 @@ class Config(Section):
     dynamic_sampling: DynamicSamplingConfig | None = Field(default=None, description="replace groups without signal")
     curriculum: CurriculumConfig | None = Field(default=None, description="choose problems by their pass rates")
     length_schedule: LengthScheduleConfig | None = Field(default=None, description="max_completion_length that grows")
-    replay: ReplayConfig | None = Field(default=None, description="add old successes to groups in which all failed")
+    replay_buffer: ReplayConfig | None = Field(
+        default=None, description="add old successes to groups in which all failed"
+    )
 
     engine: EngineConfig = Field(default_factory=EngineConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)

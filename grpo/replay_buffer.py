@@ -21,7 +21,7 @@ from rollouts import Completion
 
 
 class ReplayConfig(BaseModel):
-    """The `replay` section of a recipe."""
+    """The `replay_buffer` section of a recipe."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

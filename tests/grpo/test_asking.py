@@ -60,7 +60,7 @@ SECTIONS = {
     "all": {
         "dynamic_sampling": {"oversample": 1.7, "metric": "odd"},
         "curriculum": {"revisit_steps": 3},
-        "replay": {"max_pass_rate": 0.5},
+        "replay_buffer": {"max_pass_rate": 0.5},
         "length_schedule": {"start": 4, "steps": 5},
     },
 }
@@ -103,7 +103,7 @@ def test_every_question_meets_one_fate(tmp_path: Path) -> None:
 
 
 def test_an_old_success_gives_a_failed_group_its_signal(tmp_path: Path) -> None:
-    with asker(tmp_path, curriculum={}, replay={"max_pass_rate": 0.5}) as replaying:
+    with asker(tmp_path, curriculum={}, replay_buffer={"max_pass_rate": 0.5}) as replaying:
         helped = []
         for step in range(20):
             asked = ask(replaying, step)

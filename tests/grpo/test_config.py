@@ -182,7 +182,7 @@ def test_a_missing_recipe_says_where_it_was_looked_for(tmp_path: Path) -> None:
 def test_sections_of_what_is_asked_are_off_until_one_of_their_keys_is_given(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     plain = load_config(recipe)
-    assert (plain.dynamic_sampling, plain.curriculum, plain.length_schedule, plain.replay) == (None,) * 4
+    assert (plain.dynamic_sampling, plain.curriculum, plain.length_schedule, plain.replay_buffer) == (None,) * 4
     config = load_config(recipe, ["dynamic_sampling.max_rounds=2", "curriculum={}", "curriculum.shares.hard=0.3"])
     assert config.dynamic_sampling is not None
     assert (config.dynamic_sampling.max_rounds, config.dynamic_sampling.oversample) == (2, 1.0)

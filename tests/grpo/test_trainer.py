@@ -43,7 +43,7 @@ CHANGES = {
 """A base with something to lose, an odd number of problems, every pass of the update."""
 STATEFUL = [
     *("dynamic_sampling.oversample=1.7", "dynamic_sampling.max_rounds=3", "curriculum.revisit_steps=2"),
-    *("replay.max_pass_rate=0.5", "length_schedule.start=20", "length_schedule.steps=4"),
+    *("replay_buffer.max_pass_rate=0.5", "length_schedule.start=20", "length_schedule.steps=4"),
 ]
 """Everything that carries something from step to step."""
 
