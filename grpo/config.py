@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from grpo.countdown import AttemptsConfig, CountdownConfig
 from grpo.curriculum import CurriculumConfig
 from grpo.dynamic_sampling import DynamicSamplingConfig
-from grpo.replay_buffer import ReplayConfig
+from grpo.replay_buffer import ReplayBufferConfig
 from grpo.schedule import LengthScheduleConfig
 from policy import PolicyConfig
 from rewards.registry import reward_name
@@ -147,7 +147,7 @@ class Config(Section):
     dynamic_sampling: DynamicSamplingConfig | None = Field(default=None, description="replace groups without signal")
     curriculum: CurriculumConfig | None = Field(default=None, description="choose problems by their pass rates")
     length_schedule: LengthScheduleConfig | None = Field(default=None, description="max_completion_length that grows")
-    replay_buffer: ReplayConfig | None = Field(
+    replay_buffer: ReplayBufferConfig | None = Field(
         default=None, description="add old successes to groups in which all failed"
     )
 

@@ -20,7 +20,7 @@ from rewards import RewardResult
 from rollouts import Completion
 
 
-class ReplayConfig(BaseModel):
+class ReplayBufferConfig(BaseModel):
     """The `replay_buffer` section of a recipe."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,7 +52,7 @@ class Success:
 class ReplayBuffer:
     """At most one success of each problem, by the problem's place in the dataset, the oldest first."""
 
-    def __init__(self, config: ReplayConfig) -> None:
+    def __init__(self, config: ReplayBufferConfig) -> None:
         self.config = config
         self.successes: dict[int, Success] = {}
         self.counts = dict.fromkeys(("stored", "added", "replaced", "evicted", "expired", "used_up"), 0)

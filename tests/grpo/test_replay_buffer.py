@@ -2,7 +2,7 @@
 
 import json
 
-from grpo.replay_buffer import ReplayBuffer, ReplayConfig
+from grpo.replay_buffer import ReplayBuffer, ReplayBufferConfig
 from grpo.types import Answer
 from tests.grpo.answers import make_answer
 
@@ -10,7 +10,7 @@ RARE, NONE, MANY = [0.0, 0.0, 1.0, 0.0], [0.0] * 4, [1.0, 1.0, 0.0, 0.0]
 
 
 def make(**settings: object) -> ReplayBuffer:
-    return ReplayBuffer(ReplayConfig.model_validate(settings))
+    return ReplayBuffer(ReplayBufferConfig.model_validate(settings))
 
 
 def visit(buffer: ReplayBuffer, rewards: list[float], place: int, step: int) -> Answer:
