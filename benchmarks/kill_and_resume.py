@@ -48,8 +48,8 @@ def lucky(problem, completion):
     return float(zlib.crc32(completion.encode()) % 5 == 0)
 """
 """A reward that one completion in five gets, so that there is something to drop, to carry over and to replay."""
-STARTS = 0.2
-"""Share of the kills that come while the process starts, not once it has made a step."""
+MOMENTS = {"while it starts": 0.2, "in a checkpoint": 0.3, "in a step": 0.5}
+"""When kills come, with their shares."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,20 +132,27 @@ def kill_often(job: Job, kills: int, draw: random.Random, step_s: float) -> Coun
     moments = Counter[str]()
     for _ in range(kills):
         before, process = find_metrics(job.folder), job.start()
-        is_early = draw.random() < STARTS
-        until = time.monotonic() + draw.uniform(0, 8) if is_early else None
+        [moment] = draw.choices(list(MOMENTS), list(MOMENTS.values()))
+        until = time.monotonic() + draw.uniform(0, 8) if moment == "while it starts" else None
         while process.poll() is None and (until is None or time.monotonic() < until):
-            # One that goes on rewrites the file before its first step. Then a moment within the next steps, of which
-            # every second one writes a checkpoint.
-            if until is None and find_metrics(job.folder) not in (None, before) and read_metrics(job.folder):
+            # One that goes on rewrites the file before its first step; of the next steps every second one saves.
+            is_going = find_metrics(job.folder) not in (None, before) and bool(read_metrics(job.folder))
+            if moment == "in a checkpoint" and is_going and is_saving(job.folder):
+                time.sleep(draw.uniform(0, 0.02))
+                break
+            if moment == "in a step" and is_going and until is None:
                 until = time.monotonic() + draw.uniform(0, 6 * step_s)
-            time.sleep(0.002)
+            time.sleep(0.001)
         if process.poll() is not None:
             sys.exit(f"the run ended before it was killed {kills} times (exit code {process.poll()}); raise max_steps")
         kill_tree(process)
-        is_torn = any((job.folder / "checkpoints").glob(".step_*.partial"))
-        moments["in a checkpoint" if is_torn else "at the start" if is_early else "in a step"] += 1
+        moments["in a checkpoint" if is_saving(job.folder) else "in a step" if until is None else moment] += 1
     return moments
+
+
+def is_saving(folder: Path) -> bool:
+    """Whether a checkpoint is half-written."""
+    return any((folder / "checkpoints").glob(".step_*.partial"))
 
 
 def find_metrics(folder: Path) -> int | None:

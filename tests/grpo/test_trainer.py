@@ -181,7 +181,7 @@ def test_a_list_reward_of_the_wrong_count_ends_the_run_even_if_evaluation_cannot
 def test_a_killed_run_resumes_as_if_it_had_not_been(processes: int, recipe: Path) -> None:
     script = Path(__file__).parents[2] / "benchmarks" / "kill_and_resume.py"
     command = [sys.executable, str(script), "max_steps=40", "--recipe", str(recipe)]
-    command += ["--kills", "2", "--processes", str(processes)]
+    command += ["--kills", str(3 - processes), "--processes", str(processes)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": "."})
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^differences +0 ", done.stdout, re.MULTILINE)
