@@ -146,7 +146,9 @@ def kill_often(job: Job, kills: int, draw: random.Random, step_s: float) -> Coun
         if process.poll() is not None:
             sys.exit(f"the run ended before it was killed {kills} times (exit code {process.poll()}); raise max_steps")
         kill_tree(process)
-        moments["in a checkpoint" if is_saving(job.folder) else "in a step" if until is None else moment] += 1
+        if moment != "while it starts":
+            moment = "in a checkpoint" if is_saving(job.folder) else "in a step"
+        moments[moment] += 1
     return moments
 
 
