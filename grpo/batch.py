@@ -8,13 +8,16 @@ which rows share a micro-batch changes the gradient only by rounding.
 from __future__ import annotations
 
 import collections.abc
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
-from grpo.types import Batch, Group
+from grpo.aggregation import Counts
+from grpo.distributed import Ranks
+from grpo.types import Batch, Group, Origin
 from policy import PackedRows
 from rollouts import Completion
 
@@ -30,6 +33,7 @@ class Row:
     advantage: float
     learned: bool
     """False where nothing is learned from the row: truncated under `mask_truncated_completions`, or aborted."""
+    origin: Origin
     is_stale: bool = False
     """Whether an earlier version of the policy sampled it."""
 
@@ -37,12 +41,28 @@ class Row:
         return len(self.prompt_ids) + len(self.completion.token_ids)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Minibatch:
+    """What one optimizer step learns from."""
+
+    batches: list[Batch]
+    """This rank's micro-batches."""
+    counts: Counts
+    """Over all ranks."""
+
+
 def make_rows(
-    groups: Sequence[Group], advantages: Sequence[Sequence[float]], *, mask_truncated: bool, version: int = 0
+    groups: Sequence[Group],
+    advantages: Sequence[Sequence[float]],
+    *,
+    mask_truncated: bool,
+    first_problem: int = 0,
+    version: int = 0,
 ) -> list[Row]:
     """One row per completion, [B], in order; completions without a token are left out.
 
-    `version` is that of the policy in hand; what an earlier one sampled is stale.
+    `first_problem` is the index of the first group among those of all ranks, `version` that of the policy in hand: what
+    an earlier one sampled is stale.
     """
     return [
         Row(
@@ -51,26 +71,46 @@ def make_rows(
             advantage=advantage,
             learned=completion.finish_reason != "abort"
             and not (mask_truncated and completion.finish_reason == "length"),
+            origin=Origin(problem=first_problem + p, completion=g),
             is_stale=completion.policy_version < version,
         )
-        for group, of_group in zip(groups, advantages, strict=True)
-        for completion, advantage in zip(group.completions, of_group, strict=True)
+        for p, (group, of_group) in enumerate(zip(groups, advantages, strict=True))
+        for g, (completion, advantage) in enumerate(zip(group.completions, of_group, strict=True))
         if completion.token_ids
     ]
 
 
-def count_learned_tokens(rows: Sequence[Row]) -> int:
-    """Completion tokens that the loss runs over: this rank's part of its denominator."""
-    return sum(len(row.completion.token_ids) for row in rows if row.learned)
+def make_minibatches(rows: Sequence[Row], num_minibatches: int, max_tokens: int, ranks: Ranks) -> list[Minibatch]:
+    """Deal the problems out in turn to this many optimizer steps, and cut each part into micro-batches.
+
+    Whole problems, by their index in the step, so that neither the number of ranks nor the aggregation matters.
+    """
+    parts = [[row for row in rows if row.origin.problem % num_minibatches == m] for m in range(num_minibatches)]
+    return [
+        Minibatch(batches=make_batches(part, max_tokens, ranks.device), counts=count_learned(part, ranks))
+        for part in parts
+    ]
+
+
+def count_learned(rows: Sequence[Row], ranks: Ranks) -> Counts:
+    """Tokens, completions and problems that the loss runs over, of all ranks; a problem is on one rank only."""
+    learned = [row for row in rows if row.learned]
+    tokens = sum(len(row.completion.token_ids) for row in learned)
+    problems = len({row.origin.problem for row in learned})
+    tokens, sequences, problems = (int(ranks.sum_number(count)) for count in (tokens, len(learned), problems))
+    return Counts(tokens=tokens, sequences=sequences, prompts=problems)
 
 
 def make_batches(rows: Sequence[Row], max_tokens: int, device: torch.device | str = "cpu") -> list[Batch]:
     """Cut length-sorted rows into micro-batches of at most `max_tokens` padded tokens (or one row, if longer).
 
-    Rows that teach nothing are left out: those not learned from, and, as their gradient is 0, those without advantage
-    would be too if their entropy and KL were not measured.
+    Rows that are not learned from are left out; those without advantage stay, for their entropy and KL.
     """
-    return [_pack(part, device) for part in cut_by_tokens([row for row in rows if row.learned], max_tokens)]
+    learned = [row for row in rows if row.learned]
+    prompt_tokens = Counter[int]()
+    for row in learned:
+        prompt_tokens[row.origin.problem] += len(row.completion.token_ids)
+    return [_pack(part, prompt_tokens, device) for part in cut_by_tokens(learned, max_tokens)]
 
 
 def cut_by_tokens(items: Sequence[Sized], max_tokens: int) -> list[list[Sized]]:
@@ -87,7 +127,7 @@ def cut_by_tokens(items: Sequence[Sized], max_tokens: int) -> list[list[Sized]]:
     return [*parts, current] if current else parts
 
 
-def _pack(rows: Sequence[Row], device: torch.device | str) -> Batch:
+def _pack(rows: Sequence[Row], prompt_tokens: Counter[int], device: torch.device | str) -> Batch:
     token_ids, mask, logprobs, advantages = list[int](), list[bool](), list[float](), list[float]()
     stale = list[bool]()
     for row in rows:
@@ -100,8 +140,10 @@ def _pack(rows: Sequence[Row], device: torch.device | str) -> Batch:
     return Batch(
         token_ids_N=torch.tensor(token_ids, device=device),
         rows=PackedRows.of([len(row) for row in rows], device),
+        origins=tuple(row.origin for row in rows),
         completion_mask_N=torch.tensor(mask, device=device),
         rollout_logprobs_N=torch.tensor(logprobs, dtype=torch.float32, device=device),
         advantages_N=torch.tensor(advantages, dtype=torch.float32, device=device),
+        prompt_tokens_B=torch.tensor([prompt_tokens[row.origin.problem] for row in rows], device=device),
         stale_N=torch.tensor(stale, device=device) if any(stale) else None,
     )

@@ -1,9 +1,10 @@
 """Checkpoints of a run: whole or absent, checked when read.
 
 A checkpoint is a folder `step_000050` that transformers and vLLM load as it is (weights in the Hugging Face layout,
-tokenizer) plus `trainer.safetensors` (master weights, moments), `state.json`, `data.json` (questions asked, pass rates,
-groups not trained on yet, old successes) and `manifest.json` (SHA-256 of every file). It is written beside its place,
-synced and renamed, so that a kill at any moment leaves the last good one.
+tokenizer) plus `trainer.safetensors` (master weights, moments), `reference.safetensors` where the reference moves,
+`state.json`, `data.json` (questions asked, pass rates, groups not trained on yet, old successes) and `manifest.json`
+(SHA-256 of every file). It is written beside its place, synced and renamed, so that a kill at any moment leaves the
+last good one.
 
 Everything else that the future depends on (seeds, learning rate) follows from the step number and the recipe.
 """
@@ -17,7 +18,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ import policy as policies
 from grpo.optimizer import MasterAdamW
 from policy import CheckpointError, Policy
 from policy.checkpoint import load_config, read_tensors, restore
+from policy.lora import LoraConfig, LoraError, adapters, load_adapters, save_adapters
 from policy.tokenizer import Tokenizer
 
 MANIFEST, STATE, TRAINER, DATA = "manifest.json", "state.json", "trainer.safetensors", "data.json"
+REFERENCE, ADAPTER = "reference.safetensors", "adapter"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +45,8 @@ class Found:
     """Optimizer steps that were done when it was written."""
     damaged: tuple[str, ...]
     """What was wrong with newer ones, one line each."""
+    state: Mapping[str, float | None] = field(default_factory=dict)
+    """Numbers of the trainer, as given to `save_checkpoint`."""
 
 
 def save_checkpoint(
@@ -52,21 +57,34 @@ def save_checkpoint(
     optimizer: MasterAdamW,
     keep: int,
     *,
+    state: Mapping[str, float | None] | None = None,
     data: Mapping[str, Any] | None = None,
+    reference: Policy | None = None,
+    lora: LoraConfig | None = None,
+    base_model: str | None = None,
 ) -> Path:
     """Write `folder/step_{step}` and remove all but the newest `keep`. Raises OSError where the disk refuses.
 
-    `data` is what the next questions depend on, as JSON.
+    `state` are numbers of the trainer that do not follow from the step, `data` is what the next questions depend on, as
+    JSON; `reference` is given where it moves. With `lora`, the weights are merged and the adapters to `base_model`
+    stand by themselves in `adapter/`.
     """
     target = folder / f"step_{step:06d}"
     with written_whole(target) as temporary:
         policies.save(policy, temporary)
+        if lora is not None:
+            save_adapters(policy, temporary / ADAPTER, lora, base_model)
         tokenizer.save(temporary)
         save_file(optimizer.state_tensors(), temporary / TRAINER)
-        (temporary / STATE).write_text(json.dumps({"step": step}) + "\n")
+        if reference is not None:
+            save_file(
+                {name: weight.contiguous() for name, weight in reference.named_parameters()}, temporary / REFERENCE
+            )
+        (temporary / STATE).write_text(json.dumps({"step": step, **(state or {})}) + "\n")
         (temporary / DATA).write_text(json.dumps(data) + "\n")
-        files = sorted(file for file in temporary.iterdir() if file.is_file())
-        (temporary / MANIFEST).write_text(json.dumps({file.name: _digest(file) for file in files}, indent=2) + "\n")
+        files = sorted(file for file in temporary.rglob("*") if file.is_file())
+        digests = {file.relative_to(temporary).as_posix(): _digest(file) for file in files}
+        (temporary / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n")
     for old in _by_step(folder)[:-keep]:
         shutil.rmtree(old)
     return target
@@ -83,7 +101,7 @@ def written_whole(target: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for path in [*temporary.iterdir(), temporary]:
+        for path in [*temporary.rglob("*"), temporary]:
             _sync(path)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
@@ -103,8 +121,8 @@ def find_checkpoint(folder: Path) -> Found | None:
         if fault := _fault_of(path):
             damaged.append(f"{path} is damaged ({fault}); the one before is taken")
             continue
-        step = int(json.loads((path / STATE).read_text())["step"])
-        return Found(path=path, step=step, damaged=tuple(damaged))
+        state = json.loads((path / STATE).read_text())
+        return Found(path=path, step=int(state.pop("step")), damaged=tuple(damaged), state=state)
     if damaged:
         raise CheckpointError(f"{damaged[0].split(';')[0]}, and there is no other; remove it to start anew")
     return None
@@ -118,8 +136,8 @@ def forget_checkpoints_after(folder: Path, step: int) -> None:
         shutil.rmtree(path)
 
 
-def load_checkpoint(path: Path, policy: Policy, optimizer: MasterAdamW) -> None:
-    """Put weights, routers' biases, masters and moments back, in place.
+def load_checkpoint(path: Path, policy: Policy, optimizer: MasterAdamW, reference: Policy | None = None) -> None:
+    """Put weights, routers' biases, masters and moments back, in place; a reference too, where it had moved.
 
     Raises CheckpointError for a checkpoint of another shape, before anything is changed.
     """
@@ -129,8 +147,23 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: MasterAdamW) -> None:
             f"{path} is of another shape ({'; '.join(differing)}); continue the run with the model that it began with, "
             "or choose another name (name=...)"
         )
-    restore(policy, read_tensors(path), where=str(path))
-    optimizer.load_state_tensors(load_file(path / TRAINER))
+    state = load_file(path / TRAINER)
+    trained = {name.removeprefix("master.") for name in state if name.startswith("master.")}
+    if trained != optimizer.masters.keys():
+        raise CheckpointError(
+            f"{path} trained other weights, such as {min(trained ^ optimizer.masters.keys())}; continue the run with "
+            "the `lora` section that it began with, or choose another name (name=...)"
+        )
+    if adapters(policy):
+        try:
+            load_adapters(policy, path / ADAPTER)
+        except LoraError as error:
+            raise CheckpointError(str(error)) from None
+    else:
+        restore(policy, read_tensors(path), where=str(path))
+    optimizer.load_state_tensors(state)
+    if reference is not None and (path / REFERENCE).is_file():
+        reference.load_state_dict(load_file(path / REFERENCE), strict=False)  # without the buffers, which do not move
 
 
 def read_data_state(path: Path) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The command `grpo`: train, eval, sample, report. Errors that a person can mend are one line and exit code 2."""
+"""The command `grpo`: train, eval, sample, report, replay.
+
+Errors that a person can mend are one line and exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -86,6 +89,21 @@ def report(run_dir: Annotated[Path, typer.Argument(help="a run's folder")]) -> N
 
 
 @app.command()
+def replay(file: Annotated[Path, typer.Argument(help="an update that was skipped: runs/NAME/skipped/*.pt")]) -> None:
+    """Do a skipped update again and say which row and token is at fault."""
+    from grpo.replay import replay as replay_update
+
+    with _errors_in_one_line():
+        found = replay_update(file)
+    typer.echo(f"step {found.number}: loss {found.loss:g}, gradient norm {found.grad_norm:g}, {found.num_rows} rows")
+    for fault in found.faults:
+        row = f"problem {fault.origin.problem}, completion {fault.origin.completion}"
+        typer.echo(f"{row}, from token {fault.token} (id {fault.token_id}) on: {fault.what} is not finite")
+    if not found.faults:
+        typer.echo("every row of this file is finite by itself: the fault is in their sum, or on another rank")
+
+
+@app.command()
 def sandbox() -> None:
     """Say what this machine offers to keep programs in, and try the walls."""
     from rewards.sandbox.report import describe_machine, report_levels, run_self_test
@@ -143,6 +161,7 @@ def _errors_in_one_line() -> Iterator[None]:
     from grpo.data import DatasetError
     from grpo.prompts import PromptError
     from grpo.record import RunFolderError
+    from grpo.replay import NonFiniteError, ReplayError
     from policy import CheckpointError, ShapeError
     from policy.tokenizer import TokenizerError
     from rewards.grader_pool import GraderError
@@ -158,7 +177,9 @@ def _errors_in_one_line() -> Iterator[None]:
         CountdownError,
         DatasetError,
         GraderError,
+        NonFiniteError,
         PromptError,
+        ReplayError,
         RewardNotFoundError,
         RewardSignatureError,
         RunFolderError,

@@ -14,12 +14,15 @@ from typing import Any, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from grpo.algorithm import AlgorithmConfig
 from grpo.countdown import AttemptsConfig, CountdownConfig
 from grpo.curriculum import CurriculumConfig
 from grpo.dynamic_sampling import DynamicSamplingConfig
 from grpo.replay_buffer import ReplayBufferConfig
 from grpo.schedule import LengthScheduleConfig
 from policy import PolicyConfig
+from policy.lora import LoraConfig
+from policy.recompute import Recomputation
 from rewards.registry import reward_name
 from rollouts import EngineConfig
 
@@ -72,6 +75,9 @@ class BaseConfig(Section):
     mtp_weight: float = Field(default=0.1, ge=0, description="weight of the multi-token-prediction loss")
     mtp_interval: int = Field(default=1, ge=1, description="train the MTP modules on every n-th step only")
     bias_update_rate: float = Field(default=1e-3, ge=0, description="step of the routers' balancing bias")
+    mtp_bias_update_rate: float = Field(default=0.0, ge=0, description="the same in the MTP modules, when trained")
+    router_aux_loss_coef: float = Field(default=0.0, ge=0, description="weight of the sequence-wise balance loss")
+    router_z_loss_coef: float = Field(default=0.0, ge=0, description="weight of the routers' z-loss")
     cache_dir: Path = Field(default=Path("cache"), description="finished base models, by the hash of what made them")
 
     @field_validator("shape")
@@ -96,8 +102,8 @@ class EvaluationConfig(Section):
     batch_size: int = Field(default=256, ge=1, description="prompts given to the engine at once")
 
 
-class Config(Section):
-    """One run."""
+class Config(AlgorithmConfig):
+    """One run: its own keys and those of its algorithm."""
 
     name: str = Field(description="the run's folder below output_dir", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     output_dir: Path = Path("runs")
@@ -126,7 +132,6 @@ class Config(Section):
     top_k: int = Field(default=0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     min_p: float = Field(default=0.0, ge=0, lt=1)
-    mask_truncated_completions: bool = False
 
     max_steps: int = Field(ge=1)
     learning_rate: float = Field(default=1e-6, gt=0)
@@ -137,12 +142,18 @@ class Config(Section):
     adam_beta2: float = Field(default=0.99, ge=0, lt=1)
     adam_epsilon: float = Field(default=1e-8, gt=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
-    scale_rewards: Literal["group", "none"] = "group"
-    epsilon: float = Field(default=0.2, gt=0)
-    epsilon_high: float | None = Field(default=None, gt=0)
-    beta: float = Field(default=0.0, ge=0, description="weight of the KL penalty; 0 keeps no reference")
-    num_iterations: int = Field(default=1, ge=1, description="optimizer steps on each batch of completions")
     max_tokens_per_micro_batch: int = Field(default=8192, ge=1)
+    max_skipped_steps: int = Field(default=5, ge=1, description="updates that are not finite before the run stops")
+    activation_recomputation: Recomputation = Field(
+        default="none", description="what the backward pass makes again to save memory: none, selective, full (blocks)"
+    )
+    lora: LoraConfig | None = Field(default=None, description="train low-rank adapters only; {} takes the defaults")
+    bias_update_rate: float = Field(default=0.0, ge=0, description="step of the routers' balancing bias; 0 keeps it")
+    router_aux_loss_coef: float = Field(default=0.0, ge=0, description="weight of the sequence-wise balance loss")
+    router_z_loss_coef: float = Field(default=0.0, ge=0, description="weight of the routers' z-loss")
+    mtp_weight: float = Field(
+        default=0.0, ge=0, description="weight of the MTP modules' loss on completions; it moves these modules alone"
+    )
 
     dynamic_sampling: DynamicSamplingConfig | None = Field(default=None, description="replace groups without signal")
     curriculum: CurriculumConfig | None = Field(default=None, description="choose problems by their pass rates")
@@ -166,6 +177,12 @@ class Config(Section):
             raise ValueError(f"a reward is listed twice in rewards: {', '.join(self.rewards)}")
         if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
             raise ValueError(f"reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} rewards")
+        if self.lora is not None and (self.bias_update_rate or self.mtp_weight):
+            raise ValueError("lora freezes all but the adapters: bias_update_rate and mtp_weight must be 0 beside it")
+        if self.lora is not None and self.sync_ref_model:
+            raise ValueError(
+                "lora takes the policy without its adapters for the reference: sync_ref_model must be false"
+            )
         names = ["reward", *map(reward_name, self.rewards)]
         if self.dynamic_sampling is not None and self.dynamic_sampling.metric not in names:
             raise ValueError(
@@ -185,6 +202,16 @@ class Config(Section):
                 "`base` needs a prompt_template with {prompt} as a word of its own (its tokenizer knows whole words "
                 f"only), such as 'User : {{prompt}} Assistant :', got {self.prompt_template!r}"
             )
+        if self.soft_punish_cache > self.max_completion_length:
+            raise ValueError(
+                f"soft_punish_cache ({self.soft_punish_cache}) is above max_completion_length "
+                f"({self.max_completion_length})"
+            )
+        if self.num_minibatches > self.prompts_per_step:
+            raise ValueError(
+                f"num_minibatches ({self.num_minibatches}) is above prompts_per_step ({self.prompts_per_step}): some "
+                "would be empty"
+            )
         return self
 
     @property
@@ -193,8 +220,10 @@ class Config(Section):
         return self.output_dir / self.name
 
     def to_yaml(self) -> str:
-        """The resolved recipe, every key given."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """The resolved recipe, every key given, those of the algorithm last."""
+        values = self.model_dump(mode="json")
+        ordered = {key: values.pop(key) for key in [*values] if key not in AlgorithmConfig.model_fields} | values
+        return yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True)
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:

@@ -118,11 +118,11 @@ class Display:
         return max(self._total - self._done, 0) * sum(kept) / len(kept)
 
     def _close_stage(self) -> None:
-        if self._title:
+        if self._title and self._durations:  # a stage that had nothing left to do says nothing
             took = format_duration(self._clock() - self._start)
             self._print(f"{self._title}: {self._done}/{self._total} in {took}  {self._figures}".rstrip())
-            self._title = ""
-            self._refresh()
+        self._title = ""
+        self._refresh()
 
     def _describe_progress(self) -> str:
         left = self.estimate_seconds_left()

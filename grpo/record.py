@@ -23,7 +23,7 @@ from grpo.types import Answer
 
 FREE_TO_CHANGE = (
     *("name", "output_dir", "num_threads", "reward_workers", "reward_timeout"),
-    *("max_steps", "save_steps", "save_total_limit"),
+    *("max_steps", "max_skipped_steps", "save_steps", "save_total_limit"),
 )
 """Keys that a resumed run may change; any other change would make it another run."""
 
@@ -48,6 +48,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Folder of the run's checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def skipped(self) -> Path:
+        """Folder of the updates that were not finite."""
+        return self.path / "skipped"
 
     def open(self, config: Config, *, resume: bool) -> None:
         """Claim the folder for this recipe: new, or with `resume` one that holds the same run.
@@ -233,4 +238,6 @@ def _is_number_up_to(stage: Any, step: int) -> bool:
 
 
 def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import policy as policies
+from grpo.auxiliary import check_auxiliary
 from grpo.checkpoint import find_checkpoint
 from grpo.collect import make_collector, sampling_params
 from grpo.config import Config, ConfigError, load_config
@@ -28,6 +29,7 @@ from grpo.report import write_report
 from grpo.trainer import Trainer
 from policy import CheckpointError, Policy
 from policy.checkpoint import resolve_folder
+from policy.lora import LoraError, add_adapters
 from policy.tokenizer import Tokenizer, load_tokenizer
 from rewards import Grader, Problem
 
@@ -114,6 +116,13 @@ def _train(config: Config, setting: _Setting, folder: RunFolder) -> int:
         problems = read_problems(config.dataset, seed=config.seed, split="train", count=config.dataset.num_problems)
         held_out = _held_out(config)
         policy, tokenizer = _load(config, _start(config, setting), ranks)
+        check_auxiliary(config, policy.config)
+        policy.recomputation = config.activation_recomputation
+        if config.lora is not None:
+            try:
+                add_adapters(policy, config.lora, config.seed)
+            except LoraError as error:
+                raise ConfigError(str(error)) from None
         trainer = Trainer(
             config=config,
             policy=policy,
@@ -135,7 +144,9 @@ def _start(config: Config, setting: _Setting) -> Path:
         return _resolve(config.model)
     assert config.base is not None
     setting.display.stage("base model", config.base.max_steps)
-    return base_model(config, setting.ranks, setting.display.advance)
+    folder = base_model(config, setting.ranks, setting.display.advance)
+    setting.display.note(f"base model: {folder}")
+    return folder
 
 
 def _resolve(model: Path | str) -> Path:

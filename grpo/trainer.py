@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import copy
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from types import FrameType
 
-from grpo.advantages import group_advantages
+import torch
+
+from grpo.advantages import step_advantages
 from grpo.asking import Asked, Asker, make_asker
-from grpo.batch import count_learned_tokens, make_batches, make_rows
+from grpo.batch import make_minibatches, make_rows
 from grpo.checkpoint import find_checkpoint, load_checkpoint, read_data_state, save_checkpoint
 from grpo.collect import make_collector
 from grpo.config import Config
 from grpo.data import Dataset
 from grpo.display import Display
 from grpo.distributed import Ranks
+from grpo.entropy import EntropyState, adapted, applied_coefficient
 from grpo.evaluate import Evaluator, make_evaluator
 from grpo.metrics import graded, rollout_metrics, update_metrics
 from grpo.optimizer import MasterAdamW, learning_rate_at
+from grpo.penalties import penalised_rewards
 from grpo.record import RunFolder
+from grpo.reference import Reference
+from grpo.replay import NonFiniteError, save_fault
 from grpo.types import Group
-from grpo.update import UpdateStats, update
+from grpo.update import Step, UpdateStats, update
 from policy import Policy
 from policy.tokenizer import Tokenizer
 from rewards import Grader, Problem
@@ -46,7 +51,14 @@ class Trainer:
     stop_requested: bool = False
     """Set by `request_stop`; the step in hand is finished and saved."""
     step: int = 0
-    """Optimizer steps done."""
+    """Steps done."""
+    entropy: EntropyState = field(init=False)
+    """Where the adaptive entropy bonus stands."""
+    skipped: int = 0
+    """Optimizer steps not taken because they were not finite."""
+
+    def __post_init__(self) -> None:
+        self.entropy = EntropyState(coefficient=self.config.entropy_coef)
 
     def train(self) -> int:
         """Evaluate, train, save, evaluate; gives the number of the last step done.
@@ -61,10 +73,10 @@ class Trainer:
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
         )
-        reference = copy.deepcopy(self.policy).requires_grad_(False) if config.beta else None
+        reference = Reference(self.policy, is_offloaded=config.offload_ref_model) if config.beta else None
         collector = make_collector(config, self.policy, self.tokenizer, self.grader, engine)
         asker = make_asker(collector, self.ranks, self.dataset)
-        self._resume(optimizer, asker)
+        self._resume(optimizer, asker, reference)
         engine.load_weights(self.policy, self.step)
         evaluator = make_evaluator(collector, self.ranks, self.held_out)
         if self.step == 0:
@@ -73,17 +85,23 @@ class Trainer:
         while self.step < config.max_steps and not self.ranks.any(self.stop_requested):
             started = perf_counter()
             asked = asker.ask(self.step)
-            _, groups = self.ranks.share([answer.group for answer in asked.filled.trained])
-            advantages = [self._advantages(group) for group in groups]
-            stats, update_s = self._update(groups, advantages, optimizer, reference)
+            first, groups = self.ranks.share([answer.group for answer in asked.filled.trained])
+            advantages = self._advantages(groups, reference)
+            stats, update_s = self._update(groups, advantages, first, optimizer, reference)
             self.step += 1
             engine.load_weights(self.policy, self.step)
             self._record(asked, advantages, stats, update_s, started)
             if config.evaluation.eval_steps and self.step % config.evaluation.eval_steps == 0:
                 self._evaluate(evaluator, self.step)
             if config.save_steps and self.step % config.save_steps == 0 and self.step < config.max_steps:
-                self.save(optimizer, asker)
-        self.save(optimizer, asker)
+                self.save(optimizer, asker, reference)
+            if self.skipped >= config.max_skipped_steps:
+                self.save(optimizer, asker, reference)
+                raise NonFiniteError(
+                    f"{self.skipped} updates were not finite (max_skipped_steps: {config.max_skipped_steps}); see why "
+                    f"with: grpo replay {self.folder.skipped}/FILE; a lower learning_rate or max_grad_norm may help"
+                )
+        self.save(optimizer, asker, reference)
         if self.step >= config.max_steps:
             self._evaluate(evaluator, "final")
         engine.close()
@@ -97,7 +115,7 @@ class Trainer:
         )
         signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
 
-    def save(self, optimizer: MasterAdamW, asker: Asker) -> None:
+    def save(self, optimizer: MasterAdamW, asker: Asker, reference: Reference | None = None) -> None:
         """Write a checkpoint; a disk that refuses is said, and the last good one stays."""
         if self.ranks.is_main and not (self.folder.checkpoints / f"step_{self.step:06d}").is_dir():
             try:
@@ -108,6 +126,14 @@ class Trainer:
                     self.tokenizer,
                     optimizer,
                     self.config.save_total_limit,
+                    state={
+                        "entropy_coef": self.entropy.coefficient,
+                        "entropy": self.entropy.entropy,
+                        "skipped": self.skipped,
+                    },
+                    reference=reference.policy if reference is not None and self.config.sync_ref_model else None,
+                    lora=self.config.lora,
+                    base_model=self.config.model,
                     data=asker.state(),
                 )
             except OSError as error:
@@ -116,43 +142,71 @@ class Trainer:
                 )
         self.ranks.wait()
 
-    def _resume(self, optimizer: MasterAdamW, asker: Asker) -> None:
+    def _resume(self, optimizer: MasterAdamW, asker: Asker, reference: Reference | None) -> None:
         found = find_checkpoint(self.folder.checkpoints)
         self.ranks.wait()
         if found is not None:
             for line in found.damaged:
                 self.display.note(line)
-            load_checkpoint(found.path, self.policy, optimizer)
+            load_checkpoint(found.path, self.policy, optimizer, None if reference is None else reference.policy)
             asker.load_state(read_data_state(found.path))
-            self.step = found.step
+            self.step, self.skipped = found.step, int(found.state.get("skipped") or 0)
+            if (coefficient := found.state.get("entropy_coef")) is not None:
+                self.entropy = EntropyState(coefficient=coefficient, entropy=found.state.get("entropy"))
         if self.ranks.is_main:
             self.folder.forget_after(self.step)
 
-    def _advantages(self, group: Group) -> list[float]:
-        return group_advantages([result.reward for result in group.results], self.config.scale_rewards)
+    def _advantages(self, groups: Sequence[Group], reference: Reference | None) -> list[list[float]]:
+        """Of this rank's groups, from the rewards of all ranks."""
+        config, ranks = self.config, self.ranks
+        rewards = ranks.gather(penalised_rewards(groups, config, policy=self.policy, reference=reference))
+        parts = ranks.gather([[result.breakdown for result in group.results] for group in groups])
+        before = sum(ranks.gather([len(groups)])[: ranks.rank])
+        advantages = step_advantages(rewards, config, parts=parts, weights=self.grader.weights)
+        return advantages[before : before + len(groups)]
 
     def _update(
         self,
         groups: Sequence[Group],
         advantages: Sequence[Sequence[float]],
+        first: int,
         optimizer: MasterAdamW,
-        reference: Policy | None,
+        reference: Reference | None,
     ) -> tuple[UpdateStats, float]:
         config, started = self.config, perf_counter()
-        rows = make_rows(groups, advantages, mask_truncated=config.mask_truncated_completions, version=self.step)
+        rows = make_rows(
+            groups,
+            advantages,
+            mask_truncated=config.mask_truncated_completions,
+            first_problem=first,
+            version=self.step,
+        )
         stats = update(
             self.policy,
             optimizer,
-            make_batches(rows, config.max_tokens_per_micro_batch, self.ranks.device),
-            num_tokens=int(self.ranks.sum_number(count_learned_tokens(rows))),
+            make_minibatches(rows, config.num_minibatches, config.max_tokens_per_micro_batch, self.ranks),
             learning_rate=self._learning_rate(),
             config=config,
             ranks=self.ranks,
-            reference=reference,
+            reference=reference if config.kl_in == "loss" else None,
+            entropy_coef=applied_coefficient(self.entropy, config),
+            on_fault=self._keep_fault,
         )
-        if stats.is_skipped:
-            self.display.note(f"step {self.step + 1}: the gradient is not finite; the update was skipped")
+        self.skipped += stats.num_skipped
+        self.entropy = adapted(self.entropy, stats.entropy_kept, config)
+        if reference is not None and config.sync_ref_model and (self.step + 1) % config.ref_model_sync_steps == 0:
+            reference.follow(self.policy, config.ref_model_mixup_alpha)
         return stats, perf_counter() - started
+
+    def _keep_fault(self, step: Step) -> None:
+        """Say that an update was skipped, and keep what it would take to do it again."""
+        name = f"step {self.step + 1}: loss or gradient is not finite; the update was skipped"
+        file = self.folder.skipped / f"step_{self.step + 1:06d}_rank{self.ranks.rank}.pt"
+        try:
+            save_fault(file, policy=self.policy, step=step, config=self.config, number=self.step + 1)
+            self.display.note(f"{name}; grpo replay {file} says why")
+        except OSError as error:
+            self.display.note(f"{name}; {file} was not written ({error})")
 
     def _learning_rate(self) -> float:
         config = self.config
@@ -183,6 +237,8 @@ class Trainer:
             **rollouts,
             **asked.metrics,
             **update_metrics(stats),
+            "entropy_coef": applied_coefficient(self.entropy, self.config),
+            "update/skipped_total": self.skipped,
             "learning_rate": self._learning_rate(),
             "step_time": elapsed,
             "time/sample": asked.sample_s,
@@ -191,6 +247,8 @@ class Trainer:
             "num_tokens": tokens,
             "tokens_per_second": tokens / elapsed,
         }
+        if self.policy.device.type == "cuda":
+            metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated(self.policy.device) / 2**30
         if self.ranks.is_main:
             self.folder.add_metrics(metrics)
         self.display.advance(metrics)

@@ -10,9 +10,20 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from grpo.support import Support
 from policy import PackedRows
 from rewards import Problem, RewardResult
 from rollouts import Completion
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """Where a row comes from."""
+
+    problem: int
+    """Index among the problems of the step, over all ranks."""
+    completion: int
+    """Index within the problem's group."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,12 +74,24 @@ class Batch:
     """int64."""
     rows: PackedRows
     """Where each row lies."""
+    origins: tuple[Origin, ...]
+    """Which completion each row is, [B]."""
     completion_mask_N: Tensor
     """True at the tokens that are learned from."""
     rollout_logprobs_N: Tensor
     """Nats, fp32, as recorded by the sampler; 0 outside completions."""
     advantages_N: Tensor
     """fp32; each row's advantage at its completion's tokens, 0 elsewhere."""
+    prompt_tokens_B: Tensor
+    """int64; learned tokens of all completions of the row's problem."""
+    old_logprobs_N: Tensor | None = None
+    """Nats, fp32, of the policy before its first step on these rows; None: those of the policy in hand."""
+    ref_logprobs_N: Tensor | None = None
+    """Nats, fp32, of the reference; None where the loss has no KL penalty."""
+    support: Support | None = None
+    """What the sampler could draw; None: the whole vocabulary, or what the policy in hand says."""
+    certain_N: Tensor | None = None
+    """True at tokens whose entropy is below the threshold, which keep no policy gradient; None: nowhere."""
     stale_N: Tensor | None = None
     """True at the tokens that an earlier version of the policy sampled, whose old log-probabilities are the recorded
     ones; None: nowhere."""

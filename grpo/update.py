@@ -1,166 +1,263 @@
-"""One optimizer step over a batch of graded completions: micro-batched loss and gradient, summed over ranks, one step.
+"""The optimizer steps over a batch of graded completions: micro-batched loss and gradient, summed over ranks, one step.
 
-Shapes: N packed tokens, M mixture-of-experts layers, E experts, K experts per token.
+Shapes: N packed tokens, X ratios between trainer and sampler.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from grpo.auxiliary import Auxiliary, AuxiliaryStats
+from grpo.batch import Minibatch
 from grpo.config import Config
 from grpo.distributed import Ranks
-from grpo.loss import clipped_loss
+from grpo.entropy import entropy_threshold
+from grpo.importance import effective_sample_size
+from grpo.loss import LossTerms, batch_loss
 from grpo.optimizer import MasterAdamW
+from grpo.reference import Reference
+from grpo.scoring import drawn_with, score
+from grpo.support import is_truncated
 from grpo.types import Batch
 from policy import Policy
-from policy.logprobs import token_logprobs
-from policy.moe import count_experts
+from policy.logprobs import TokenLogprobs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UpdateStats:
-    """Means over the completion tokens of all ranks, of the last optimizer step on the batch."""
+    """Means over the completion tokens of all ranks, in the last pass over the batch."""
 
     loss: float
+    """Mean over the optimizer steps of the pass."""
     kl: float
     entropy: float
     """Nats per token."""
-    clipped: float
-    """Share of tokens."""
+    entropy_kept: float
+    """Nats per token that is uncertain enough to be learned from."""
+    clipped_low: float
+    """Share of tokens whose ratio was held because it is too small."""
+    clipped_high: float
+    """Share of tokens whose ratio was held because it is too large."""
+    dropped: float
+    """Share of tokens in rows that off-policy sequence masking dropped."""
     logp_difference_mean: float
     """Mean |sampler's - trainer's log-probability|, nats, before the first step."""
     logp_difference_max: float
+    sampler_ratio_mean: float
+    """pi_old / sampler, of tokens or of completions as `importance_sampling_correction` says."""
+    sampler_ratio_min: float
+    sampler_ratio_max: float
+    effective_sample_size: float
+    """Of these ratios, as a share of their number."""
     grad_norm: float
-    """Before clipping."""
-    is_skipped: bool
-    """Whether the gradient was not finite and the step was not taken."""
-    load_ME: list[list[float]]
-    """Share of token-expert pairs on each expert of each mixture-of-experts layer."""
+    """Before clipping; the largest of the pass."""
+    num_skipped: int
+    """Optimizer steps that were not taken because loss or gradient was not finite."""
+    auxiliary: AuxiliaryStats
+    """Of the MTP modules and the routers, in the last step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One optimizer step with all that its loss depends on but the policy."""
+
+    minibatch: Minibatch
+    num_kept: int
+    """Tokens of all ranks that are uncertain enough to be learned from."""
+    entropy_coef: float
+    """Weight of the entropy bonus."""
 
 
 def update(
     policy: Policy,
     optimizer: MasterAdamW,
-    batches: Sequence[Batch],
+    minibatches: Sequence[Minibatch],
     *,
-    num_tokens: int,
     learning_rate: float,
     config: Config,
     ranks: Ranks,
-    reference: Policy | None = None,
+    reference: Reference | None = None,
+    entropy_coef: float = 0.0,
+    on_fault: Callable[[Step], None] | None = None,
 ) -> UpdateStats:
-    """`num_iterations` optimizer steps; `num_tokens` is the number of learned tokens of all ranks.
+    """`num_iterations` passes over the minibatches, an optimizer step each.
 
-    The old policy of the ratio is the one at the start of the batch: with one iteration that is the current one,
-    and with
-    more its log-probabilities are computed once beforehand (the sampler's would be biased by truncated sampling). For
-    completions of an earlier version it is that version, by the log-probabilities recorded then.
+    The old policy of the ratio is the one at the start: with one step that is the current one, with more its
+    log-probabilities are computed once beforehand (the sampler's would mix in how sampler and trainer differ).
+    A step whose loss or gradient is not finite on any rank is not taken on any; `on_fault` sees it, the weights as they
+    were.
     """
-    olds: list[Tensor | None] = [None] * len(batches)
-    if config.num_iterations > 1:
-        olds = [_frozen_logprobs(policy, batch, config.temperature) for batch in batches]
-    references = [None if reference is None else _frozen_logprobs(reference, b, config.temperature) for b in batches]
-    first: _Sums | None = None
+    steps = prepare(policy, minibatches, config, ranks, reference, entropy_coef)
+    grad_norm, num_skipped = 0.0, 0
     for _ in range(config.num_iterations):
-        sums = _Sums(policy)
-        for batch, old_N, ref_N in zip(batches, olds, references, strict=True):
-            sums.add(_backward(policy, batch, old_N, ref_N, num_tokens, config), batch)
-            optimizer.gather_gradients()
-        ranks.sum_(optimizer.gather_gradients())
-        grad_norm = optimizer.step(learning_rate, config.max_grad_norm)
-        first = first or sums
-    assert first is not None
-    sums.reduce(ranks)
-    if first is not sums:
-        first.reduce(ranks)
-    count = max(1, num_tokens)
-    load_ME = sums.load_ME.float()
-    return UpdateStats(
-        loss=float(sums.loss) / count,
-        kl=float(sums.kl) / count,
-        entropy=float(sums.entropy) / count,
-        clipped=float(sums.clipped) / count,
-        logp_difference_mean=float(first.difference) / count,
-        logp_difference_max=float(first.difference_max),
-        grad_norm=grad_norm,
-        is_skipped=not torch.tensor(grad_norm).isfinite().item(),
-        load_ME=(load_ME / load_ME.sum(dim=-1, keepdim=True).clamp(min=1)).tolist(),
+        sums, norms = _Sums(policy), list[float]()
+        for step in steps:
+            loss = torch.zeros((), dtype=torch.float64, device=policy.device)
+            auxiliary = Auxiliary(
+                policy, step.minibatch.batches, num_tokens=step.minibatch.counts.tokens, config=config, ranks=ranks
+            )
+            for batch in step.minibatch.batches:
+                loss += backward(policy, batch, step, config, sums, auxiliary).loss.detach()
+                optimizer.gather_gradients()
+            ranks.sum_([*optimizer.gather_gradients(), loss])
+            if loss.isfinite():
+                norms.append(optimizer.step(learning_rate, config.max_grad_norm))
+            else:
+                optimizer.inner.zero_grad(set_to_none=True)
+                norms.append(math.nan)
+            auxiliary_stats = auxiliary.finish(is_skipped=not math.isfinite(norms[-1]))
+            if not math.isfinite(norms[-1]):
+                num_skipped += 1
+                if on_fault is not None:
+                    on_fault(step)
+        grad_norm = next((norm for norm in norms if not math.isfinite(norm)), max(norms))
+    return sums.mean(steps, ranks, grad_norm=grad_norm, num_skipped=num_skipped, auxiliary=auxiliary_stats)
+
+
+def prepare(
+    policy: Policy,
+    minibatches: Sequence[Minibatch],
+    config: Config,
+    ranks: Ranks,
+    reference: Reference | None = None,
+    entropy_coef: float = 0.0,
+) -> list[Step]:
+    """Passes without a gradient: what the loss needs of the policy before its first step, and of the reference."""
+    params = drawn_with(config)
+    is_masked = config.top_entropy_quantile < 1
+    needs_a_pass = config.takes_several_steps or is_masked or (reference is not None and is_truncated(params))
+    steps = []
+    for minibatch in minibatches:
+        batches, entropies = list[Batch](), list[Tensor]()
+        for given in minibatch.batches:
+            batch = given
+            if needs_a_pass:
+                with torch.no_grad():
+                    batch, values = score(policy, batch, params)
+                entropies.append(values.entropy_N)
+                if config.takes_several_steps:
+                    batch = replace(batch, old_logprobs_N=values.logprobs_N)
+            if reference is not None:
+                batch = replace(batch, ref_logprobs_N=reference.score(batch, params).logprobs_N)
+            batches.append(batch)
+        num_kept = minibatch.counts.tokens
+        if is_masked:
+            learned = [e[batch.completion_mask_N] for e, batch in zip(entropies, batches, strict=True)]
+            threshold = entropy_threshold(learned, config.top_entropy_quantile, ranks)
+            batches = [replace(batch, certain_N=e < threshold) for e, batch in zip(entropies, batches, strict=True)]
+            num_kept = int(ranks.sum_number(sum(int((e >= threshold).sum()) for e in learned)))
+        steps.append(
+            Step(
+                minibatch=Minibatch(batches=batches, counts=minibatch.counts),
+                num_kept=num_kept,
+                entropy_coef=entropy_coef,
+            )
+        )
+    return steps
+
+
+def backward(
+    policy: Policy,
+    batch: Batch,
+    step: Step,
+    config: Config,
+    sums: _Sums | None = None,
+    auxiliary: Auxiliary | None = None,
+) -> LossTerms:
+    """Add one micro-batch's share of the gradient, and its numbers to `sums` and `auxiliary`."""
+    watch = None if auxiliary is None else auxiliary.watch(batch)
+    batch, values = score(policy, batch, drawn_with(config), watch)
+    terms = batch_loss(
+        values.logprobs_N,
+        values.entropy_N,
+        batch,
+        config,
+        step.minibatch.counts,
+        max_completion_length=config.max_completion_length,
+        entropy_coef=step.entropy_coef,
+        num_kept=step.num_kept,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    loss: Tensor
-    kl: Tensor
-    entropy: Tensor
-    clipped: Tensor
-    difference_N: Tensor
-    experts_MNK: Tensor | None
-
-
-def _backward(
-    policy: Policy, batch: Batch, old_N: Tensor | None, ref_N: Tensor | None, num_tokens: int, config: Config
-) -> _Step:
-    """Add one micro-batch's share of the gradient."""
-    mask_N = batch.completion_mask_N
-    result = token_logprobs(policy, batch.token_ids_N, batch.rows, mask_N, temperature=config.temperature)
-    current_N = result.logprobs_N
-    old_N = current_N.detach() if old_N is None else old_N
-    if batch.stale_N is not None:
-        old_N = torch.where(batch.stale_N, batch.rollout_logprobs_N, old_N)
-    terms = clipped_loss(
-        current_N,
-        old_N,
-        batch.advantages_N,
-        mask_N,
-        epsilon=config.epsilon,
-        epsilon_high=config.epsilon_high,
-        ref_logprobs_N=ref_N,
-        beta=config.beta,
-    )
-    loss = terms.loss_N.sum()
-    (loss / num_tokens).backward()
-    return _Step(
-        loss=loss.detach(),
-        kl=terms.kl_N.sum(),
-        entropy=result.entropy_N.sum(),
-        clipped=terms.clipped_N.sum(),
-        difference_N=torch.where(mask_N, current_N.detach() - batch.rollout_logprobs_N, 0.0).abs(),
-        experts_MNK=result.output.experts_MNK,
-    )
-
-
-@torch.no_grad()
-def _frozen_logprobs(policy: Policy, batch: Batch, temperature: float) -> Tensor:
-    wanted_N = batch.completion_mask_N
-    return token_logprobs(policy, batch.token_ids_N, batch.rows, wanted_N, temperature=temperature).logprobs_N
+    loss = terms.loss
+    if auxiliary is not None and watch is not None:
+        loss = loss + auxiliary.loss(batch, values.output, watch)
+    loss.backward()
+    if sums is not None:
+        sums.add(terms, values, batch)
+    return terms
 
 
 class _Sums:
     """Running sums over micro-batches, then over ranks."""
 
     def __init__(self, policy: Policy) -> None:
-        zero = torch.zeros((), dtype=torch.float64, device=policy.device)
-        self.loss, self.kl, self.entropy, self.clipped, self.difference = (zero.clone() for _ in range(5))
-        self.difference_max = zero.clone()
-        shape = (policy.config.num_moe_layers, policy.config.n_routed_experts)
-        self.load_ME = torch.zeros(shape, dtype=torch.float64, device=policy.device)
+        self._zero = torch.zeros((), dtype=torch.float64, device=policy.device)
+        self.totals: dict[str, Tensor] = {}
+        self.difference_max, self.ratio_max, self.ratio_min_negated = 0.0, -math.inf, -math.inf
 
-    def add(self, step: _Step, batch: Batch) -> None:
-        self.loss += step.loss
-        self.kl += step.kl
-        self.entropy += step.entropy
-        self.clipped += step.clipped
-        self.difference += step.difference_N.sum()
-        self.difference_max = torch.maximum(self.difference_max, step.difference_N.max().double())
-        if step.experts_MNK is not None:
-            for layer, experts_NK in enumerate(step.experts_MNK):
-                self.load_ME[layer] += count_experts(experts_NK, self.load_ME.shape[1])
+    def add(self, terms: LossTerms, values: TokenLogprobs, batch: Batch) -> None:
+        mask_N, entropy_N, ratio_X = batch.completion_mask_N, values.entropy_N.detach(), terms.sampler_ratio_X
+        old_N = values.logprobs_N.detach() if batch.old_logprobs_N is None else batch.old_logprobs_N
+        difference_N = torch.where(mask_N, old_N - batch.rollout_logprobs_N, 0.0).abs()
+        for name, number in (
+            ("loss", terms.loss.detach()),
+            ("kl", terms.kl_N.sum()),
+            ("entropy", entropy_N.sum()),
+            ("entropy_kept", torch.where(terms.kept_N, entropy_N, 0.0).sum()),
+            ("kept", terms.kept_N.sum()),
+            ("low", terms.low_N.sum()),
+            ("high", terms.high_N.sum()),
+            ("dropped", terms.is_dropped_N.sum()),
+            ("difference", difference_N.sum()),
+            ("ratio", ratio_X.sum()),
+            ("ratio_squared", ratio_X.square().sum()),
+            ("ratios", torch.tensor(len(ratio_X))),
+        ):
+            self.totals[name] = self.totals.get(name, self._zero) + number
+        self.difference_max = max(self.difference_max, float(difference_N.max()))
+        if len(ratio_X):
+            self.ratio_max = max(self.ratio_max, float(ratio_X.max()))
+            self.ratio_min_negated = max(self.ratio_min_negated, -float(ratio_X.min()))
 
-    def reduce(self, ranks: Ranks) -> None:
-        ranks.sum_([self.loss, self.kl, self.entropy, self.clipped, self.difference, self.load_ME])
-        self.difference_max.fill_(ranks.max_number(float(self.difference_max)))
+    def mean(
+        self,
+        steps: Sequence[Step],
+        ranks: Ranks,
+        *,
+        grad_norm: float,
+        num_skipped: int,
+        auxiliary: AuxiliaryStats,
+    ) -> UpdateStats:
+        """The means over all ranks."""
+        names = (
+            *("loss", "kl", "entropy", "entropy_kept", "kept", "low", "high", "dropped", "difference"),
+            *("ratio", "ratio_squared", "ratios"),
+        )
+        vector = torch.stack([self.totals.get(name, self._zero) for name in names])
+        ranks.sum_([vector])
+        total = dict(zip(names, vector.tolist(), strict=True))
+        count = max(1, sum(step.minibatch.counts.tokens for step in steps))
+        number = max(1.0, total["ratios"])
+        ratio_max, ratio_min = ranks.max_number(self.ratio_max), -ranks.max_number(self.ratio_min_negated)
+        return UpdateStats(
+            loss=total["loss"] / max(1, len(steps)),
+            kl=total["kl"] / count,
+            entropy=total["entropy"] / count,
+            entropy_kept=total["entropy_kept"] / max(1.0, total["kept"]),
+            clipped_low=total["low"] / count,
+            clipped_high=total["high"] / count,
+            dropped=total["dropped"] / count,
+            logp_difference_mean=total["difference"] / count,
+            logp_difference_max=ranks.max_number(self.difference_max),
+            sampler_ratio_mean=total["ratio"] / number if total["ratios"] else 1.0,
+            sampler_ratio_min=ratio_min if total["ratios"] else 1.0,
+            sampler_ratio_max=ratio_max if total["ratios"] else 1.0,
+            effective_sample_size=effective_sample_size(total["ratio"], total["ratio_squared"], int(total["ratios"])),
+            grad_norm=grad_norm,
+            num_skipped=num_skipped,
+            auxiliary=auxiliary,
+        )

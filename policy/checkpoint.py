@@ -1,16 +1,19 @@
-"""Policies to and from Hugging Face folders: `config.json`, `model.safetensors` (sharded or not), tokenizer files.
+"""Policies to and from Hugging Face folders: `config.json`, `model.safetensors` (sharded or not); from GGUF too.
 
-The table of names is one function, `checkpoint_tensors`: our stacked experts are a checkpoint's separate ones, and an
-MTP module's shared embedding and head stand in it a second time, as in DeepSeek-V3's own files. Nothing is unpickled.
+All families share the names, and the table of names is one function, `checkpoint_tensors`: our stacked experts are a
+checkpoint's separate ones, and an MTP module's shared embedding and head stand in it a second time, as in DeepSeek-V3's
+own files. Nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from policy.config import PolicyConfig, ShapeError
+from policy.gguf import GgufError, find_gguf, read_gguf
+from policy.lora import merged_parameters
 from policy.model import Policy, cast_weights
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -30,7 +35,8 @@ class CheckpointError(Exception):
 def save(policy: Policy, path: Path | str, *, dtype: torch.dtype | None = None) -> None:
     """Write `config.json` and `model.safetensors` into `path`, readable by transformers and vLLM as they are.
 
-    `dtype` converts the weights (by default they stay as they are); correction biases are always fp32.
+    `dtype` converts the weights (by default they stay as they are); correction biases are always fp32. Adapters are
+    merged into the weights that they adapt.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,15 +50,14 @@ def save(policy: Policy, path: Path | str, *, dtype: torch.dtype | None = None) 
 
 
 def load(path_or_id: Path | str, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Policy:
-    """The policy in a Hugging Face folder, or of a hub id.
+    """The policy in a Hugging Face folder, in a GGUF file (or a folder with nothing else), or of a hub id.
 
-    `dtype` None keeps the checkpoint's own. MTP modules that `config.json` counts but the files lack are left out,
-    since transformers drops them when it saves. Raises CheckpointError for a missing or damaged file, a missing tensor
-    or one of another shape; ShapeError for an architecture that is not supported.
+    `dtype` None keeps the checkpoint's own (fp32 for GGUF). MTP modules that `config.json` counts but the files lack
+    are left out, since transformers drops them when it saves. Raises CheckpointError for a missing or damaged file, for
+    a tensor that is missing, of another shape or has no place; ShapeError for an architecture that is not supported.
     """
     folder = resolve_folder(path_or_id)
-    config = load_config(folder)
-    stored = read_tensors(folder)
+    config, stored = _read_gguf(folder) or (load_config(folder), read_tensors(folder))
     with torch.device("meta"):
         policy = Policy(_without_absent_mtp(config, stored))
     policy.to_empty(device=device)
@@ -63,8 +68,14 @@ def load(path_or_id: Path | str, *, dtype: torch.dtype | None = None, device: st
 
 
 def restore(policy: Policy, stored: Mapping[str, Tensor], *, where: str) -> None:
-    """Copy a checkpoint's tensors into a policy of the same shape, in place."""
-    for name, ours in checkpoint_tensors(policy):
+    """Copy a checkpoint's tensors into a policy of the same shape without adapters, in place."""
+    places = dict(checkpoint_tensors(policy))
+    if homeless := {name for name in stored.keys() - places.keys() if _is_of_the_trunk(name, policy.config)}:
+        raise CheckpointError(
+            f"{where}: {CONFIG} leaves no place for {len(homeless)} tensors, such as {min(homeless)!r}; without them "
+            "this would be another model"
+        )
+    for name, ours in places.items():
         theirs = stored.get(name)
         if theirs is None and _is_second_copy(name, policy.config):
             continue
@@ -79,7 +90,9 @@ def restore(policy: Policy, stored: Mapping[str, Tensor], *, where: str) -> None
 
 
 def checkpoint_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the checkpoint by its Hugging Face name; each is a view of the policy's own memory."""
+    """Every tensor of the checkpoint by its Hugging Face name; each is a view of the policy's own memory, unless it is
+    merged with an adapter.
+    """
     config = policy.config
     yield "model.embed_tokens.weight", policy.embed_tokens.weight
     yield "model.norm.weight", policy.norm.weight
@@ -101,17 +114,12 @@ def checkpoint_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
 def load_config(folder: Path) -> PolicyConfig:
     """The shape in a folder's `config.json`."""
     try:
-        values = json.loads((folder / CONFIG).read_text())
+        values: dict[str, Any] = json.loads((folder / CONFIG).read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no {CONFIG}; a Hugging Face model folder is needed") from None
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{folder / CONFIG} is not valid JSON: {error}") from None
-    try:
-        return PolicyConfig.from_hf(values)
-    except ShapeError:
-        raise
-    except ValueError as error:
-        raise ShapeError(f"{folder / CONFIG}: {error}") from None
+    return _shape_of(values, where=folder / CONFIG)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -134,9 +142,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def resolve_folder(path_or_id: Path | str) -> Path:
-    """A local folder as it is; a hub id through the Hugging Face cache (downloaded where the hub can be reached)."""
+    """A local folder or GGUF file as it is; a hub id through the Hugging Face cache (downloaded where that can be)."""
     folder = Path(path_or_id)
-    if folder.is_dir():
+    if folder.is_dir() or find_gguf(folder):
         return folder
     text = os.fspath(path_or_id)
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
@@ -153,7 +161,7 @@ def resolve_folder(path_or_id: Path | str) -> Path:
 
 
 def _block_tensors(prefix: str, block: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in (*block.named_parameters(), *block.named_buffers()):
+    for name, tensor in (*merged_parameters(block), *block.named_buffers()):
         if name == "mlp.experts.gate_up_proj":
             for expert, gate_up in enumerate(tensor.detach()):
                 gate, up = gate_up.chunk(2, dim=0)
@@ -166,9 +174,36 @@ def _block_tensors(prefix: str, block: torch.nn.Module) -> Iterator[tuple[str, T
             yield prefix + name, tensor
 
 
+def _read_gguf(path: Path) -> tuple[PolicyConfig, dict[str, Tensor]] | None:
+    """Shape and tensors where `path` is or holds a GGUF file."""
+    try:
+        file = find_gguf(path)
+        if file is None:
+            return None
+        values, stored = read_gguf(file)
+    except GgufError as error:
+        raise CheckpointError(str(error)) from None
+    return _shape_of(values, where=file), stored
+
+
+def _shape_of(values: dict[str, Any], where: Path) -> PolicyConfig:
+    try:
+        return PolicyConfig.from_hf(values)
+    except ShapeError:
+        raise
+    except ValueError as error:
+        raise ShapeError(f"{where}: {error}") from None
+
+
 def _without_absent_mtp(config: PolicyConfig, stored: Mapping[str, Tensor]) -> PolicyConfig:
     first = f"model.layers.{config.num_hidden_layers}.eh_proj.weight"
     return config if first in stored else config.model_copy(update={"num_nextn_predict_layers": 0})
+
+
+def _is_of_the_trunk(name: str, config: PolicyConfig) -> bool:
+    """Whether a tensor belongs to one of the policy's layers and is no table that follows from the shape."""
+    found = re.match(r"model\.layers\.(\d+)\.", name)
+    return found is not None and int(found[1]) < config.num_hidden_layers and not name.endswith("rotary_emb.inv_freq")
 
 
 def _is_second_copy(name: str, config: PolicyConfig) -> bool:

@@ -120,6 +120,11 @@ class Grader:
                 self.close()
 
     @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each of the run's rewards by its name in the breakdown."""
+        return {self._labels[name]: weight for name, weight in zip(self._rewards, self._weights, strict=True)}
+
+    @property
     def restarts(self) -> int:
         """Workers that were killed or died, and were replaced."""
         return self._pool.restarts

@@ -21,6 +21,10 @@ from rollouts.scheduler import Admission, RunningBatch, Scheduler
 from rollouts.sequence import Prefill, Sequence
 from rollouts.types import Completion, FinishReason, SamplingError, SamplingParams
 
+DEFAULT_CACHE_GIB = 1.0
+FREE_SHARE = 0.4
+"""Of a GPU's free memory, what the cache may take: the update needs the rest."""
+
 
 class BuiltinEngine:
     """An `Engine` over a policy in this process."""
@@ -73,7 +77,7 @@ class BuiltinEngine:
                 self._start(admission, scheduler, runner, params)
                 self._retire(scheduler, params, done)
             if len(scheduler.running):
-                scheduler.make_room()
+                scheduler.make_room(self._steps, params.max_completion_length)
                 self._decode(scheduler, runner, params)
                 self._retire(scheduler, params, done)
         self.num_preemptions += scheduler.num_preemptions
@@ -97,26 +101,48 @@ class BuiltinEngine:
                 )
         per_sequence = -(-longest // config.block_size)
         block_bytes = shape.num_hidden_layers * config.block_size * shape.cache_width * self.policy.dtype.itemsize
-        allowed = int(config.cache_gib * 2**30) // block_bytes
+        cache_gib = self._cache_gib()
+        allowed = int(cache_gib * 2**30) // block_bytes
         if allowed < per_sequence + 1:
             raise SamplingError(
                 f"one sequence of {longest} tokens needs {(per_sequence + 1) * block_bytes / 2**30:.3g} GiB of cache, "
-                f"but engine.cache_gib is {config.cache_gib}; raise it or lower max_completion_length"
+                f"but engine.cache_gib is {cache_gib:.3g}; raise it or lower max_completion_length"
             )
         rows = min(config.max_num_seqs, len(groups) * num_generations)
         wanted = min(allowed, (rows + len(groups)) * (per_sequence + 1))
+        max_blocks = -(-(longest + self._steps - 1) // config.block_size)
         runner = self._runner
-        if runner is None or runner.cache.shape[1] < wanted or runner.cache.dtype != self.policy.dtype:
+        if runner is None or not runner.suits(wanted, max_blocks):
+            if self._is_gpu:  # some room to spare: another cache would mean other addresses, and graphs captured again
+                wanted, max_blocks = min(allowed, wanted * 5 // 4), 1 << (max_blocks - 1).bit_length()
             runner = self._runner = None  # the old cache goes before the new one comes
-            runner = self._runner = ModelRunner(self.policy, wanted, config.block_size)
+            runner = self._runner = ModelRunner(self.policy, wanted, config.block_size, max_blocks)
         scheduler = Scheduler(
-            BlockManager(runner.cache.shape[1], config.block_size),
-            RunningBatch(rows, per_sequence, params.max_completion_length),
+            BlockManager(runner.num_blocks, config.block_size),
+            RunningBatch(rows, runner.max_blocks, params.max_completion_length),
             max_num_seqs=rows,
             max_prefill_tokens=config.max_num_batched_tokens,
         )
         scheduler.waiting.extend(groups)
         return scheduler, runner
+
+    @property
+    def _is_gpu(self) -> bool:
+        return self.policy.device.type == "cuda"
+
+    @property
+    def _steps(self) -> int:
+        """Tokens decoded before the host looks at them; a CPU gains nothing by more than one."""
+        return self.config.run_ahead if self._is_gpu else 1
+
+    def _cache_gib(self) -> float:
+        """Most memory that the cache may take, GiB."""
+        if self.config.cache_gib is not None:
+            return self.config.cache_gib
+        if not self._is_gpu:
+            return DEFAULT_CACHE_GIB
+        held = 0 if self._runner is None else self._runner.cache.nbytes
+        return FREE_SHARE * (torch.cuda.mem_get_info(self.policy.device)[0] + held) / 2**30
 
     def _start(self, admission: Admission, scheduler: Scheduler, runner: ModelRunner, params: SamplingParams) -> None:
         """Prefill what is new and sample the first token of every sequence that starts."""
@@ -129,21 +155,29 @@ class BuiltinEngine:
             sources, targets = np.array(admission.copies, dtype=np.int64).T
             runner.copy_blocks(sources, targets)
         rows = np.array([row for row, _ in admission.starts])
-        logits_BV = torch.stack([prefill.logits_V for _, prefill in admission.starts if prefill.logits_V is not None])
-        self._sample(scheduler.running, rows, logits_BV, params)
+        place_of = {prefill: place for place, prefill in enumerate(dict.fromkeys(p for _, p in admission.starts))}
+        logits_RV = torch.stack([prefill.logits_V for prefill in place_of if prefill.logits_V is not None])
+        row_of_B = torch.tensor([place_of[prefill] for _, prefill in admission.starts], device=logits_RV.device)
+        running = scheduler.running
+        seeds_B, counters_B = (
+            torch.from_numpy(array).to(logits_RV.device)
+            for array in (running.seed[rows].view(np.int64), running.count[rows])
+        )
+        sampled = sample(logits_RV, seeds_B, counters_B, params, row_of_B)
+        # A sequence whose logits are not numbers gets the impossible token -1, by which `_retire` aborts it.
+        token_ids_B = torch.where(sampled.finite_B, sampled.token_ids_B, -1).cpu().numpy()
+        logprobs_B = sampled.logprobs_B.cpu().numpy()
+        most = params.max_completion_length
+        running.push_tokens(rows, token_ids_B[None], logprobs_B[None], params.stop_token_ids, most)
 
     def _decode(self, scheduler: Scheduler, runner: ModelRunner, params: SamplingParams) -> None:
-        """One more token for every running sequence."""
+        """Some more tokens for every running sequence."""
         running, size = scheduler.running, len(scheduler.running)
-        logits_BV = runner.decode(running.last_token[:size], running.length[:size], running.block_table[:size])
-        running.length[:size] += 1
-        self._sample(running, np.arange(size), logits_BV, params)
-
-    def _sample(self, running: RunningBatch, rows: np.ndarray, logits_BV: torch.Tensor, params: SamplingParams) -> None:
-        sampled = sample(logits_BV, running.seed[rows], running.count[rows], params)
-        # A sequence whose logits are not numbers gets the impossible token -1, by which `_retire` aborts it.
-        token_ids = torch.where(sampled.finite_B, sampled.token_ids_B, -1).cpu().numpy()
-        running.push_tokens(rows, token_ids, sampled.logprobs_B.cpu().numpy())
+        token_ids_SB, logprobs_SB = runner.decode(running, params, self._steps)
+        kept_B = running.push_tokens(
+            np.arange(size), token_ids_SB, logprobs_SB, params.stop_token_ids, params.max_completion_length
+        )
+        running.length[:size] += kept_B
 
     def _retire(self, scheduler: Scheduler, params: SamplingParams, done: dict[int, Completion]) -> None:
         """Take finished sequences out of the batch and make their completions."""

@@ -46,7 +46,10 @@ class EngineConfig(BaseModel):
     block_size: int = Field(default=16, ge=1, description="tokens of one cache block")
     max_num_seqs: int = Field(default=256, ge=1, description="sequences decoded at once")
     max_num_batched_tokens: int = Field(default=8192, ge=1, description="prompt tokens prefilled at once")
-    cache_gib: float = Field(default=1.0, gt=0, description="most memory of the cache, GiB; taken as needed")
+    cache_gib: float | None = Field(
+        default=None, gt=0, description="most memory of the cache, GiB, taken as needed; default: 1, on a GPU 40% of what is free"
+    )
+    run_ahead: int = Field(default=8, ge=1, description="tokens a GPU samples before the host looks at them")
 
 
 def make_engine(policy: Policy, config: EngineConfig) -> Engine:

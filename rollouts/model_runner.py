@@ -1,38 +1,62 @@
-"""Runs the policy over the cache: prompts in packed rows, then one token of every sequence at a time.
+"""Runs the policy over the cache: prompts in packed rows, then some tokens of every sequence at a time.
 
-Shapes: B sequences, N packed prompt tokens, V vocabulary, L cached positions.
+On a GPU a decoding step is a CUDA graph, captured once for each of a few batch sizes; sampled tokens stay on the device
+and feed the next step, and the host looks only every `run_ahead` steps.
+
+Shapes: B sequences, N packed prompt tokens, P prompts, R rows of a captured batch (B rounded up), S steps, V vocabulary,
+M blocks of the longest sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from policy import PackedRows, Policy
-from policy.attention import Absorbed, Expanded
+from policy.attention import Expanded
+from policy.paged_attention import Absorbed
+from rollouts.sampler import sample
+from rollouts.scheduler import RunningBatch
+from rollouts.types import SamplingParams
+
+CAPTURED_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+"""Batch sizes that graphs are captured for, as they come up; between them a batch is filled up with idle rows."""
 
 
 class ModelRunner:
-    """Owns the cache, [layers, blocks, block_size, width]; knows nothing of sampling or scheduling."""
+    """Owns the cache, [layers, blocks, block_size, width]; knows nothing of scheduling.
 
-    def __init__(self, policy: Policy, num_blocks: int, block_size: int) -> None:
-        self.policy, self.block_size = policy, block_size
+    The cache's last block belongs to nobody: idle rows, and steps run past a sequence's end, write there.
+    """
+
+    def __init__(self, policy: Policy, num_blocks: int, block_size: int, max_blocks: int) -> None:
+        self.policy, self.num_blocks, self.block_size = policy, num_blocks, block_size
+        self.max_blocks = max_blocks
+        """M, widest block table of a batch."""
         config = policy.config
         # Zeros, not empty memory: a masked position's weight is 0, and 0 times a stray NaN would still be NaN.
         self.cache = torch.zeros(
             config.num_hidden_layers,
-            num_blocks,
+            num_blocks + 1,
             block_size,
             config.cache_width,
             dtype=policy.dtype,
             device=policy.device,
         )
+        self._graphs: dict[int, _DecodeGraph] = {}
+        self._weights = _addresses(policy)
+
+    def suits(self, num_blocks: int, max_blocks: int) -> bool:
+        """Whether it can serve a batch that wants so many blocks, in tables of so many."""
+        is_wide_enough = self.num_blocks >= num_blocks and self.max_blocks >= max_blocks
+        return is_wide_enough and self.cache.dtype == self.policy.dtype and self.cache.device == self.policy.device
 
     def prefill(self, rows: Sequence[Sequence[int]], blocks: Sequence[np.ndarray]) -> Tensor:
-        """Write each row of tokens into its blocks; logits after each row's last token, [rows, V]."""
+        """Write each row of tokens into its blocks; logits after each row's last token, [P, V]."""
         packed = PackedRows.of([len(row) for row in rows], self.policy.device)
         token_ids_N = torch.tensor([token for row in rows for token in row], device=self.policy.device)
         slots = [self._slots(b, np.arange(len(row))) for row, b in zip(rows, blocks, strict=True)]
@@ -41,22 +65,26 @@ class ModelRunner:
         output = self.policy(token_ids_N, packed.position_ids_N, plan)
         return self.policy.project(output.hidden_NC.index_select(0, packed.last_N))
 
-    def decode(self, token_ids_B: np.ndarray, lengths_B: np.ndarray, block_table: np.ndarray) -> Tensor:
-        """Feed one token per sequence, at position `lengths_B`, and give the logits after it, [B, V].
+    def decode(self, running: RunningBatch, params: SamplingParams, steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """Feed each sequence its last token and sample the next, `steps` times: tokens and log-probabilities [S, B].
 
-        `block_table` [B, blocks] int64 must reach that position; entries beyond a sequence's own are any valid ids.
+        The sequences must hold blocks for as many tokens of these as they may keep. A token of -1 says that the logits
+        there were not all numbers; what follows it means nothing.
         """
-        device = self.policy.device
-        reach = int(lengths_B.max()) // self.block_size + 1
-        table_BL = torch.from_numpy(np.ascontiguousarray(block_table[:, :reach])).to(device)
-        own = np.take_along_axis(block_table, (lengths_B // self.block_size)[:, None], axis=1)[:, 0]
-        positions_B = torch.from_numpy(lengths_B).to(device)
-        beyond_BL = torch.arange(reach * self.block_size, device=device)[None] > positions_B[:, None]
-        bias_B1L = torch.zeros(beyond_BL.shape, device=device).masked_fill_(beyond_BL, float("-inf"))[:, None]
-        slot_B = torch.from_numpy(own * self.block_size + lengths_B % self.block_size).to(device)
-        plan = Absorbed(cache=self.cache, slot_B=slot_B, block_table_BL=table_BL, bias_B1L=bias_B1L)
-        output = self.policy(torch.from_numpy(token_ids_B).to(device), positions_B, plan)
-        return self.policy.project(output.hidden_NC)
+        size, device = len(running), self.policy.device
+        token_B, position_B, counter_B = (
+            torch.from_numpy(array[:size].copy()).to(device)
+            for array in (running.last_token, running.length, running.count)
+        )
+        seed_B = torch.from_numpy(running.seed[:size].view(np.int64)).to(device)
+        forward = self._forward_of(running, steps)
+        tokens, logprobs = [], []
+        for step in range(steps):
+            sampled = sample(forward(token_B, position_B + step), seed_B, counter_B + step, params)
+            token_B = sampled.token_ids_B
+            tokens.append(torch.where(sampled.finite_B, token_B, -1))
+            logprobs.append(sampled.logprobs_B)
+        return torch.stack(tokens).cpu().numpy(), torch.stack(logprobs).cpu().numpy()
 
     def copy_blocks(self, sources: np.ndarray, targets: np.ndarray) -> None:
         """Copy whole blocks, in every layer."""
@@ -66,3 +94,72 @@ class ModelRunner:
     def _slots(self, blocks: np.ndarray, positions: np.ndarray) -> np.ndarray:
         slots: np.ndarray = blocks[positions // self.block_size] * self.block_size + positions % self.block_size
         return slots
+
+    def _forward_of(self, running: RunningBatch, steps: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """From tokens and their positions, [B] each, to the logits after them, [B, V], for this many steps."""
+        size, is_gpu = len(running), self.policy.device.type == "cuda"
+        reach = (int(running.length[:size].max()) + steps - 1) // self.block_size + 1
+        assert reach <= self.max_blocks
+        width = self.max_blocks if is_gpu else reach
+        is_own = np.arange(width) < running.num_blocks[:size, None]
+        table_BM = torch.from_numpy(np.where(is_own, running.block_table[:size, :width], self.num_blocks))
+        if not is_gpu:
+            return lambda token_B, position_B: self._step(token_B, position_B, table_BM)
+        graph = self._graph(size)
+        graph.take(table_BM)
+        return graph.run
+
+    def _step(self, token_B: Tensor, position_B: Tensor, table_BM: Tensor) -> Tensor:
+        plan = Absorbed.at(self.cache, table_BM, position_B)
+        return self.policy.project(self.policy(token_B, position_B, plan).hidden_NC)
+
+    def _graph(self, size: int) -> _DecodeGraph:
+        """The graph of the next captured batch size; captured again when the policy's weights have moved."""
+        if (weights := _addresses(self.policy)) != self._weights:
+            self._graphs.clear()
+            self._weights = weights
+        rows = next((rows for rows in CAPTURED_ROWS if rows >= size), size)
+        if rows not in self._graphs:
+            pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
+            self._graphs[rows] = _DecodeGraph(self, rows, pool)
+        return self._graphs[rows]
+
+
+class _DecodeGraph:
+    """One decoding step of R rows, from token, position and block table to logits, at fixed addresses."""
+
+    def __init__(self, runner: ModelRunner, rows: int, pool: Any) -> None:
+        self.idle_block = runner.num_blocks
+        device = runner.policy.device
+        self.token_R = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.position_R = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.table_RM = torch.full((rows, runner.max_blocks), self.idle_block, dtype=torch.int64, device=device)
+        # Once outside, so that kernels are compiled and handles made before anything is captured.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            runner._step(self.token_R, self.position_R, self.table_RM)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.logits_RV = runner._step(self.token_R, self.position_R, self.table_RM)
+
+    def take(self, table_BM: Tensor) -> None:
+        """The block table for the steps to come; rows beyond it are idle."""
+        size = len(table_BM)
+        self.table_RM[:size].copy_(table_BM)
+        self.table_RM[size:] = self.idle_block
+        self.position_R[size:] = 0
+
+    def run(self, token_B: Tensor, position_B: Tensor) -> Tensor:
+        """Logits [B, V], valid until the next step of any graph."""
+        size = len(token_B)
+        self.token_R[:size].copy_(token_B)
+        self.position_R[:size].copy_(position_B)
+        self.graph.replay()
+        return self.logits_RV[:size]
+
+
+def _addresses(policy: Policy) -> tuple[int, ...]:
+    """Where the weights lie; a graph reads these addresses."""
+    return tuple(weight.data_ptr() for weight in policy.parameters())

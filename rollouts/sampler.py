@@ -3,7 +3,7 @@
 Randomness is counter-based: the number used for a token is a hash of the sequence's seed and the token's index, so a
 draw depends neither on the batch nor on what was drawn before.
 
-Shapes: B sequences, V vocabulary.
+Shapes: B sequences, R rows of logits, V vocabulary.
 """
 
 from __future__ import annotations
@@ -31,23 +31,60 @@ class Sampled:
     """False where the logits were not all numbers; the token there means nothing."""
 
 
-def sample(logits_BV: Tensor, seeds_B: np.ndarray, counters_B: np.ndarray, params: SamplingParams) -> Sampled:
-    """Draw one token per row by inverting the cumulative distribution at that row's own uniform number.
+def sample(
+    logits_RV: Tensor, seeds_B: Tensor, counters_B: Tensor, params: SamplingParams, row_of_B: Tensor | None = None
+) -> Sampled:
+    """Draw one token per sequence by inverting the cumulative distribution at its own uniform number.
 
-    `seeds_B` (uint64) names each row's stream and `counters_B` the token's index in it.
+    `seeds_B` (64 bits, held as int64) names each sequence's stream and `counters_B` the token's index in it.
+    `row_of_B` says whose logits a sequence draws from, where it is not its own row. Nothing waits for a GPU.
     """
+    if logits_RV.is_cuda:
+        return _sample_on_gpu(logits_RV, seeds_B, counters_B, params, row_of_B)
+    logits_BV = logits_RV if row_of_B is None else logits_RV.index_select(0, row_of_B)
     finite_B = logits_BV.isfinite().all(dim=-1)
     if params.temperature == 0:
         token_ids_B = logits_BV.argmax(dim=-1)
         return Sampled(token_ids_B=token_ids_B, logprobs_B=torch.zeros_like(logits_BV[:, 0]), finite_B=finite_B)
     log_all_BV = truncate(logits_BV / params.temperature, params).log_softmax(dim=-1)
     cumulative_BV = log_all_BV.double().exp().cumsum(dim=-1)
-    uniform_B = torch.from_numpy(uniforms(seeds_B, counters_B)).to(logits_BV.device)
+    uniform_B = torch.from_numpy(uniforms(seeds_B.numpy().view(np.uint64), counters_B.numpy()))
     # Scaled by the total, which rounding leaves a hair off 1, so that no draw falls beyond the last possible token.
     token_ids_B = torch.searchsorted(cumulative_BV, uniform_B[:, None] * cumulative_BV[:, -1:], right=True).squeeze(1)
     token_ids_B = token_ids_B.clamp_(max=logits_BV.shape[-1] - 1)
     logprobs_B = log_all_BV.gather(1, token_ids_B[:, None]).squeeze(1)
     return Sampled(token_ids_B=token_ids_B, logprobs_B=logprobs_B, finite_B=finite_B)
+
+
+def _sample_on_gpu(
+    logits_RV: Tensor, seeds_B: Tensor, counters_B: Tensor, params: SamplingParams, row_of_B: Tensor | None
+) -> Sampled:
+    from rollouts import sampling_kernels
+
+    inverse_temperature, is_greedy = 1.0, params.temperature == 0
+    fine_R = None
+    if is_greedy or not _truncates(params, logits_RV.shape[-1]):
+        inverse_temperature = 1.0 if is_greedy else 1.0 / params.temperature
+    else:
+        fine_R = logits_RV.isfinite().all(dim=-1)
+        logits_RV = truncate(logits_RV / params.temperature, params)
+    row_of_B = torch.arange(len(logits_RV), device=logits_RV.device) if row_of_B is None else row_of_B
+    token_ids_B, logprobs_B, finite_B = sampling_kernels.sample(
+        logits_RV,
+        row_of_B,
+        seeds_B,
+        counters_B,
+        inverse_temperature,
+        is_greedy=is_greedy,
+        is_truncated=fine_R is not None,
+    )
+    if fine_R is not None:
+        finite_B = finite_B & fine_R.index_select(0, row_of_B)
+    return Sampled(token_ids_B=token_ids_B, logprobs_B=logprobs_B, finite_B=finite_B)
+
+
+def _truncates(params: SamplingParams, vocabulary: int) -> bool:
+    return 0 < params.top_k < vocabulary or params.min_p > 0 or params.top_p < 1
 
 
 def truncate(logits_BV: Tensor, params: SamplingParams) -> Tensor:

@@ -9,6 +9,7 @@ Shapes: B running sequences.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,12 +54,25 @@ class RunningBatch:
         self.logprobs[row, : len(sequence.token_ids)] = sequence.logprobs
         return row
 
-    def push_tokens(self, rows: np.ndarray, token_ids: np.ndarray, logprobs: np.ndarray) -> None:
-        """Record one sampled token for each of these rows."""
-        self.token_ids[rows, self.count[rows]] = token_ids
-        self.logprobs[rows, self.count[rows]] = logprobs
-        self.last_token[rows] = token_ids
-        self.count[rows] += 1
+    def push_tokens(
+        self, rows: np.ndarray, token_ids_SB: np.ndarray, logprobs_SB: np.ndarray, stop_token_ids: SequenceOf[int], most: int
+    ) -> np.ndarray:
+        """Record the tokens sampled for these rows in S steps, up to each one's end; gives how many it kept, [B].
+
+        An end is a stop token, a fault (a token below 0), or having `most` tokens.
+        """
+        steps = len(token_ids_SB)
+        is_end_SB = np.isin(token_ids_SB, stop_token_ids) | (token_ids_SB < 0)
+        until_end_B = np.where(is_end_SB.any(axis=0), is_end_SB.argmax(axis=0) + 1, steps)
+        kept_B = np.minimum(until_end_B, most - self.count[rows])
+        for step in range(steps):
+            goes_on = kept_B > step
+            at = rows[goes_on], self.count[rows[goes_on]] + step
+            self.token_ids[at] = token_ids_SB[step, goes_on]
+            self.logprobs[at] = logprobs_SB[step, goes_on]
+        self.last_token[rows] = token_ids_SB[kept_B - 1, np.arange(len(rows))]
+        self.count[rows] += kept_B
+        return kept_B
 
     def keep(self, mask: np.ndarray) -> None:
         """Drop the rows where `mask` is false; the others close up, in order."""
@@ -113,20 +127,28 @@ class Scheduler:
             self.waiting.popleft()
         return admission
 
-    def make_room(self) -> None:
-        """Give every running sequence a block for its next token; where none is left, the newest steps back."""
+    def make_room(self, steps: int = 1, most: int | None = None) -> None:
+        """Give every running sequence blocks for its next `steps` tokens; where none is left, the newest steps back.
+
+        A sequence that will end for having `most` tokens gets none for what lies beyond.
+        """
+        running = self.running
         while True:
-            size = len(self.running)
-            room = self.running.num_blocks[:size] * self.blocks.block_size
-            needy = np.flatnonzero(self.running.length[:size] == room)
-            if len(needy) <= self.blocks.num_free:
+            size = len(running)
+            ahead = steps if most is None else np.minimum(steps, most - running.count[:size])
+            lacking = -(-(running.length[:size] + ahead) // self.blocks.block_size) - running.num_blocks[:size]
+            lacking = np.maximum(lacking, 0)
+            if lacking.sum() <= self.blocks.num_free:
                 break
             if not self._drop_idle_prefills():
                 assert size > 1
                 self._preempt(size - 1)
-        fresh = self.blocks.allocate(len(needy))
-        self.running.block_table[needy, self.running.num_blocks[needy]] = fresh
-        self.running.num_blocks[needy] += 1
+        fresh, taken = self.blocks.allocate(int(lacking.sum())), 0
+        for extra in range(int(lacking.max(initial=0))):
+            needy = np.flatnonzero(lacking > extra)
+            running.block_table[needy, running.num_blocks[needy]] = fresh[taken : taken + len(needy)]
+            running.num_blocks[needy] += 1
+            taken += len(needy)
 
     def retire(self, finished: np.ndarray) -> None:
         """Free the blocks of the rows where `finished` is true, and close up."""

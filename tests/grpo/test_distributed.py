@@ -13,15 +13,20 @@ from safetensors.torch import load_file
 from grpo.config import load_config
 from grpo.distributed import Ranks
 from grpo.pretrain import base_model
+from tests.grpo.all_choices import all_gradients
 from tests.grpo.test_trainer import STATEFUL, metrics_of, recipe  # noqa: F401
 
 CPU = Path(__file__).parents[2] / "recipes" / "accelerate" / "cpu.yaml"
 
 
 def launch(processes: int, *arguments: str) -> None:
+    launch_module(processes, "grpo", "train", *arguments)
+
+
+def launch_module(processes: int, *arguments: str) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CPU)]
     done = subprocess.run(
-        [*command, "--num_processes", str(processes), "-m", "grpo", "train", *arguments],
+        [*command, "--num_processes", str(processes), "-m", *arguments],
         capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -38,11 +43,23 @@ def test_a_share_of_a_list_is_contiguous_and_complete() -> None:
 
 
 @pytest.mark.multi
+def test_every_choice_has_the_gradient_of_one_rank_on_two(tmp_path: Path) -> None:
+    """Clipped after the sum: the norm is bounded, and one message carries what each step needs."""
+    launch_module(2, "tests.grpo.all_choices", str(tmp_path / "two.pt"))
+    two, one = torch.load(tmp_path / "two.pt", weights_only=True), all_gradients(Ranks(cpu=True))
+    assert two.keys() == one.keys()
+    for name, gradient in one.items():
+        assert torch.allclose(two[name], gradient, atol=1e-6), name
+
+
+@pytest.mark.multi
 @pytest.mark.parametrize("changes", [[], [*STATEFUL, "prompts_per_step=3"]], ids=["plain", "stateful"])
 def test_two_ranks_equal_one(changes: list[str], recipe: Path, tmp_path: Path) -> None:  # noqa: F811
     """Of three problems the first rank has one, and none where one is asked in the place of another."""
     base = base_model(load_config(recipe), Ranks(cpu=True), lambda metrics: None)
     settings = [str(recipe), f"output_dir={tmp_path}", f"model={base}", "max_steps=3", "save_steps=0", *changes]
+    # A bias moves by the sign of a load's distance from the mean, so that one token routed otherwise would show.
+    settings += ["router_aux_loss_coef=0.01", "router_z_loss_coef=0.001", "bias_update_rate=0"]
     for processes in (1, 2):
         launch(processes, *settings, f"name=ranks{processes}")
     one, two = tmp_path / "ranks1", tmp_path / "ranks2"

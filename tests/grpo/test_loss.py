@@ -1,101 +1,164 @@
-"""The loss against numbers worked by hand."""
+"""The loss put together: each choice counts where it should, by hand.
+
+Shapes: N packed tokens.
+"""
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from grpo.loss import clipped_loss, k3
+from grpo.aggregation import Counts
+from grpo.algorithm import AlgorithmConfig
+from grpo.loss import LossTerms, batch_loss
+from grpo.types import Batch, Origin
+from policy import PackedRows
 
-LOG = math.log
+MASK = torch.tensor([False, True, True, False, True])
+COUNTS = Counts(tokens=3, sequences=2, prompts=1)
 
 
-def loss_of(ratio: float, advantage: float, **changes: float) -> float:
-    terms = clipped_loss(
-        torch.tensor([LOG(ratio)]),
-        torch.tensor([0.0]),
-        torch.tensor([advantage]),
-        torch.tensor([True]),
-        **({"epsilon": 0.2} | changes),
+def make_batch(ratios: list[float], advantages: list[float], **changes: Any) -> tuple[Tensor, Batch]:
+    """Rows of two and one learned tokens, each after a prompt of one, with old log-probabilities of -1."""
+    logprobs = torch.zeros(5)
+    logprobs[MASK] = -1 + torch.tensor(ratios).log()
+    row_advantages = torch.tensor(advantages).repeat_interleave(torch.tensor([3, 2]))
+    batch = Batch(
+        token_ids_N=torch.zeros(5, dtype=torch.int64),
+        rows=PackedRows.of([3, 2]),
+        origins=(Origin(problem=0, completion=0), Origin(problem=0, completion=1)),
+        completion_mask_N=MASK,
+        rollout_logprobs_N=torch.where(MASK, -1.0, 0.0),
+        advantages_N=torch.where(MASK, row_advantages, 0.0),
+        prompt_tokens_B=torch.tensor([3, 3]),
+        old_logprobs_N=torch.where(MASK, -1.0, 0.0),
     )
-    return terms.loss_N.item()
+    return logprobs.requires_grad_(), replace(batch, **changes)
+
+
+def loss_of(logprobs: Tensor, batch: Batch, *, entropy: Tensor | None = None, **choices: Any) -> LossTerms:
+    more = {key: choices.pop(key) for key in ("num_kept",) if key in choices}
+    algorithm = AlgorithmConfig(**choices)
+    entropy_N = torch.zeros(5) if entropy is None else entropy
+    return batch_loss(
+        logprobs, entropy_N, batch, algorithm, COUNTS, max_completion_length=4,
+        entropy_coef=algorithm.entropy_coef, **more,
+    )  # fmt: skip
+
+
+def test_default_by_hand() -> None:
+    # ratios 1.1, 1.5 (clipped at 1.2) with A = 2 and 0.5 (clipped at 0.8) with A = -1, over 3 tokens
+    terms = loss_of(*make_batch([1.1, 1.5, 0.5], [2.0, -1.0]))
+    assert terms.loss.item() == pytest.approx((-2.2 - 2.4 + 0.8) / 3, rel=1e-5)
+    assert terms.per_token_N.sum().item() == pytest.approx(terms.loss.item())
+    assert terms.high_N[MASK].tolist() == [False, True, False]
+    assert terms.low_N[MASK].tolist() == [False, False, True]
 
 
 @pytest.mark.parametrize(
-    ("ratio", "advantage", "expected"),
+    ("aggregation", "expected"),
     [
-        (1.0, 2.0, -2.0),
-        (1.1, 2.0, -2.2),
-        (1.5, 2.0, -2.4),  # clipped at 1.2
-        (0.5, 2.0, -1.0),  # not clipped: moving up is wanted
-        (0.5, -2.0, 1.6),  # clipped at 0.8
-        (1.5, -2.0, 3.0),  # not clipped: moving down is wanted
+        ("sequences", ((-2.2 - 2.4) / 2 + 0.8) / 2),
+        ("prompts", (-2.2 - 2.4 + 0.8) / 3),
+        ("constant", (-2.2 - 2.4 + 0.8) / (2 * 4)),
+        ("sums", (-2.2 - 2.4 + 0.8) / 2),
     ],
 )
-def test_clipping_by_hand(ratio: float, advantage: float, expected: float) -> None:
-    assert loss_of(ratio, advantage) == pytest.approx(expected, rel=1e-6)
+def test_aggregations_by_hand(aggregation: str, expected: float) -> None:
+    terms = loss_of(*make_batch([1.1, 1.5, 0.5], [2.0, -1.0]), loss_aggregation=aggregation)
+    assert terms.loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_clip_higher_by_hand() -> None:
-    assert loss_of(1.5, 2.0, epsilon_high=0.28) == pytest.approx(-2.56, rel=1e-6)
-    assert loss_of(0.5, -2.0, epsilon_high=0.28) == pytest.approx(1.6, rel=1e-6)
-
-
-def test_gradient_at_the_old_policy_is_the_policy_gradient() -> None:
-    logprobs = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
-    advantages = torch.tensor([0.5, -1.5, 2.0])
-    clipped_loss(
-        logprobs, logprobs.detach(), advantages, torch.ones(3, dtype=torch.bool), epsilon=0.2
-    ).loss_N.sum().backward()
-    assert torch.allclose(logprobs.grad, -advantages)
-
-
-@pytest.mark.parametrize(("ratio", "advantage"), [(1.5, 1.0), (0.5, -1.0)])
-def test_clipped_tokens_have_no_gradient_and_are_counted(ratio: float, advantage: float) -> None:
-    logprobs = torch.tensor([LOG(ratio)], requires_grad=True)
-    terms = clipped_loss(
-        logprobs, torch.zeros(1), torch.tensor([advantage]), torch.ones(1, dtype=torch.bool), epsilon=0.2
+def test_gspo_by_hand() -> None:
+    # s = sqrt(1.1 * 1.5) = 1.2845 (clipped at 1.25) and 0.9
+    terms = loss_of(
+        *make_batch([1.1, 1.5, 0.9], [2.0, -1.0]),
+        importance_sampling_level="sequence",
+        epsilon=0.25,
+        loss_aggregation="sequences",
     )
-    terms.loss_N.sum().backward()
-    assert logprobs.grad.item() == 0
-    assert terms.clipped_N.tolist() == [True]
+    assert terms.loss.item() == pytest.approx((-2 * 1.25 + 0.9) / 2, rel=1e-5)
+    assert terms.high_N[MASK].tolist() == [True, True, False]
+
+
+def test_gmpo_by_hand() -> None:
+    # 1.5 held at e^0.2, 0.5 at e^-0.2: sqrt(1.1 * e^0.2) and e^-0.2
+    terms = loss_of(
+        *make_batch([1.1, 1.5, 0.5], [2.0, -1.0]),
+        importance_sampling_level="geometric_mean",
+        loss_aggregation="sequences",
+    )
+    expected = (-2 * math.sqrt(1.1 * math.exp(0.2)) + math.exp(-0.2)) / 2
+    assert terms.loss.item() == pytest.approx(expected, rel=1e-5)
+    assert (terms.high_N | terms.low_N)[MASK].tolist() == [False, True, True]
+
+
+def test_without_old_log_probabilities_the_policy_is_its_own_old_one() -> None:
+    logprobs, batch = make_batch([1.1, 1.5, 0.5], [2.0, -1.0], old_logprobs_N=None)
+    terms = loss_of(logprobs, batch)
+    assert terms.loss.item() == pytest.approx((-2 - 2 + 1) / 3, rel=1e-6)
+    (slope,) = torch.autograd.grad(terms.loss, logprobs)
+    assert slope[MASK].tolist() == pytest.approx([-2 / 3, -2 / 3, 1 / 3], rel=1e-6)
+
+
+def test_clipped_tokens_have_no_gradient() -> None:
+    logprobs, batch = make_batch([1.1, 1.5, 0.5], [2.0, -1.0])
+    (slope,) = torch.autograd.grad(loss_of(logprobs, batch).loss, logprobs)
+    assert slope.tolist() == pytest.approx([0, -2.2 / 3, 0, 0, 0], rel=1e-5)
+
+
+def test_kl_penalty_is_added_with_its_weight_and_ratio() -> None:
+    ref = torch.where(MASK, -1.4, 0.0)
+    logprobs, batch = make_batch([1.0, 1.0, 2.0], [0.0, 0.0], ref_logprobs_N=ref)
+    kl = [math.exp(-0.4) + 0.4 - 1] * 2 + [math.exp(-0.4 - math.log(2)) + 0.4 + math.log(2) - 1]
+    plain = loss_of(logprobs, batch, beta=0.3, use_bias_correction_kl=False)
+    assert plain.loss.item() == pytest.approx(0.3 * sum(kl) / 3, rel=1e-5)
+    corrected = loss_of(logprobs, batch, beta=0.3)
+    assert corrected.loss.item() == pytest.approx(0.3 * (kl[0] + kl[1] + 2 * kl[2]) / 3, rel=1e-5)
+    assert corrected.kl_N[MASK].tolist() == pytest.approx([kl[0], kl[1], 2 * kl[2]], rel=1e-5)
+
+
+def test_sampler_correction_weighs_the_policy_term_and_not_the_penalty() -> None:
+    rollout = torch.where(MASK, -1.0, 0.0)
+    rollout[1] = -1 - math.log(2)  # the trainer finds this token twice as likely
+    changes = {"rollout_logprobs_N": rollout, "ref_logprobs_N": torch.where(MASK, -1.4, 0.0)}
+    logprobs, batch = make_batch([1.0, 1.0, 1.0], [2.0, -1.0], **changes)
+    kl = math.exp(-0.4) + 0.4 - 1
+    terms = loss_of(logprobs, batch, importance_sampling_correction="token_truncate", beta=0.3)
+    assert terms.loss.item() == pytest.approx((-4 - 2 + 1 + 0.3 * 3 * kl) / 3, rel=1e-5)
+    assert terms.sampler_ratio_X.tolist() == pytest.approx([2, 1, 1], rel=1e-5)
+    terms = loss_of(logprobs, batch, importance_sampling_correction="sequence_mask", importance_sampling_clip_max=1.5)
+    assert terms.loss.item() == pytest.approx(1 / 3, rel=1e-5)
+
+
+def test_off_policy_rows_leave_the_policy_term_only() -> None:
+    rollout = torch.where(MASK, -1.0, 0.0)
+    rollout[4] = 0.0  # far likelier under the sampler
+    logprobs, batch = make_batch([1.0, 1.0, 1.0], [2.0, -1.0], rollout_logprobs_N=rollout)
+    terms = loss_of(logprobs, batch, off_policy_mask_threshold=0.5)
+    assert terms.loss.item() == pytest.approx((-2 - 2) / 3, rel=1e-5)
+    assert terms.is_dropped_N[MASK].tolist() == [False, False, True]
+
+
+def test_certain_tokens_leave_the_policy_term_and_the_bonus() -> None:
+    certain = torch.tensor([True, True, False, True, False])
+    logprobs, batch = make_batch([1.0, 1.0, 1.0], [2.0, -1.0], certain_N=certain)
+    entropy = torch.tensor([9.0, 0.1, 0.7, 9.0, 0.5], requires_grad=True)
+    terms = loss_of(logprobs, batch, entropy=entropy, entropy_coef=0.2, num_kept=2)
+    assert terms.loss.item() == pytest.approx((-2 + 1) / 3 - 0.2 * (0.7 + 0.5) / 2, rel=1e-5)
+    (slope,) = torch.autograd.grad(terms.loss, entropy)
+    assert slope.tolist() == pytest.approx([0, 0, -0.1, 0, -0.1])
 
 
 def test_outside_the_mask_nothing_counts_not_even_infinities() -> None:
-    logprobs = torch.tensor([-1.0, float("-inf")], requires_grad=True)
-    mask = torch.tensor([True, False])
-    terms = clipped_loss(
-        logprobs,
-        torch.tensor([-1.0, 0.0]),
-        torch.tensor([1.0, 5.0]),
-        mask,
-        epsilon=0.2,
-        ref_logprobs_N=torch.tensor([-1.5, 0.0]),
-        beta=0.1,
-    )
-    assert terms.loss_N[1] == 0
-    assert terms.kl_N[1] == 0
-    terms.loss_N.sum().backward()
-    assert logprobs.grad[0].isfinite()
-
-
-def test_k3_by_hand() -> None:
-    # d = log ref - log policy = ln 2: e^d - d - 1 = 1 - ln 2
-    assert k3(torch.tensor([-2.0]), torch.tensor([-2.0 + LOG(2)])).item() == pytest.approx(1 - LOG(2), rel=1e-6)
-
-
-def test_k3_is_never_negative_and_its_mean_is_the_divergence() -> None:
-    torch.manual_seed(0)
-    policy, reference = (torch.randn(50, dtype=torch.float64).log_softmax(0) for _ in range(2))
-    estimates = k3(policy, reference)
-    assert (estimates >= 0).all()
-    exact = (policy.exp() * (policy - reference)).sum()
-    assert (policy.exp() * estimates).sum().item() == pytest.approx(exact.item(), rel=1e-9)
-
-
-def test_kl_penalty_is_added_with_its_weight() -> None:
-    logprobs, ref = torch.tensor([-1.0]), torch.tensor([-1.4])
-    mask = torch.tensor([True])
-    plain = clipped_loss(logprobs, logprobs, torch.tensor([1.0]), mask, epsilon=0.2)
-    with_kl = clipped_loss(logprobs, logprobs, torch.tensor([1.0]), mask, epsilon=0.2, ref_logprobs_N=ref, beta=0.3)
-    assert (with_kl.loss_N - plain.loss_N).item() == pytest.approx(0.3 * k3(logprobs, ref).item(), rel=1e-5)
+    logprobs, batch = make_batch([1.0, 1.0, 1.0], [2.0, -1.0], ref_logprobs_N=torch.where(MASK, -1.2, 0.0))
+    with torch.no_grad():
+        logprobs[0] = float("-inf")
+    for clipping in ("ppo", "cispo", "sapo", "dppo_tv", "dppo_kl", "none"):
+        terms = loss_of(logprobs, batch, clipping=clipping, epsilon_high=5.0, beta=0.1)
+        (slope,) = torch.autograd.grad(terms.loss, logprobs)
+        assert terms.loss.isfinite()
+        assert slope[MASK].isfinite().all()

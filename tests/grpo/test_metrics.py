@@ -4,7 +4,9 @@ import math
 
 import pytest
 
+from grpo.auxiliary import AuxiliaryStats
 from grpo.metrics import Graded, graded, rollout_metrics, update_metrics
+from grpo.routers import RouterStats
 from grpo.types import Group
 from grpo.update import UpdateStats
 from rewards import Problem, RewardResult
@@ -35,17 +37,24 @@ def make_group(
     )
 
 
-def make_stats(load_ME: list[list[float]], *, is_skipped: bool = False) -> UpdateStats:
+def make_stats(routers: RouterStats | None, *, num_skipped: int = 0, mtp_loss: float | None = None) -> UpdateStats:
     return UpdateStats(
         loss=0.5,
         kl=0.01,
         entropy=1.5,
-        clipped=0.25,
+        entropy_kept=1.75,
+        clipped_low=0.1,
+        clipped_high=0.15,
+        dropped=0.05,
         logp_difference_mean=1e-6,
         logp_difference_max=1e-5,
+        sampler_ratio_mean=1.01,
+        sampler_ratio_min=0.5,
+        sampler_ratio_max=2.5,
+        effective_sample_size=0.9,
         grad_norm=2.0,
-        is_skipped=is_skipped,
-        load_ME=load_ME,
+        num_skipped=num_skipped,
+        auxiliary=AuxiliaryStats(mtp_loss=mtp_loss, routers=routers),
     )
 
 
@@ -95,20 +104,37 @@ def test_what_ranks_exchange_is_plain_data() -> None:
 
 
 def test_update_metrics_and_expert_load() -> None:
-    metrics = update_metrics(make_stats([[0.5, 0.25, 0.25, 0.0], [0.25] * 4]))
+    routers = RouterStats(load_ME=[[0.5, 0.25, 0.25, 0.0], [0.25] * 4], entropy_M=[0.5, 1.5], balance_M=None, z_M=None)
+    metrics = update_metrics(make_stats(routers))
     assert metrics["loss"] == 0.5
     assert metrics["kl"] == 0.01
     assert metrics["entropy"] == 1.5
-    assert metrics["clip_ratio/region_mean"] == 0.25
+    assert (metrics["clip_ratio/low_mean"], metrics["clip_ratio/high_mean"]) == (0.1, 0.15)
+    assert metrics["clip_ratio/region_mean"] == pytest.approx(0.25)
+    ratio = {kind: metrics[f"sampling/importance_sampling_ratio/{kind}"] for kind in ("mean", "min", "max")}
+    assert ratio == {"mean": 1.01, "min": 0.5, "max": 2.5}
+    assert metrics["sampling/effective_sample_size"] == 0.9
+    assert metrics["sampling/off_policy_masked"] == 0.05
     assert metrics["sampling/logp_difference_max"] == 1e-5
     assert metrics["grad_norm"] == 2.0
     assert metrics["update/skipped"] == 0
     assert metrics["moe/load"] == [[0.5, 0.25, 0.25, 0.0], [0.25] * 4]
     assert metrics["moe/max_load"] == 2.0
     assert metrics["moe/dead_experts"] == 1
+    assert metrics["moe/entropy"] == 1.0
+    assert metrics["moe/layers/max_load"] == [2.0, 1.0]
+    assert metrics["moe/layers/dead_experts"] == [1, 0]
+    assert metrics["moe/layers/entropy"] == [0.5, 1.5]
+    assert not {"moe/balance_loss", "moe/z_loss", "mtp/loss"} & metrics.keys()
+
+
+def test_auxiliary_losses_are_reported_where_they_are_in_use() -> None:
+    routers = RouterStats(load_ME=[[0.5, 0.5]] * 2, entropy_M=[0.5] * 2, balance_M=[1.0, 2.0], z_M=[3.0, 5.0])
+    metrics = update_metrics(make_stats(routers, mtp_loss=2.5))
+    assert (metrics["moe/balance_loss"], metrics["moe/z_loss"], metrics["mtp/loss"]) == (1.5, 4.0, 2.5)
 
 
 def test_a_dense_policy_has_no_expert_load() -> None:
-    metrics = update_metrics(make_stats([], is_skipped=True))
+    metrics = update_metrics(make_stats(None, num_skipped=1))
     assert metrics["update/skipped"] == 1
     assert not any(name.startswith("moe/") for name in metrics)

@@ -36,7 +36,16 @@ CHANGES = {
     "warmup_steps": 2,
     "max_tokens_per_micro_batch": 400,
     "num_iterations": 2,
+    "num_minibatches": 2,
     "beta": 0.01,
+    "sync_ref_model": True,
+    "ref_model_sync_steps": 2,
+    "use_adaptive_entropy": True,
+    "entropy_coef_delta": 0.01,
+    "entropy_target": 5.0,
+    "bias_update_rate": 0.001,
+    "router_aux_loss_coef": 0.001,
+    "mtp_weight": 0.1,
     "evaluation": {"num_problems": 10, "k": 2, "batch_size": 4},
     "save_steps": 2,
 }
@@ -243,7 +252,8 @@ def test_learning_raises_the_reward(recipe: Path) -> None:
     plugin = recipe.parent / "plugin.py"
     plugin.write_text("def short(problem, completion):\n    return 1 / (1 + len(completion.split()) / 10)\n")
     settings = [f"output_dir={recipe.parent}", "name=learns", f"rewards=['{plugin}:short']", "max_steps=40"]
-    more = ["save_steps=0", "num_iterations=1", "beta=0", "learning_rate=3e-3", "evaluation.num_problems=0"]
+    more = ["save_steps=0", "num_iterations=1", "num_minibatches=1", "learning_rate=3e-3", "evaluation.num_problems=0"]
+    more += ["beta=0", "sync_ref_model=false", "use_adaptive_entropy=false"]
     run(recipe, [*settings, *more], resume=False)
     rewards = [line["reward"] for line in metrics_of(recipe.parent / "learns")]
     assert sum(rewards[-10:]) / 10 > sum(rewards[:10]) / 10 + 0.1

@@ -10,10 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from rollouts.sampler import mix, sample, truncate, uniforms
+from rollouts.sampler import Sampled, mix, truncate, uniforms
+from rollouts.sampler import sample as sample_tensors
 from rollouts.types import SamplingParams
 
 MASK = 2**64 - 1
+
+
+def sample(logits_BV: Tensor, seeds: np.ndarray, counters: np.ndarray, params: SamplingParams) -> Sampled:
+    return sample_tensors(logits_BV, torch.from_numpy(seeds.view(np.int64)), torch.from_numpy(counters), params)
 
 
 def params_of(**changes: float) -> SamplingParams:
@@ -208,3 +213,12 @@ def test_rows_that_are_not_numbers_are_reported_and_spoil_no_other(bad: float, t
     assert sampled.finite_B.tolist() == [True, False, True]
     assert torch.equal(sampled.token_ids_B[[0, 2]], clean.token_ids_B[[0, 2]])
     assert 0 <= sampled.token_ids_B[1] < 10
+
+
+def test_sequences_may_draw_from_the_logits_of_another_row() -> None:
+    logits_RV = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
+    row_of_B, seeds, counters = torch.tensor([2, 0, 0, 1, 2]), torch.arange(5), torch.zeros(5, dtype=torch.int64)
+    shared = sample_tensors(logits_RV, seeds, counters, params_of(), row_of_B)
+    own = sample_tensors(logits_RV[row_of_B], seeds, counters, params_of())
+    assert torch.equal(shared.token_ids_B, own.token_ids_B)
+    assert torch.equal(shared.logprobs_B, own.logprobs_B)

@@ -26,9 +26,10 @@ class Simulation:
 
     def __init__(
         self, prompts: list[list[int]], wanted: list[int], *, group: int, num_blocks: int, block_size: int,
-        max_seqs: int, max_prefill: int,
+        max_seqs: int, max_prefill: int, steps: int = 1,
     ) -> None:  # fmt: skip
-        self.prompts, self.wanted, self.group = prompts, wanted, group
+        self.prompts, self.wanted, self.group, self.steps = prompts, wanted, group, steps
+        self.ends = [token_of(place, count - 1) for place, count in enumerate(wanted)]
         longest = max(map(len, prompts)) + max(wanted)
         per_sequence = -(-longest // block_size)
         assert num_blocks > per_sequence
@@ -75,12 +76,12 @@ class Simulation:
             assert prefill.token_ids == sequence.prompt + sequence.token_ids
             if not sequence.token_ids:
                 self.first_starts.append(sequence.place)
-        self.sample(np.array([row for row, _ in admission.starts], dtype=np.int64))
+        self.sample(np.array([row for row, _ in admission.starts], dtype=np.int64), 1)
         self.check_contents()
 
     def make_room(self) -> None:
         before = [sequence.place for sequence in self.running.sequences]
-        self.scheduler.make_room()
+        self.scheduler.make_room(self.steps, max(self.wanted))
         after = [sequence.place for sequence in self.running.sequences]
         assert after == before[: len(after)], "others than the newest stepped back"
         if len(after) < len(before):
@@ -89,20 +90,28 @@ class Simulation:
             assert queue[: len(before) - len(after)] == before[len(after) :], "the oldest must be the first to return"
 
     def decode(self) -> None:
+        """Some steps ahead of what the scheduler sees: what lies beyond a sequence's end has no place to go."""
         size = len(self.running)
         for row in range(size):
-            length = int(self.running.length[row])
-            assert length < self.running.num_blocks[row] * self.block_size
-            block = self.running.block_table[row, length // self.block_size]
-            self.cache[block, length % self.block_size] = self.running.last_token[row]
-        self.running.length[:size] += 1
+            place, length = self.running.sequences[row].place, int(self.running.length[row])
+            for step in range(self.steps):
+                if length + step >= self.running.num_blocks[row] * self.block_size:
+                    assert self.running.count[row] + step >= max(self.wanted), "no block for a token that may be kept"
+                    break
+                block = self.running.block_table[row, (length + step) // self.block_size]
+                token = token_of(place, int(self.running.count[row]) - 1 + step)
+                self.cache[block, (length + step) % self.block_size] = token
+        self.running.length[:size] += self.sample(np.arange(size), self.steps)
         self.check_contents()
-        self.sample(np.arange(size))
 
-    def sample(self, rows: np.ndarray) -> None:
+    def sample(self, rows: np.ndarray, steps: int) -> np.ndarray:
         places = [self.running.sequences[row].place for row in rows]
-        tokens = [token_of(p, int(c)) for p, c in zip(places, self.running.count[rows], strict=True)]
-        self.running.push_tokens(rows, np.array(tokens, dtype=np.int64), -np.array(tokens, dtype=np.float32))
+        counts = self.running.count[rows]
+        tokens = np.array(
+            [[token_of(p, int(c) + step) for p, c in zip(places, counts, strict=True)] for step in range(steps)],
+            dtype=np.int64,
+        ).reshape(steps, len(rows))
+        return self.running.push_tokens(rows, tokens, -tokens.astype(np.float32), self.ends, max(self.wanted))
 
     def retire(self) -> None:
         size = len(self.running)
@@ -143,7 +152,7 @@ class Simulation:
         assert self.first_starts == list(range(len(self.wanted))), "first come, first served"
 
 
-def draw_simulation(seed: int, *, spare: int) -> Simulation:
+def draw_simulation(seed: int, *, spare: int, steps: int) -> Simulation:
     """`spare` blocks more than the longest sequence needs."""
     rng = np.random.default_rng(seed)
     block_size, group, num_prompts = int(rng.integers(1, 6)), int(rng.integers(1, 6)), int(rng.integers(1, 6))
@@ -152,15 +161,16 @@ def draw_simulation(seed: int, *, spare: int) -> Simulation:
     needed = -(-(max(map(len, prompts)) + max(wanted)) // block_size)
     return Simulation(
         prompts, wanted, group=group, block_size=block_size, num_blocks=needed + spare,
-        max_seqs=int(rng.integers(1, 9)), max_prefill=int(rng.integers(1, 40)),
+        max_seqs=int(rng.integers(1, 9)), max_prefill=int(rng.integers(1, 40)), steps=steps,
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("spare", [1, 3, 10, 300])
-def test_every_sequence_finishes_with_its_own_tokens_and_no_block_is_lost(spare: int) -> None:
+def test_every_sequence_finishes_with_its_own_tokens_and_no_block_is_lost(spare: int, steps: int) -> None:
     stepped_back = 0
     for seed in range(60):
-        simulation = draw_simulation(seed, spare=spare)
+        simulation = draw_simulation(seed, spare=spare, steps=steps)
         simulation.run()
         simulation.check_end()
         assert simulation.scheduler.num_preemptions == sum(map(len, simulation.stepped_back))

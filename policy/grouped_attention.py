@@ -1,0 +1,56 @@
+"""Grouped-query attention (Ainslie et al., 2023): several query heads share one key-value head.
+
+A cache entry is the token's rotated keys, then its values, of all key-value heads.
+
+Shapes: N packed tokens, C model width, H query heads, G key-value heads, D head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from policy.attention import AttentionPlan, attend_in_rows, write_cache
+from policy.config import PolicyConfig
+from policy.paged_attention import Absorbed, CacheLayout, attend_over_cache
+from policy.rope import Rotation, attention_scale, rotate
+
+
+class GroupedQueryAttention(nn.Module):
+    """Attention of Llama and Qwen; parameter names follow transformers' `Qwen3Attention`."""
+
+    def __init__(self, config: PolicyConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        width, head, family = config.hidden_size, config.head_dim, config.family
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(width, config.num_attention_heads * head, bias=bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * head, bias=bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * head, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * head, width, bias=bias and family.has_output_bias)
+        self.q_norm = nn.RMSNorm(head, eps=config.rms_norm_eps) if family.has_qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(head, eps=config.rms_norm_eps) if family.has_qk_norm else nn.Identity()
+        self.scale = attention_scale(config)
+        groups = config.num_key_value_heads
+        self.layout = CacheLayout(groups=groups, key_width=head, value_start=groups * head, value_width=head)
+
+    def forward(self, x_NC: Tensor, rotation: Rotation, plan: AttentionPlan) -> Tensor:
+        """[N, C] to [N, C]; under `Absorbed`, N is one token of each sequence."""
+        head = self.config.head_dim
+        query_NHD = rotate(self.q_norm(self.q_proj(x_NC).unflatten(-1, (-1, head))), rotation)
+        key_NGD = rotate(self.k_norm(self.k_proj(x_NC).unflatten(-1, (-1, head))), rotation)
+        value_NGD = self.v_proj(x_NC).unflatten(-1, (-1, head))
+        if isinstance(plan, Absorbed):
+            write_cache(plan.cache[self.layer], plan.slot_B, _entries(key_NGD, value_NGD))
+            attended = attend_over_cache(query_NHD, self.layer, plan, self.layout, self.scale)
+        else:
+            if plan.cache is not None:
+                assert plan.slot_N is not None
+                write_cache(plan.cache[self.layer], plan.slot_N, _entries(key_NGD, value_NGD))
+            attended = attend_in_rows(query_NHD, key_NGD, value_NGD, plan.rows, self.scale)
+        out: Tensor = self.o_proj(attended.flatten(-2))
+        return out
+
+
+def _entries(key_NGD: Tensor, value_NGD: Tensor) -> Tensor:
+    return torch.cat((key_NGD.flatten(1), value_NGD.flatten(1)), dim=-1)

@@ -1,0 +1,86 @@
+"""Attention from one new token of each sequence over its cached positions.
+
+A cache entry is W numbers a token: for latent attention one key of W numbers, whose first R are also the value; for
+grouped-query attention the keys of all groups, then their values. Both are one formula over different columns.
+
+Shapes: B sequences, H query heads, G key-value heads, Q key width, V value width, W numbers of a cache entry, L cached
+positions, M blocks of the longest sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheLayout:
+    """Which columns of a cache entry are keys and which are values; group g's begin g times their width later."""
+
+    groups: int
+    """G."""
+    key_width: int
+    """Q; keys begin at column 0."""
+    value_start: int
+    """Column of the first value."""
+    value_width: int
+    """V."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Absorbed:
+    """Attend from one new token per sequence over its cached positions, the new one included.
+
+    The name is MLA's, which absorbs its up-projections here; grouped-query attention has nothing to absorb.
+    """
+
+    cache: Tensor
+    """[layers, blocks, block_size, W]."""
+    block_table_BM: Tensor
+    """Block ids in order, reaching every sequence's new token; entries beyond a sequence's own are any valid ids."""
+    slot_B: Tensor
+    """Flat cache position where each sequence's new token goes, block * block_size + offset."""
+    length_B: Tensor
+    """Cached positions of each sequence, the new one included."""
+    bias_B1L: Tensor | None
+    """[B, 1, L] fp32, 0 at a sequence's positions and -inf beyond; None on a GPU, whose kernel reads `length_B`."""
+
+    @classmethod
+    def at(cls, cache: Tensor, block_table_BM: Tensor, position_B: Tensor) -> Absorbed:
+        """The plan in which each sequence's new token stands at `position_B` (int64, 0 for the first)."""
+        size = cache.shape[2]
+        own_B = block_table_BM.gather(1, (position_B // size)[:, None]).squeeze(1)
+        bias_B1L = None
+        if cache.device.type != "cuda":
+            beyond_BL = torch.arange(block_table_BM.shape[1] * size)[None] > position_B[:, None]
+            bias_B1L = torch.zeros(beyond_BL.shape).masked_fill_(beyond_BL, float("-inf"))[:, None]
+        return cls(
+            cache=cache,
+            block_table_BM=block_table_BM,
+            slot_B=own_B * size + position_B % size,
+            length_B=position_B + 1,
+            bias_B1L=bias_B1L,
+        )
+
+
+def attend_over_cache(query_BHQ: Tensor, layer: int, plan: Absorbed, layout: CacheLayout, scale: float) -> Tensor:
+    """Softmax attention [B, H, V]; scores and softmax are in fp32."""
+    blocks = plan.cache[layer]
+    if plan.bias_B1L is None:
+        from policy import decode_kernels
+
+        return decode_kernels.attend(query_BHQ, blocks, plan.block_table_BM, plan.length_B, layout, scale)
+    cached_BLW = blocks.index_select(0, plan.block_table_BM.flatten()).view(len(query_BHQ), -1, blocks.shape[-1])
+    values_end = layout.value_start + layout.groups * layout.value_width
+    if layout.groups == 1:
+        scores_BHL = torch.bmm(query_BHQ, cached_BLW[..., : layout.key_width].transpose(1, 2))
+        weights_BHL = (scores_BHL.float() * scale + plan.bias_B1L).softmax(dim=-1).to(cached_BLW.dtype)
+        return torch.bmm(weights_BHL, cached_BLW[..., layout.value_start : values_end])
+    keys_BLGQ = cached_BLW[..., : layout.groups * layout.key_width].unflatten(-1, (layout.groups, -1))
+    values_BLGV = cached_BLW[..., layout.value_start : values_end].unflatten(-1, (layout.groups, -1))
+    scores_BGKL = query_BHQ.unflatten(1, (layout.groups, -1)) @ keys_BLGQ.permute(0, 2, 3, 1)
+    scores_BGKL = scores_BGKL.float() * scale + plan.bias_B1L[:, None]
+    weights_BGKL = scores_BGKL.softmax(dim=-1).to(cached_BLW.dtype)
+    return (weights_BGKL @ values_BLGV.permute(0, 2, 1, 3)).flatten(1, 2)

@@ -1,0 +1,57 @@
+"""One update under every choice, on as many ranks as started it; rank 0 writes the gradients to the file named.
+
+accelerate launch --num_processes 2 -m tests.grpo.all_choices gradients.pt
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from grpo.advantages import step_advantages
+from grpo.batch import make_minibatches, make_rows
+from grpo.distributed import Ranks
+from grpo.optimizer import MasterAdamW
+from grpo.update import update
+from tests.grpo.rollouts import make_groups, tiny_config
+from tests.grpo.test_update import CHOICES
+from tests.policies import tiny_policy
+
+MORE = [
+    {"scale_rewards": "whiten", "num_minibatches": 2},
+    {"scale_rewards": "batch", "loss_aggregation": "prompts", "num_minibatches": 2, "num_iterations": 2},
+    {"top_entropy_quantile": 0.4, "num_minibatches": 2, "entropy_coef": 0.1, "loss_aggregation": "sequences"},
+]
+
+
+def all_gradients(ranks: Ranks) -> dict[str, Tensor]:
+    """By choice and weight; the weights after the step where there are several."""
+    found = {}
+    for number, choices in enumerate([*CHOICES, *MORE]):
+        config = tiny_config(max_grad_norm=0.5, **choices)
+        policy = tiny_policy()
+        drawn = {key: choices[key] for key in ("temperature", "top_k", "top_p", "min_p") if key in choices}
+        first, groups = ranks.share(make_groups(policy, num_problems=3, length=8, **drawn))
+        rewards = ranks.gather([[result.reward for result in group.results] for group in groups])
+        advantages = step_advantages(rewards, config)[first : first + len(groups)]
+        rows = make_rows(groups, advantages, mask_truncated=False, first_problem=first)
+        optimizer = MasterAdamW(policy, betas=(0.0, 0.99), eps=1e-8, weight_decay=0.0)
+        minibatches = make_minibatches(rows, config.num_minibatches, 60, ranks)
+        update(
+            policy, optimizer, minibatches, learning_rate=1e-4, config=config, ranks=ranks,
+            entropy_coef=config.entropy_coef,
+        )  # fmt: skip
+        for name, master in optimizer.masters.items():
+            found[f"{number}.{name}"] = optimizer.inner.state[master]["exp_avg"].clone()
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    here = Ranks(cpu=True)
+    gradients = all_gradients(here)
+    if here.is_main:
+        torch.save(gradients, Path(sys.argv[1]))
+    here.wait()
+    here.close()
