@@ -59,7 +59,7 @@ class Asker:
         if self.replay is not None:
             self.replay.begin(step)
 
-        def ask(count: int) -> list[Answer]:
+        def ask_more(count: int) -> list[Answer]:
             questions = self.stream.take(count, step)
             rounds.append(self._collect(questions, step))
             return [
@@ -68,9 +68,9 @@ class Asker:
             ]
 
         if config.dynamic_sampling is None:
-            filled = Filled(trained=ask(config.prompts_per_step))
+            filled = Filled(trained=ask_more(config.prompts_per_step))
         else:
-            filled = fill_step(config.prompts_per_step, config.dynamic_sampling, self.pending, ask)
+            filled = fill_step(config.prompts_per_step, config.dynamic_sampling, self.pending, ask_more)
         self.pending = filled.pending
         return Asked(
             filled=filled,

@@ -14,7 +14,7 @@ def test_rises_are_as_many_as_asked_for_and_equal() -> None:
 
 
 def test_more_rises_than_steps_are_made_several_at_a_time() -> None:
-    schedule = LengthScheduleConfig(start=0 + 1, steps=2, rises=100)
+    schedule = LengthScheduleConfig(start=1, steps=2, rises=100)
     assert [completion_length_at(step, 101, schedule) for step in range(3)] == [1, 51, 101]
 
 
