@@ -185,6 +185,24 @@ def test_a_list_reward_of_the_wrong_count_ends_the_run_even_if_evaluation_cannot
         run(recipe, settings, resume=False)
 
 
+def test_a_run_of_adapters_moves_these_alone_and_recomputing_changes_nothing(recipe: Path) -> None:
+    shared = [f"output_dir={recipe.parent}", "lora={r: 4}", "bias_update_rate=0", "mtp_weight=0", "save_steps=1"]
+    run(recipe, [*shared, "name=adapters", "max_steps=2", "activation_recomputation=full"], resume=False)
+    run(recipe, [*shared, "name=adapters_again", "max_steps=1"], resume=False)
+    run(recipe, [*shared, "name=adapters_again", "max_steps=2"], resume=True)
+    ends = [recipe.parent / name / "checkpoints" / "step_000002" for name in ("adapters", "adapters_again")]
+    one, other = (load_file(end / "trainer.safetensors") for end in ends)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert all(name.endswith(("lora_A", "lora_B")) for name in one)
+    before = load_file(next((recipe.parent / "cache").glob("*/model.safetensors")))
+    after = load_file(ends[0] / "model.safetensors")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all(".self_attn." in name and name.endswith("_proj.weight") or "_mqa" in name for name in moved)
+    assert len(load_file(ends[0] / "adapter" / "adapter_model.safetensors")) == 2 * 2 * 4
+
+
 @pytest.mark.multi
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_run_resumes_as_if_it_had_not_been(processes: int, recipe: Path) -> None:

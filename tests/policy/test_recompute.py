@@ -4,6 +4,7 @@ Shapes: N packed tokens, M mixture-of-experts layers, K experts per token.
 """
 
 import weakref
+from dataclasses import dataclass
 from typing import get_args
 
 import pytest
@@ -14,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from policy import PackedRows, Policy
 from policy.attention import Expanded
 from policy.logprobs import token_logprobs
-from policy.recompute import Recomputation, forgetting, remade
+from policy.recompute import Recomputation, forgetting, remade, run_block
 from tests.policies import tiny_policy
 
 LENGTHS = (7, 1, 9)
@@ -116,6 +117,30 @@ def test_remade_is_a_plain_call_elsewhere() -> None:
     assert torch.equal(remade(torch.exp, x), x.exp())
     with forgetting(), torch.no_grad():
         assert torch.equal(remade(torch.exp, x), x.exp())
+
+
+def test_a_block_that_runs_again_gets_the_choice_of_its_first_run() -> None:
+    """A router that would choose otherwise each time, as rounding could make one."""
+
+    @dataclass
+    class Chosen:
+        experts_NK: Tensor
+
+    given: list[Tensor | None] = []
+    table_EC = torch.randn(5, 4)
+
+    def block(x_NC: Tensor, *, given_experts_NK: Tensor | None) -> tuple[Tensor, Chosen]:
+        given.append(given_experts_NK)
+        chosen_NK = torch.full((3, 1), len(given)) if given_experts_NK is None else given_experts_NK
+        return (x_NC * table_EC[chosen_NK[:, 0]]).sin(), Chosen(chosen_NK)
+
+    x_NC = torch.randn(3, 4, requires_grad=True)
+    out_NC, routed = run_block(block, x_NC, None, "full")
+    [gradient] = torch.autograd.grad(out_NC.sum(), x_NC)
+    assert given[0] is None
+    assert routed is not None
+    assert given[1] is routed.experts_NK
+    assert torch.equal(gradient, (x_NC * table_EC[1]).cos() * table_EC[1])
 
 
 def test_every_kind_of_recomputation_is_tried_here() -> None:
