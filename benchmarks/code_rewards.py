@@ -2,8 +2,10 @@
 
     python benchmarks/code_rewards.py [--json PATH] [--runs 400] [--endurance 20000]
 
-The overhead of a run is its wall time for a program that does nothing of note, alone on the machine. The peer is what
-most harnesses do: a fresh interpreter per program with resource limits, which confines nothing.
+A run is one call of `score_program`, start to end. The program's own time is what compiling and running the same source
+takes in a bare interpreter that is warm: forked, imports done, no jail, input and output in memory files; the fork and
+the exit are not counted. The overhead is the difference of the medians, alone on the machine. The peer is what most
+harnesses do: a fresh interpreter per program with resource limits, which confines nothing.
 """
 
 from __future__ import annotations
@@ -41,12 +43,15 @@ WORKLOADS = {
     "function, 10 cases": (ADD, FUNCTION),
     "assert, 2 processes": (ADD, ASSERT),
 }
+USES = {"function": "for n in range(10):\n    add(n, 4)\n", "assert": ASSERT["tests"]}
+"""What a program's own process does with it beside running it, by style."""
 
 
 def measure_level(level: str, runs: int) -> list[Row]:
     """Throughput of two threads and overhead of one, per workload, beside the peer's."""
     rows = []
     with Sandbox(level=level, minimum_level="D", workers=2) as sandbox:
+        assert sandbox.level == level
         for name, (program, problem) in WORKLOADS.items():
 
             def judge(program: str = program, problem: dict[str, Any] = problem) -> None:
@@ -55,14 +60,17 @@ def measure_level(level: str, runs: int) -> list[Row]:
 
             has_peer = problem is STDIO
             peer = (lambda program=program: run_fresh_interpreter(program)) if has_peer else None
-            ours_s, peer_s = overhead(judge, runs // 4), overhead(peer, runs // 16) if peer else None
+            ours_s, peer_s = median_s(judge, runs), median_s(peer, runs // 16) if peer else None
+            own_s = own_time_s(program + "\n" + USES.get(problem["style"], ""), runs)
             rate, peer_rate = throughput(judge, runs), throughput(peer, runs // 8) if peer else None
             rows.append(row(f"level {level}: {name}: p50 of one run", 1000 * ours_s, peer_s and 1000 * peer_s, "ms"))
+            rows.append(row(f"level {level}: {name}: p50 of the program's own time", 1000 * own_s, None, "ms"))
+            rows.append(row(f"level {level}: {name}: overhead", 1000 * (ours_s - own_s), None, "ms"))
             rows.append(row(f"level {level}: {name}: two threads", rate, peer_rate, "programs/s"))
     return rows
 
 
-def overhead(run: Callable[[], None], runs: int) -> float:
+def median_s(run: Callable[[], None], runs: int) -> float:
     """Median seconds of a run, one at a time."""
     run()
     seconds = []
@@ -71,6 +79,54 @@ def overhead(run: Callable[[], None], runs: int) -> float:
         run()
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
+
+
+def own_time_s(program: str, runs: int) -> float:
+    """Median seconds of compiling and running a program in forks of a warm interpreter without a jail."""
+    environment = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    answer = subprocess.run(
+        [sys.executable, "-c", _FORK_AND_TIME, str(runs)],
+        input=program,
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    )
+    return statistics.median(map(float, answer.stdout.split()))
+
+
+_FORK_AND_TIME = """
+import gc, os, sys, time
+import numpy
+
+def run(program, report):
+    descriptors = [os.memfd_create("input"), os.memfd_create("output")]
+    os.write(descriptors[0], b"3 4\\n")
+    os.lseek(descriptors[0], 0, os.SEEK_SET)
+    for number, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, number)
+    sys.stdin, sys.stdout = open(0), open(1, "w")
+    started = time.perf_counter()
+    exec(compile(program, "solution.py", "exec"), {"__name__": "__main__"})
+    sys.stdout.flush()
+    os.write(report, str(time.perf_counter() - started).encode())
+
+program, (read, write) = sys.stdin.read(), os.pipe()
+gc.collect()
+gc.freeze()
+for _ in range(int(sys.argv[1])):
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            run(program, write)
+            status = 0
+        finally:
+            os._exit(status)
+    if os.waitpid(pid, 0)[1]:
+        sys.exit("the program failed")
+    print(float(os.read(read, 100)), flush=True)
+"""
 
 
 def throughput(run: Callable[[], None], runs: int) -> float:

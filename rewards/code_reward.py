@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rewards.code_compare import outputs_match, values_match
+from rewards.code_problem import check_problem
 from rewards.sandbox import wire
 from rewards.sandbox.languages import Compiled, compile_program, find_language
 from rewards.sandbox.limits import Limits, merge_limits
@@ -20,7 +21,6 @@ from rewards.sandbox.programs import CallOutcome, call_function, run_tests, run_
 from rewards.sandbox.sandbox import Level, Sandbox, SandboxError, SandboxUnavailableError
 from rewards.types import Problem, RewardResult, Status
 
-STYLES = ("stdio", "function", "assert")
 Scoring = Literal["binary", "fractional"]
 
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+#.-]*)[^\n`]*$", re.MULTILINE)
@@ -65,7 +65,7 @@ def score_program(
     offer the minimum level of isolation. `stop_at_failure`: tests after the first failed one count as failed, unrun.
     """
     started = time.monotonic()
-    _check_problem(problem)
+    check_problem(problem)
     merged = merge_limits(problem.get("limits"), limits)
     if not isinstance(program, str) or not program.strip():
         return RewardResult(reward=0.0, status="unparsed", detail="no program")
@@ -154,27 +154,6 @@ def default_sandbox(minimum_level: Level = "B") -> Sandbox:
     return Sandbox(minimum_level=minimum_level)
 
 
-def _check_problem(problem: Mapping[str, Any]) -> None:
-    style = problem.get("style")
-    if style not in STYLES:
-        raise ValueError(f"problem: style must be one of {', '.join(STYLES)}, got {style!r}")
-    if style == "function" and not isinstance(problem.get("entry_point"), str):
-        raise ValueError(
-            f"problem: a {style} problem needs entry_point, a function's name; got {problem.get('entry_point')!r}"
-        )
-    if style == "assert":
-        if not isinstance(problem.get("tests"), str) or not problem["tests"].strip():
-            raise ValueError("problem: an assert problem needs tests, source code with assertions")
-        return
-    cases = problem.get("cases")
-    if not isinstance(cases, Sequence) or isinstance(cases, str) or not cases:
-        raise ValueError(f"problem: a {style} problem needs cases, a list that is not empty")
-    needed = "stdout" if style == "stdio" else "expected"
-    for number, case in enumerate(cases):
-        if not isinstance(case, Mapping) or needed not in case:
-            raise ValueError(f"problem: case {number} of a {style} problem lacks {needed}")
-
-
 def _judge_stdio(
     sandbox: Sandbox, program: str, problem: Mapping[str, Any], limits: Limits, stop_at_failure: bool
 ) -> _Verdict:
@@ -222,7 +201,7 @@ def _run_cases(
         elif run.is_cut:
             failure = f"more than {limits.output_mb:g} MiB of output"
         elif not outputs_match(run.stdout, case["stdout"]):
-            failure = f"printed {_shorten(run.stdout)}, expected {_shorten(case['stdout'].encode())}"
+            failure = f"printed {_shorten(run.stdout)}, expected {_shorten(case['stdout'].encode('utf-8', 'replace'))}"
         if not failure:
             passed += 1
             continue

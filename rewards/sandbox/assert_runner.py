@@ -64,7 +64,8 @@ class _Connection:
         try:
             if "v" in answer:
                 value = wire.decode(answer["v"], self.proxy)
-                if "in_place" in answer:
+                # Beside a value it is forged: the program would empty the list that its answer is held against.
+                if value is None and "in_place" in answer:
                     _update(list(arguments), wire.decode(answer["in_place"], self.proxy))
                 return value
         except wire.WireError as error:
@@ -98,7 +99,7 @@ class _Proxy:
 def run_tests(source: str, entry_point: str) -> int:
     """Run the tests and write what came of them: the static count, `+` or `-why` per assertion, `.` at the very end.
 
-    Of very many that hold, `+1000` stands for so many.
+    Of very many that hold, `+1000` stands for so many. `!why` alone: they are no Python source.
     """
     connection = _Connection()
     record = _Recorder()
@@ -107,6 +108,11 @@ def run_tests(source: str, entry_point: str) -> int:
         _append_check_call(tree, entry_point)
         counter = _Instrument()
         tree = ast.fix_missing_locations(counter.visit(tree))
+        code = compile(tree, "tests.py", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError) as error:
+        record.write(f"!{type(error).__name__}: {error}"[:300])
+        return 0
+    try:
         record.write(f"={counter.count}")
         hello = connection.receive()
         if "loaded" not in hello:
@@ -115,7 +121,7 @@ def run_tests(source: str, entry_point: str) -> int:
         names["__case__"] = record.case
         module = types.ModuleType("__main__")
         sys.modules["__main__"] = module
-        exec(compile(tree, "tests.py", "exec", dont_inherit=True), names)  # noqa: S102 - the jail is for this
+        exec(code, names)  # noqa: S102 - the jail is for this
     except BaseException as error:  # noqa: BLE001 - whatever ends the tests is what came of them
         record.write(f"-{type(error).__name__}: {error}"[:300])
         return 0

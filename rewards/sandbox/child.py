@@ -25,21 +25,8 @@ PAYLOAD, RESULTS, CALL_IN, ANSWER_OUT = 3, 4, 4, 5
 MAX_FRAME_BYTES = 16 << 20
 
 
-def run_payload(home: str) -> int:
-    """Do what descriptor 3 says, and answer the process's exit status."""
-    payload: dict[str, Any] = json.loads(_read_all(PAYLOAD))
-    mode = payload["mode"]
-    _prepare_process(home)
-    if mode in ("exec", "compile"):
-        _write_files(payload.get("files", {}))
-        return _guarded(lambda: _compile(payload) if mode == "compile" else _become(payload))
-    if mode == "stdio":
-        os.close(PAYLOAD)
-        return _as_main(payload["program"], payload.get("prelude", ""))
-    return _MODES[mode](payload)
-
-
-def _prepare_process(home: str) -> None:
+def prepare_process(home: str) -> None:
+    """Give this process what a program finds in one of its own, as far as that needs nothing of the program."""
     os.environ.clear()
     os.environ.update({"HOME": home, "TMPDIR": home, "PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"})
     os.environ["OPENSSL_CONF"] = os.devnull  # node ends where it is forbidden to read the one in /etc
@@ -49,8 +36,25 @@ def _prepare_process(home: str) -> None:
         numpy_random.seed()
     sys.argv = ["solution.py"]
     sys.orig_argv = ["python3", *sys.argv]
+
+
+def run_payload() -> int:
+    """Do what descriptor 3 says, and answer the process's exit status."""
+    payload: dict[str, Any] = json.loads(_read_all(PAYLOAD))
+    mode = payload["mode"]
+    _open_streams()
     # A program may recurse as deep as in an interpreter of its own, where nothing stands below it.
     sys.setrecursionlimit(1000 + _stack_depth())
+    if mode in ("exec", "compile"):
+        _write_files(payload.get("files", {}))
+        return _guarded(lambda: _compile(payload) if mode == "compile" else _become(payload))
+    if mode == "stdio":
+        os.close(PAYLOAD)
+        return _as_main(payload["program"], payload.get("prelude", ""))
+    return _MODES[mode](payload)
+
+
+def _open_streams() -> None:
     stdin = io.BufferedReader(io.FileIO(0, closefd=False))
     sys.stdin = io.TextIOWrapper(stdin, "utf-8", "surrogateescape")
     stdout, stderr = (io.BufferedWriter(io.FileIO(number, "w", closefd=False)) for number in (1, 2))

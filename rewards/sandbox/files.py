@@ -27,8 +27,8 @@ def open_anonymous_file(data: bytes = b"") -> int:
 
 def read_file(descriptor: int, max_bytes: int) -> bytes:
     """The first `max_bytes` of a file, wherever its position stands."""
-    parts, offset = [], 0
-    while offset < max_bytes and (part := os.pread(descriptor, min(1 << 20, max_bytes - offset), offset)):
+    parts, offset, end = [], 0, min(max_bytes, os.fstat(descriptor).st_size)
+    while offset < end and (part := os.pread(descriptor, min(1 << 20, end - offset), offset)):
         parts.append(part)
         offset += len(part)
     return b"".join(parts)

@@ -17,6 +17,8 @@ MIB = 1 << 20
 STACK_BYTES = 64 * MIB
 MAX_DESCRIPTORS = 64
 MAX_SCRATCH_FILES = 4096
+NEIGHBOURS = 4
+"""Processes beside a run's that the kernel counts with its threads: the supervisor, the other role, those that wait."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,27 +61,17 @@ class RunLimits:
     """Most threads."""
 
 
-def confine(
-    walls: Walls,
-    limits: RunLimits,
-    descriptors: Sequence[int],
-    *,
-    profile: seccomp.Profile,
-    scratch: str,
-    places: Sequence[landlock.Rule],
-    base_address_space: int,
-    parent: int,
-    status: int,
-) -> int:
-    """Put up the walls around this freshly forked process; `descriptors` become 0, 1, 2...; all others close.
+def prepare_walls(
+    walls: Walls, *, scratch: str, disk_bytes: int, places: Sequence[landlock.Rule], parent: int, kept: int
+) -> None:
+    """Put up the walls that need nothing of the run to come around this freshly forked process.
 
-    `places` are of `open_places`: what can be made ready before the fork is, for speed. Returns the new number of
-    `status`, the one descriptor kept beside them. OSError naming what failed.
+    `places` are of `open_places`. Of its descriptors `kept` stays, and the first three. OSError naming what failed.
     """
     os.setsid()
     _reset_signals()
     if walls.namespaces:
-        namespaces.mount_scratch(limits.disk_bytes, MAX_SCRATCH_FILES)
+        namespaces.mount_scratch(disk_bytes, MAX_SCRATCH_FILES)
     os.chdir(scratch)
     ruleset = None
     if walls.landlock_abi:
@@ -95,11 +87,27 @@ def confine(
         linux.drop_capabilities()
     if ruleset is not None:
         landlock.enforce_ruleset(ruleset)
-    status = _rearrange_descriptors(descriptors, status)
+    # While it waits it must not hold open what others take the end of: the trainer's socket, its neighbours'.
+    os.closerange(3, kept)
+    os.closerange(max(3, kept + 1), _highest_descriptor())
+
+
+def arrange_descriptors(descriptors: Sequence[int], status: int) -> int:
+    """Make `descriptors` 0, 1, 2..., `status` what comes right after them, which is returned; the rest is closed."""
+    wanted = [*descriptors, status]
+    # First to free numbers above the final ones, so that no descriptor is overwritten before it has been copied.
+    high = [fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, len(wanted)) for source in wanted]
+    for index, source in enumerate(high):
+        os.dup2(source, index, inheritable=index < len(descriptors))
+    os.closerange(len(high), _highest_descriptor())
+    return len(descriptors)
+
+
+def finish_walls(walls: Walls, limits: RunLimits, *, profile: seccomp.Profile, base_address_space: int) -> None:
+    """Put up the rest, for a run. OSError naming what failed."""
     _set_limits(limits, base_address_space, counts_threads=walls.counts_threads)
     if walls.seccomp:
         seccomp.install_filter(seccomp.assemble_filter(profile, platform.machine()), os.getpid())
-    return status
 
 
 def open_places(walls: Walls, profile: seccomp.Profile) -> list[landlock.Rule]:
@@ -115,17 +123,6 @@ def open_places(walls: Walls, profile: seccomp.Profile) -> list[landlock.Rule]:
 def _reset_signals() -> None:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-
-def _rearrange_descriptors(descriptors: Sequence[int], status: int) -> int:
-    """`descriptors` to 0, 1, 2..., `status` right after them, the rest closed."""
-    wanted = [*descriptors, status]
-    # First to free numbers above the final ones, so that no descriptor is overwritten before it has been copied.
-    high = [fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, len(wanted)) for source in wanted]
-    for index, source in enumerate(high):
-        os.dup2(source, index, inheritable=index < len(descriptors))
-    os.closerange(len(high), _highest_descriptor())
-    return len(descriptors)
 
 
 def _highest_descriptor() -> int:
@@ -148,7 +145,7 @@ def _set_limits(limits: RunLimits, base_address_space: int, *, counts_threads: b
     if limits.data:
         wanted[resource.RLIMIT_DATA] = limits.data
     if counts_threads:
-        wanted[resource.RLIMIT_NPROC] = limits.max_threads
+        wanted[resource.RLIMIT_NPROC] = limits.max_threads + NEIGHBOURS
     for kind, value in wanted.items():
         _, hard = resource.getrlimit(kind)
         ceiling = value if hard == resource.RLIM_INFINITY else min(value, hard)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -79,7 +80,7 @@ class Compiled:
 
 def find_language(name: str) -> Language:
     """A row of the table. ValueError for a language that is not in it."""
-    if name not in LANGUAGES:
+    if not isinstance(name, str) or name not in LANGUAGES:
         raise ValueError(f"problem: language must be python, {' or '.join(LANGUAGES)}, got {name!r}")
     return LANGUAGES[name]
 
@@ -91,7 +92,7 @@ def compile_program(sandbox: Sandbox, name: str, program: str, limits: Limits) -
     """
     language = find_language(name)
     if language.compiler is None:
-        heap = [f"--max-old-space-size={int(limits.memory_mb)}"] if language.interpreter == "node" else []
+        heap = [f"--max-old-space-size={math.ceil(limits.memory_mb)}"] if language.interpreter == "node" else []
         arguments = [language.command, *heap, *language.options, language.source]
         files = {language.source: program}
         return Compiled(

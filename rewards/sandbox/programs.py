@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ def _run_with_input(
             profile="exec" if is_native else "threads",
         )
         outcome = sandbox.run([role], limits.wall_s)
-        cap = int(limits.output_mb * MIB)
+        cap = math.ceil(limits.output_mb * MIB)
         return StdioOutcome(
             stdout=read_file(out, cap),
             is_cut=os.fstat(out).st_size >= cap,
@@ -132,7 +133,10 @@ def call_function(
 
 
 def run_tests(sandbox: Sandbox, program: str, entry_point: str, tests: str, limits: Limits) -> TestsOutcome:
-    """Run `tests` in a process that calls the program in another. SandboxError if the sandbox fails, twice."""
+    """Run `tests` in a process that calls the program in another.
+
+    SandboxError if the sandbox fails, twice; ValueError if the tests are no Python source.
+    """
     return _twice(lambda: _run_tests(sandbox, program, entry_point, tests, limits))
 
 
@@ -148,18 +152,21 @@ def _run_tests(sandbox: Sandbox, program: str, entry_point: str, tests: str, lim
         tests_role = Role(descriptors=(null, null, check_err, check_payload, results, "0w", "1r"), limits=kernel)
         outcome = sandbox.run([program_role, tests_role], limits.wall_s)
         record = read_file(results, MAX_ANSWER_BYTES).decode("utf-8", "replace").splitlines()
+    if record and record[0].startswith("!"):
+        raise ValueError(f"problem: tests cannot be compiled: {record[0][1:]}")
     return _judge_record(record, outcome)
 
 
 def kernel_limits(limits: Limits, *, reserves_address_space: bool = False) -> dict[str, int]:
     """`limits` in the kernel's units: fields of `jail.RunLimits`."""
-    memory = int(limits.memory_mb * MIB)
+    # Rounded up: to the kernel, and in `jail.RunLimits`, 0 is no limit.
+    memory = math.ceil(limits.memory_mb * MIB)
     return {
         "address_space": 0 if reserves_address_space else memory,
         "data": memory if reserves_address_space else 0,
         "cpu_s": int(limits.wall_s * 2) + 2,
-        "file_bytes": int(limits.output_mb * MIB),
-        "disk_bytes": int(limits.disk_mb * MIB),
+        "file_bytes": math.ceil(limits.output_mb * MIB),
+        "disk_bytes": math.ceil(limits.disk_mb * MIB),
         "max_threads": limits.threads,
     }
 
@@ -256,7 +263,10 @@ def _files(*contents: bytes) -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def _null() -> Iterator[int]:
-    descriptor = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise SandboxError(f"{os.devnull} cannot be opened: {error}") from error
     try:
         yield descriptor
     finally:

@@ -125,6 +125,7 @@ class Sandbox:
         self._level: Level | None = None
         self._toolchains: dict[Toolchain, Sandbox] = {}
         self._reasons: dict[Level, str] = {}
+        self._is_closed = False
         self._reset()
 
     def _reset(self) -> None:
@@ -183,8 +184,10 @@ class Sandbox:
         return Outcome(exit_code=reply["exit"], killed=reply["killed"], wall_s=reply["wall_s"], cpu_s=reply["cpu_s"])
 
     def close(self) -> None:
-        """End all zygotes, and what runs in them."""
+        """End all zygotes, and what runs in them, and start no more: every later run raises SandboxError."""
+        self._disown_parents()
         with self._lock:
+            self._is_closed = True
             zygotes = [*self._idle, *self._busy]
             self._idle.clear()
             toolchains = list(self._toolchains.values())
@@ -202,27 +205,37 @@ class Sandbox:
     @contextlib.contextmanager
     def _zygote(self) -> Iterator[Zygote]:
         """A zygote for one run; one that fails is not used again."""
-        if self._owner != os.getpid():
-            # A forked worker must not share its parent's zygotes: it would read the other's answers.
-            self._reset()
+        self._disown_parents()
         with self._free:
             with self._lock:
                 zygote = self._idle.pop() if self._idle else None
             if zygote is None:
+                self._require_open()
                 zygote = self._start()
+            is_well = False
             with self._lock:
                 self._busy.add(zygote)
-            is_well = False
             try:
+                self._require_open()  # it may have been closed while this one was starting
                 yield zygote
                 is_well = True
             finally:
                 with self._lock:
                     self._busy.discard(zygote)
+                    is_well = is_well and not self._is_closed
                     if is_well:
                         self._idle.append(zygote)
                 if not is_well:
                     zygote.close()
+
+    def _disown_parents(self) -> None:
+        """A forked worker must not share its parent's zygotes: it would read the other's answers, or end them."""
+        if self._owner != os.getpid():
+            self._reset()
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise SandboxError("the sandbox is closed")
 
     def _start(self) -> Zygote:
         with self._start_lock:
@@ -253,8 +266,12 @@ class Zygote:
         """Start it and run nothing in it once, to see that every wall stands. SandboxError if one does not."""
         features = LEVELS[level]
         self._scratch = "" if features["namespaces"] else _make_scratch_dir(scratch_dir)
-        self._socket, theirs = socket.socketpair()
-        self._errors = open_anonymous_file()
+        self._close_lock = threading.Lock()
+        try:
+            self._socket, theirs = socket.socketpair()
+            self._errors = open_anonymous_file()
+        except OSError as error:
+            raise SandboxError(f"no descriptors for a supervisor: {error}") from error
         number = theirs.fileno()
         package_root = str(Path(__file__).resolve().parents[2])
         command = [runtime.executable, "-s", "-S", "-P", "-B", "-X", "utf8", "-c", _BOOT, str(number), package_root]
@@ -312,23 +329,26 @@ class Zygote:
         return reply
 
     def close(self) -> None:
-        """End it and all that runs under it, and remove its scratch folder."""
-        self._socket.close()
-        if self._process is not None:
-            try:
-                self._process.wait(timeout=0.5)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-        if self._group is not None:
-            self._group.remove()
-            self._group = None
-        if self._errors >= 0:
-            os.close(self._errors)
-            self._errors = -1
-        if self._scratch:
-            with contextlib.suppress(OSError):
-                remove_tree(self._scratch)
+        """End it and all that runs under it, and remove its scratch folder. Safe while a thread waits for an answer."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes that thread, as closing would not
+        with self._close_lock:
+            self._socket.close()
+            if self._process is not None:
+                try:
+                    self._process.wait(timeout=0.5)
+                except subprocess.TimeoutExpired:
+                    self._process.kill()
+                    self._process.wait()
+            if self._group is not None:
+                self._group.remove()
+                self._group = None
+            if self._errors >= 0:
+                os.close(self._errors)
+                self._errors = -1
+            if self._scratch:
+                with contextlib.suppress(OSError):
+                    remove_tree(self._scratch)
 
     def _try_walls(self) -> None:
         payload = open_anonymous_file(b'{"mode": "nothing"}')
@@ -342,8 +362,10 @@ class Zygote:
             raise SandboxError(reply["error"] or f"a trial run ended with {reply['exit']} ({reply['killed']})")
 
     def _last_words(self) -> str:
-        words = read_tail(self._errors, 500).decode("utf-8", "replace").strip()
-        return f": {words}" if words else ""
+        with contextlib.suppress(OSError):  # it has been closed by another thread
+            words = read_tail(self._errors, 500).decode("utf-8", "replace").strip()
+            return f": {words}" if words else ""
+        return ""
 
 
 def _make_scratch_dir(parent: str | None) -> str:

@@ -29,6 +29,9 @@ MAX_ITEMS = 200_000
 MAX_TEXT = 16 << 20
 """Longest text or bytes, in characters."""
 
+_MAX_BRACKETS = 3 * MAX_DEPTH + 10
+"""Deepest JSON text: a dict in a dict is three brackets down, and answers stand in an object of their own."""
+
 Hook = Callable[[Any], Any]
 
 _PLAIN: tuple[Any, ...] = ([], (), {}, {}.values(), {}.items(), set(), range(0), "", b"")
@@ -119,11 +122,15 @@ def dumps(data: Any) -> bytes:
 
 
 def loads(text: bytes) -> Any:
-    """JSON text that may come from the jail. WireError if it is none."""
+    """JSON text that may come from the jail. WireError if it is none, or nested deeper than `dumps` writes."""
     try:
-        return json.loads(text, parse_float=_refuse, parse_constant=_refuse)
+        data = json.loads(text, parse_float=_refuse, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise WireError(f"not JSON text: {type(error).__name__}") from error
+    # What a parser can read, a comparison or a message may still be too shallow a stack for.
+    if text.count(b"[") + text.count(b"{") > _MAX_BRACKETS and _is_deeper(data, _MAX_BRACKETS):
+        raise WireError(f"data nested deeper than {MAX_DEPTH}")
+    return data
 
 
 def send_frame(descriptor: int, data: Any) -> None:
@@ -183,6 +190,17 @@ _CONTAINERS: dict[str, Callable[[list[Any]], Any]] = {
 
 _INTS = {"r": 3, "p": 2}
 """Kinds built of so many ints."""
+
+
+def _is_deeper(data: Any, depth: int) -> bool:
+    """Whether JSON data is nested deeper than that; level by level, for it may be too deep to walk down."""
+    level: list[Any] = [data]
+    for _ in range(depth):
+        containers = [item for item in level if type(item) is list or type(item) is dict]
+        if not containers:
+            return False
+        level = [inner for outer in containers for inner in (outer.values() if type(outer) is dict else outer)]
+    return any(type(item) is list or type(item) is dict for item in level)
 
 
 def _string(body: Any) -> str:

@@ -1,6 +1,6 @@
 """The supervisor of the jail: a lean process, started fresh, that forks a child per run and holds no test or answer.
 
-    trainer -- socket --> zygote (warm imports, subreaper, not dumpable) -- fork --> walls -- program
+    trainer -- socket --> zygote (warm imports, subreaper, not dumpable) -- fork --> walls, a wait -- program
 
 It obeys one request at a time, `{"roles": [...], "wall_s": ...}` with the descriptors of every role, and answers how
 the last role ended. When the socket closes, it ends, and everything under it with it.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import gc
 import importlib
 import os
@@ -23,18 +22,16 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from rewards.sandbox import child, cleanup, jail, landlock, linux, namespaces, seccomp
+from rewards.sandbox import cleanup, jail, landlock, linux, namespaces, seccomp
 from rewards.sandbox.messages import receive_message, send_message
+from rewards.sandbox.spares import PROFILES, WALLS_STAND, Child, Spares
 
 TICK_S = 0.02
 """How often threads and scratch use are looked at where no namespace limits them, seconds."""
-WALLS_STAND = b"+"
 PARENT_CHECK_S = 2.0
 """How often it is checked that the trainer is still there, seconds; its socket may outlive it in a forked worker."""
-PROFILES: tuple[seccomp.Profile, ...] = ("threads", "exec", "compile")
 _M_ARENA_MAX = -8
 _WARM = """
 abc array bisect calendar cmath collections.abc contextlib copy dataclasses datetime decimal enum fractions functools
@@ -143,26 +140,6 @@ def _warm_up(config: Mapping[str, Any]) -> None:
     site.sethelper()
 
 
-@dataclass(slots=True)
-class _Run:
-    """One role's process."""
-
-    pid: int
-    """Its process id, as the zygote sees it."""
-    status: int
-    """Read end of the pipe on which it says that a wall could not be put up."""
-    scratch: str
-    """Its scratch folder; empty where the namespace gives it one."""
-    max_threads: int
-    """Most threads, where that is watched here."""
-    disk_bytes: int
-    """Most bytes in its scratch folder, where that is watched here."""
-    wait_status: int | None = None
-    """How it ended; None: not yet."""
-    cpu_s: float = 0.0
-    """Processor seconds it used."""
-
-
 class _Supervisor:
     """Serves requests, one at a time."""
 
@@ -170,11 +147,8 @@ class _Supervisor:
         self._control = control
         self._walls = walls
         self._scratch = scratch
-        self._count = 0
-        self._pid = os.getpid()
-        self._places = {profile: jail.open_places(walls, profile) if walls.landlock_abi else [] for profile in PROFILES}
+        self._spares = Spares(walls, proc, scratch)
         self._proc = proc
-        self._own_pids = os.open("self/ns/pid", os.O_RDONLY, dir_fd=proc) if walls.namespaces else None
         self._statm = None if proc is None else os.open("self/statm", os.O_RDONLY, dir_fd=proc)
         self._wake, wake_write = os.pipe()
         os.set_blocking(self._wake, False)
@@ -192,6 +166,7 @@ class _Supervisor:
         while True:
             ready = {descriptor for descriptor, _ in self._poll.poll(PARENT_CHECK_S * 1000)}
             self._drain_wake()
+            self._spares.bury()
             if not self._walls.namespaces and os.getppid() != trainer:
                 break
             if self._control.fileno() not in ready:
@@ -210,36 +185,39 @@ class _Supervisor:
                 send_message(self._control, reply)
             except OSError:
                 break
+        self._spares.close()
         if self._scratch:
             cleanup.remove_tree(self._scratch)
 
     def _run(self, request: Mapping[str, Any], descriptors: list[int]) -> dict[str, Any] | None:
-        """Fork the roles, wait for the last one, end them all. None: the trainer hung up meanwhile."""
+        """Make children the roles, wait for the last one, end them all. None: the trainer hung up meanwhile."""
         started = time.monotonic()
-        runs: list[_Run] = []
+        runs: list[Child] = []
         killed: str | None = "hung up"
         error: str | None = None
         try:
             roles = _connect(request["roles"], descriptors)
             for role in roles:
-                runs.append(self._fork(role, descriptors))
-            # The roles hold their own copies now; a pipe must not stay open here when one of them ends.
+                runs.append(self._spares.take(role))
+                given = [descriptors[index] for index in role["descriptors"]]
+                runs[-1].start(role["limits"], given, self._address_space())
+            # The roles have their own copies now. A pipe must not stay open here when one of them ends, and nothing
+            # of this run may be open in the children that are forked for the next one, while this one is under way.
             while descriptors:
                 os.close(descriptors.pop())
+            self._spares.stock(roles)
             killed = self._wait(runs, started + request["wall_s"])
         except OSError as failure:
             error = f"{type(failure).__name__}: {failure}"
         wall_s = time.monotonic() - started
         for run in runs:
-            self._end(run)
+            run.end()
         self._end_orphans()
         if killed == "hung up" and error is None:
             return None
         for run in runs:
-            error = error or self._read_status(run, killed)
-            os.close(run.status)
-            if run.scratch:
-                cleanup.remove_tree(run.scratch)
+            error = error or _explain_status(run, killed)
+            run.clean_up()
         last = runs[-1] if runs else None
         code = None if last is None or last.wait_status is None else os.waitstatus_to_exitcode(last.wait_status)
         return {
@@ -250,104 +228,17 @@ class _Supervisor:
             "cpu_s": sum(run.cpu_s for run in runs),
         }
 
-    def _read_status(self, run: _Run, killed: str | None) -> str | None:
-        """Why a run's walls did not stand, if they did not."""
-        said = os.read(run.status, 4096)
-        if said == WALLS_STAND or (not said and killed):
-            return None
-        return said.decode("utf-8", "replace") or f"a run ended with status {run.wait_status} before its walls stood"
-
-    def _fork(self, role: Mapping[str, Any], descriptors: list[int]) -> _Run:
-        limits = jail.RunLimits(**role["limits"])
-        scratch = self._make_scratch(limits.disk_bytes)
-        status_read, status_write = os.pipe()
-        os.set_blocking(status_read, False)
-        if self._walls.namespaces:
-            namespaces.unshare_pids()
-        try:
-            pid = os.fork()
-            if pid == 0:
-                self._become_child(role, limits, descriptors, scratch, status_write)
-        finally:
-            os.close(status_write)
-            if self._own_pids is not None:
-                linux.call("setns", self._own_pids, linux.CLONE_NEWPID)
-        return _Run(
-            pid=pid,
-            status=status_read,
-            scratch=scratch,
-            max_threads=limits.max_threads,
-            disk_bytes=limits.disk_bytes,
-        )
-
-    def _become_child(
-        self,
-        role: Mapping[str, Any],
-        limits: jail.RunLimits,
-        descriptors: list[int],
-        scratch: str,
-        status: int,
-    ) -> None:
-        """In the forked process: walls, then the program. Does not return."""
-        code = 1
-        try:
-            try:
-                home = scratch or namespaces.SCRATCH
-                status = jail.confine(
-                    self._walls,
-                    limits,
-                    [descriptors[index] for index in role["descriptors"]],
-                    profile=role["profile"],
-                    scratch=home,
-                    places=self._places[role["profile"]],
-                    base_address_space=self._address_space(),
-                    parent=self._pid,
-                    status=status,
-                )
-            except BaseException as error:  # noqa: BLE001 - said, not swallowed: a run without its walls is refused
-                os.write(status, f"{type(error).__name__}: {error}".encode()[:4000])
-                os._exit(1)
-            os.write(status, WALLS_STAND)
-            os.close(status)
-            code = child.run_payload(home)
-        finally:
-            os._exit(code)
-
-    def _make_scratch(self, disk_bytes: int) -> str:
-        if self._walls.namespaces:
-            return ""
-        self._count += 1
-        self._require_room(disk_bytes)
-        path = os.path.join(self._scratch, f"run-{self._count}")
-        os.mkdir(path, 0o700)
-        if self._walls.drop_user:
-            os.chown(path, namespaces.UNPRIVILEGED_ID, namespaces.UNPRIVILEGED_ID)
-        return path
-
-    def _require_room(self, disk_bytes: int) -> None:
-        """A program that may write so much must not fail because others have filled the disk."""
-        disk = os.statvfs(self._scratch)
-        free = disk.f_bavail * disk.f_frsize
-        # A file system without a table of files says that it has none at all.
-        if free < disk_bytes or (disk.f_files and disk.f_favail < jail.MAX_SCRATCH_FILES):
-            raise OSError(
-                errno.ENOSPC,
-                f"{self._scratch} has room for {free >> 20} MiB in {disk.f_favail} files, a run may write "
-                f"{disk_bytes >> 20} MiB in {jail.MAX_SCRATCH_FILES}; make room there, lower limits.disk_mb or choose "
-                "another sandbox.scratch_dir",
-            )
-
     def _address_space(self) -> int:
         if self._statm is None:
             return 0
         return int(os.pread(self._statm, 100, 0).split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
-    def _wait(self, runs: list[_Run], deadline: float) -> str | None:
+    def _wait(self, runs: list[Child], deadline: float) -> str | None:
         """Until the last role ends. Why it has to be killed, or None: it ended by itself."""
         is_watched = not self._walls.namespaces
         while True:
             for run in runs:
-                self._reap(run, os.WNOHANG)
+                run.reap()
             if runs[-1].wait_status is not None:
                 return None
             left = deadline - time.monotonic()
@@ -361,7 +252,7 @@ class _Supervisor:
             if is_watched and (excess := self._find_excess(runs)):
                 return excess
 
-    def _find_excess(self, runs: list[_Run]) -> str | None:
+    def _find_excess(self, runs: list[Child]) -> str | None:
         for run in runs:
             if run.wait_status is not None:
                 continue
@@ -371,19 +262,6 @@ class _Supervisor:
                 return "disk"
         return None
 
-    def _reap(self, run: _Run, flags: int) -> None:
-        if run.wait_status is not None:
-            return
-        pid, status, usage = os.wait4(run.pid, flags)
-        if pid:
-            run.wait_status = status
-            run.cpu_s = usage.ru_utime + usage.ru_stime
-
-    def _end(self, run: _Run) -> None:
-        if run.wait_status is None:
-            os.kill(run.pid, signal.SIGKILL)
-            self._reap(run, 0)
-
     def _end_orphans(self) -> None:
         """Processes that a compiler left behind come to this subreaper; a pid namespace takes them with it instead."""
         if self._proc is None or self._walls.namespaces:
@@ -392,12 +270,12 @@ class _Supervisor:
         while True:
             try:
                 with open(listing, "rb") as file:
-                    children = [int(pid) for pid in file.read().split()]
+                    orphans = {int(pid) for pid in file.read().split()} - self._spares.pids
             except FileNotFoundError:
                 return
-            if not children:
+            if not orphans:
                 return
-            for pid in children:
+            for pid in orphans:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
                 with contextlib.suppress(ChildProcessError):
@@ -407,6 +285,14 @@ class _Supervisor:
         with contextlib.suppress(BlockingIOError):
             while os.read(self._wake, 512):
                 pass
+
+
+def _explain_status(run: Child, killed: str | None) -> str | None:
+    """Why the walls of a run that has ended did not stand, if they did not."""
+    said = run.read_status()
+    if said == WALLS_STAND or (not said and killed):
+        return None
+    return said.decode("utf-8", "replace") or f"a run ended with status {run.wait_status} before its walls stood"
 
 
 def _connect(roles: Iterable[Mapping[str, Any]], descriptors: list[int]) -> list[dict[str, Any]]:

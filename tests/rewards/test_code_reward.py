@@ -50,6 +50,10 @@ def asserts(entry_point: str, source: str, **limits: Any) -> dict[str, Any]:
     return {"style": "assert", "entry_point": entry_point, "tests": source, "limits": {"wall_s": 10, **limits}}
 
 
+NESTED: list[Any] = []
+for _ in range(3000):
+    NESTED = [NESTED]
+CALL = {"style": "function", "entry_point": "f"}
 SUM = stdio(("3 4\n", "7\n"), ("10 -4", "6"))
 
 
@@ -237,13 +241,39 @@ def test_tests_are_run(sandbox: Sandbox, program: str, problem: dict[str, Any], 
         ({"style": "function", "cases": [{"expected": 1}]}, "needs entry_point"),
         ({"style": "assert", "entry_point": "f", "tests": " "}, "needs tests"),
         ({**SUM, "limits": {"wall": 1}}, "unknown key 'wall'"),
-        ({**SUM, "limits": {"wall_s": -1}}, "wall_s must be a positive number, got -1"),
+        ({**SUM, "limits": {"wall_s": -1}}, "wall_s must be a positive number, at most .*; got -1"),
+        ({**SUM, "limits": {"wall_s": 1e18}}, "wall_s must be a positive number, at most 1e.06; got 1e.18"),
+        ({**SUM, "limits": {"memory_mb": 10**400}}, "memory_mb must be .*; got an int of 1329 bits"),
+        ({**SUM, "limits": {"threads": 1.5}}, "threads must be a positive whole number, at most 1e.06; got 1.5"),
+        ({**SUM, "limits": [1]}, r"limits: must be a mapping of wall_s, .*, got \[1\]"),
         ({**SUM, "language": "cobol"}, "language must be python, cpp or javascript, got 'cobol'"),
+        ({**SUM, "language": ["python"]}, "language must be python, cpp or javascript, got "),
+        (None, "problem: must be a mapping, got NoneType"),
+        ({**SUM, "prelude": 3}, "prelude must be text, got int"),
+        (stdio((None, "7")), "case 0: stdin must be text, got NoneType"),  # type: ignore[arg-type]
+        (stdio(("", "7"), ("", 7)), "case 1: stdout must be text, got int"),  # type: ignore[arg-type]
+        (stdio(("\ud800", "7")), "case 0: stdin cannot be written as UTF-8"),
+        (function("", ([1], 1)), "needs entry_point"),
+        (function("f", (3, 1)), "case 0: args must be a list, got 3"),  # type: ignore[arg-type]
+        (function("f", ([1], object())), "case 0: expected holds a value of type object"),
+        (function("f", ([1], NESTED)), "case 0: expected holds data nested deeper than 200"),
+        ({**CALL, "cases": [{"kwargs": {1: 2}, "expected": 1}]}, "case 0: kwargs must map names to values, got {1: 2}"),
+        (
+            {**CALL, "cases": [{"expected": 1, "expected_any": []}]},
+            "case 0: expected_any must be a list that is not empty",
+        ),
+        (asserts(5, "assert f() == 1"), "entry_point must be a function's name, got 5"),  # type: ignore[arg-type]
     ],
 )
 def test_a_malformed_problem_is_named(problem: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         score_program("pass", problem)
+
+
+@pytest.mark.parametrize("tests", ["assert (", "return f() == 1", "assert f() == '\ud800'", "assert " + "(" * 999])
+def test_tests_that_are_no_source_are_not_the_programs_failure(sandbox: Sandbox, tests: str) -> None:
+    with pytest.raises(ValueError, match="problem: tests cannot be compiled: "):
+        score_program("def f(): return 1", asserts("f", tests), sandbox=sandbox)
 
 
 def test_no_program_is_no_answer() -> None:

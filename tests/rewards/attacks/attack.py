@@ -93,6 +93,20 @@ assert order([2, 1]) == sorted([2, 1])
 }
 
 
+SORTED = {
+    "style": "assert",
+    "entry_point": "order",
+    "tests": """
+x = [5, 4]
+assert order(x) == sorted(x)
+y = [2, 1]
+assert len(order(y)) == len(y)
+""",
+    "limits": {"wall_s": 2},
+}
+HALF = {"style": "stdio", "cases": [{"stdin": "1\n", "stdout": "0.5 0.25\n"}], "limits": {"wall_s": 2}}
+
+
 def hack(name: str, program: str, *problems: Mapping[str, Any], highest: float = 0.0) -> list[Attack]:
     """A program that solves nothing and wants the reward all the same, sent to each problem."""
     source = textwrap.dedent(program)

@@ -15,12 +15,14 @@ from typing import Any
 
 from rewards import score_program
 from rewards.sandbox.sandbox import Sandbox
-from tests.rewards.attacks import answers, disk, files, harness, network, processes, resources
+from tests.rewards.attacks import answers, disk, files, harness, neighbours, network, processes, resources
 from tests.rewards.attacks.attack import Attack
 from tests.rewards.attacks.world import World, wait_for_no_descendants
 
 ATTACKS: list[Attack] = [
-    attack for module in (files, disk, network, processes, resources, answers, harness) for attack in module.ATTACKS
+    attack
+    for module in (files, disk, network, processes, neighbours, resources, answers, harness)
+    for attack in module.ATTACKS
 ]
 
 

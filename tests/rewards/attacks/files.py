@@ -11,6 +11,51 @@ ATTACKS = [
         "read-secret-by-path-descriptor", "attempt(lambda: os.open('@SECRET_FILE@', os.O_RDONLY | os.O_NONBLOCK))"
     ),
     containment(
+        "read-secret-by-a-descriptor-of-its-path-alone",
+        """
+        try:
+            path = os.open('@SECRET_FILE@', os.O_PATH)
+        except OSError:
+            path = 3
+        attempt(lambda: os.read(path, 1))
+        attempt(lambda: os.pread(path, 1, 0))
+        attempt(lambda: open(f'/proc/self/fd/{path}').read())
+        attempt(lambda: open(f'/dev/fd/{path}').read())
+        attempt(lambda: os.sendfile(1, path, 0, 10))
+        attempt(lambda: os.copy_file_range(path, 1, 10))
+        """,
+    ),
+    containment(
+        "read-secret-by-mapping",
+        """
+        import mmap
+        attempt(lambda: mmap.mmap(os.open('@SECRET_FILE@', os.O_RDONLY), 0, prot=mmap.PROT_READ)[:])
+        attempt(lambda: mmap.mmap(os.open('@SECRET_FILE@', os.O_PATH), 1, prot=mmap.PROT_READ)[:])
+        """,
+    ),
+    containment(
+        "load-secret-as-code",
+        """
+        import ctypes, importlib.util, runpy
+        attempt(lambda: ctypes.CDLL('@SECRET_DIR@/libattack.so'))
+        attempt(lambda: runpy.run_path('@SECRET_FILE@'))
+        attempt(lambda: importlib.util.spec_from_file_location('x', '@SECRET_FILE@').loader.get_data('@SECRET_FILE@'))
+        attempt(lambda: compile(open('@REPOSITORY@/rewards/types.py').read(), 'x', 'exec'))
+        """,
+    ),
+    containment(
+        "odd-names-in-scratch",
+        r"""
+        for name in (b"\xff\xfe", b"a\nb", b"-rf", b"x" * 255, b"up-0", b"up-1", b"\x1b[2J"):
+            open(name, "w").close()
+            os.mkdir(b"d" + name[:200])
+            os.symlink(b"/etc/passwd", b"l" + name[:200])
+        os.symlink("loop", "loop")
+        attempt(lambda: open("loop").read())
+        attempt(lambda: open(b"lup-0").read())
+        """,
+    ),
+    containment(
         "read-secret-by-symlink",
         """
         def go():
@@ -161,6 +206,7 @@ PLANT_AND_LOOK = (
         os.mkdir("planted-dir")
         os.umask(0)
         json.planted = builtins.planted = os.environ["PLANTED"] = "1"
+        sys.planted = [{"planted": "planted-" + "in-memory"}]
         sys.path.insert(0, os.getcwd())
         for folder in ("/sandbox", "/tmp", os.path.dirname(os.getcwd()), os.path.dirname(os.__file__)):
             try:
@@ -174,7 +220,12 @@ PLANT_AND_LOOK = (
     containment(
         "persistence-look",
         """
-        import builtins, json
+        import builtins, gc, json
+        trace = "-".join(("planted", "in", "memory"))
+        for item in gc.get_objects():
+            inside = item.values() if isinstance(item, dict) else item if isinstance(item, list | tuple) else ()
+            if item is not globals() and any(isinstance(text, str) and text == trace for text in inside):
+                escaped.append("the memory of an earlier run")
         if os.path.exists("planted") or os.path.exists("planted-dir") or os.listdir("."):
             escaped.append("a file of an earlier run")
         if getattr(json, "planted", "") or getattr(builtins, "planted", "") or "PLANTED" in os.environ:

@@ -1,6 +1,6 @@
 """Attacks on the verdict by what a program does to the process it runs in."""
 
-from tests.rewards.attacks.attack import ASSERT, FUNCTION, LISTS, STDIO, Attack, hack
+from tests.rewards.attacks.attack import ASSERT, FUNCTION, HALF, LISTS, SORTED, STDIO, Attack, hack
 
 ATTACKS: list[Attack] = [
     *hack(
@@ -377,6 +377,56 @@ ATTACKS: list[Attack] = [
         FUNCTION,
         ASSERT,
     ),
+    *hack(
+        "forged-change-of-arguments",
+        """
+        import sys
+        child = sys.modules.get("rewards.sandbox.child")
+        if child:
+            child._answer = lambda action, opaque: {"v": [], "in_place": [[]]}
+        def order(x): return []
+        """,
+        SORTED,
+    ),
+    *hack(
+        "answers-too-deep-to-show",
+        """
+        import os
+        depth = 970
+        for opening, closing in ((b"[", b"]"), (b'{"t":[', b"]}"), (b'{"d":[[', b",1]]}"), (b'{"s":[', b"]}")):
+            text = opening * depth + b"1" + closing * depth
+            os.write(4, b'{"loaded": true}\\n' + b'{"v": ' + text + b"}\\n" + b'{"e": ' + text + b"}\\n")
+        os._exit(0)
+        """,
+        FUNCTION,
+    ),
+    *hack(
+        "answers-of-very-many-parts",
+        """
+        import os
+        os.write(4, b'{"loaded": true}\\n{"v": [' + b"[]," * (1 << 20) + b"[]]}\\n")
+        os._exit(0)
+        """,
+        FUNCTION,
+    ),
+    *hack(
+        "swap-standard-streams",
+        """
+        import os
+        os.write(0, b"7\\n")
+        os.write(2, b"7\\n")
+        os.dup2(0, 1)
+        """,
+        STDIO,
+    ),
+    *hack("look-alike-digits", "print('\uff17')", STDIO),
+    *hack("invisible-characters", "print('\u200b7')", STDIO),
+    *hack("not-utf-8", "import os; os.write(1, b'\\xff7\\n')", STDIO),
+    *hack("numbers-that-equal-nothing", "print('nan nan')", HALF),
+    *hack("numbers-that-are-too-large", "print('1e9999 1e9999')", HALF),
+    *hack("numbers-in-other-notations", "print('0x1p-1 0x1p-2')", HALF),
+    *hack("numbers-with-other-spaces", "print('0.5  0.25')", HALF),
+    *hack("more-numbers", "print('0.5 0.25 0.5')", HALF),
     *hack(
         "messages-that-never-end",
         """

@@ -220,6 +220,37 @@ ATTACKS = [
         """,
     ),
     containment(
+        "newer-and-rarer-calls",
+        """
+        import ctypes
+        libc = ctypes.CDLL(None, use_errno=True)
+        def go(number):
+            if libc.syscall(number, 0, 0, 0, 0, 0) >= 0:
+                return number
+            if ctypes.get_errno() not in (1, 38):
+                return f"{number}: errno {ctypes.get_errno()}"
+            raise PermissionError
+        mounts = [161, 165, 166, 428, 429, 430, 431, 432, 433, 442, 457, 458, 467]
+        scheduling = [142, 144, 203, 251, 256, 237, 238, 314, 450]
+        signals = [129, 200, 297, 424, 434, 438, 448]
+        files = [86, 90, 92, 94, 133, 188, 189, 197, 235, 259, 260, 261, 265, 275, 276, 280, 452, 463, 468, 469]
+        kernel = [134, 139, 153, 159, 164, 168, 170, 171, 173, 174, 176, 180, 305, 313, 320, 444, 445, 453, 460]
+        if os.uname().machine == "x86_64":
+            for number in mounts + scheduling + signals + files + kernel:
+                attempt(lambda: go(number))
+        """,
+    ),
+    containment(
+        "signals-and-injection-by-ioctl",
+        """
+        import fcntl
+        r, w = os.pipe()
+        for descriptor in (0, 1, r):
+            for request in (0x5412, 0x541C, 0x5452, 0x8901, 0x8902, 0x40086602, 0x6601, 0xC0185879, 0xAE01):
+                attempt(lambda: fcntl.ioctl(descriptor, request, bytes(32)))
+        """,
+    ),
+    containment(
         "undo-own-walls",
         """
         import ctypes

@@ -294,6 +294,44 @@ ATTACKS: list[Attack] = [
         time.sleep(60)
         """,
     ),
+    resource_abuse(
+        "huge-exception-message",
+        """
+        class Loud(Exception):
+            def __str__(self):
+                return "x" * (256 << 20)
+        raise Loud
+        """,
+    ),
+    resource_abuse(
+        "exit-status-with-a-method",
+        """
+        class Status:
+            def __str__(self):
+                while True:
+                    pass
+        raise SystemExit(Status())
+        """,
+    ),
+    resource_abuse(
+        "timers-and-queues",
+        """
+        import ctypes, select
+        libc = ctypes.CDLL(None)
+        spot = ctypes.c_void_p()
+        for _ in range(200_000):
+            libc.timer_create(0, None, ctypes.byref(spot))
+        keep = [select.epoll() for _ in range(1000)]
+        print("done")
+        """,
+    ),
+    resource_abuse(
+        "output-of-many-tokens",
+        """
+        import os
+        os.write(1, b"1 " * (4 << 20))
+        """,
+    ),
     containment(
         "memory-limit-is-the-one-given",
         """

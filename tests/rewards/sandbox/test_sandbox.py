@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -186,7 +187,8 @@ def test_two_dead_supervisors_are_reported_and_not_scored() -> None:
         def keep_killing() -> None:
             while not stop.wait(0.02):
                 for pid in find_descendants():
-                    os.kill(pid, signal.SIGKILL)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
 
         killer = threading.Thread(target=keep_killing)
         killer.start()
@@ -280,6 +282,67 @@ def test_closing_ends_everything_at_once() -> None:
     sandbox.close()
     assert wait_for_no_descendants() == []
     assert time.monotonic() - started < 10
+
+
+def test_closing_ends_a_run_under_way_and_is_for_good() -> None:
+    sandbox = Sandbox(workers=2)
+    assert score_program(RIGHT, ADD, sandbox=sandbox).reward == 1.0
+    with ThreadPoolExecutor(2) as threads:
+        scored = [threads.submit(score_program, "while True: pass", ADD, sandbox=sandbox) for _ in range(2)]
+        time.sleep(0.5)
+        started = time.monotonic()
+        sandbox.close()
+        results = [future.result() for future in scored]
+        assert time.monotonic() - started < 10
+    for result in (*results, score_program(RIGHT, ADD, sandbox=sandbox)):
+        assert (result.reward, result.status) == (None, "error")
+        assert result.detail == "not judged: the sandbox is closed"
+    assert wait_for_no_descendants() == []
+
+
+def test_a_forked_worker_that_closes_harms_nobody() -> None:
+    with Sandbox(level=available_levels()[-1], minimum_level="D", workers=1) as sandbox:
+        assert score_program(RIGHT, ADD, sandbox=sandbox).reward == 1.0
+        zygotes = find_descendants()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                sandbox.close()
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+        assert score_program(RIGHT, ADD, sandbox=sandbox).reward == 1.0
+        assert zygotes[0] in find_descendants()
+
+
+def test_no_descriptor_to_spare_is_reported_and_not_scored() -> None:
+    answer = run_python(
+        f"""
+        import os, resource
+        from rewards import score_program
+        from rewards.sandbox.sandbox import Sandbox
+        sandbox = Sandbox(workers=1)
+        assert score_program({RIGHT!r}, {ADD!r}, sandbox=sandbox).reward == 1.0
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        add = {{"style": "function", "entry_point": "add", "cases": [{{"args": [3, 4], "expected": 7}}]}}
+        for program, problem in (({RIGHT!r}, {ADD!r}), ("def add(a, b): return a + b", add)):
+            held, found = [], []
+            try:
+                while True:
+                    held.append(os.dup(0))
+            except OSError:
+                pass
+            for _ in range(8):
+                result = score_program(program, problem, sandbox=sandbox)
+                found.append((result.reward, result.status))
+                os.close(held.pop())
+            print(found[0], found[-1], sorted(map(str, set(found))))
+            for descriptor in held:
+                os.close(descriptor)
+        """
+    )
+    error, right = str((None, "error")), str((1.0, "ok"))
+    assert answer.stdout.splitlines() == [f"{error} {right} {[right, error]}"] * 2, answer.stderr
 
 
 def test_an_exit_without_closing_leaves_nothing(tmp_path: Path) -> None:

@@ -44,6 +44,24 @@ def are_same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+@pytest.mark.parametrize("wrap", [lambda v: [v], lambda v: (v,), lambda v: {0: v}, lambda v: collections.deque([v])])
+def test_the_deepest_that_is_written_is_read_and_no_deeper(wrap: Any) -> None:
+    value: Any = 1
+    for _ in range(wire.MAX_DEPTH):
+        value = wrap(value)
+    assert round_trip(value) == value
+    with pytest.raises(wire.WireError):
+        wire.encode(wrap(value))
+
+
+@pytest.mark.parametrize(("opening", "closing"), [(b"[", b"]"), (b'{"t":[', b"]}"), (b'{"d":[[0,', b"]]}")])
+def test_text_deeper_than_is_written_is_refused(opening: bytes, closing: bytes) -> None:
+    for depth in (620, 900, 5000, 100_000):
+        with pytest.raises(wire.WireError):
+            wire.loads(opening * depth + b"1" + closing * depth)
+    assert len(wire.loads(b"[" + b"[]," * 700 + b"[]]")) == 701
+
+
 @given(VALUES)
 def test_plain_data_survives(value: Any) -> None:
     assert are_same(round_trip(value), value)
