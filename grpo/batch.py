@@ -34,6 +34,8 @@ class Row:
     learned: bool
     """False where nothing is learned from the row: truncated under `mask_truncated_completions`, or aborted."""
     origin: Origin
+    is_stale: bool = False
+    """Whether an earlier version of the policy sampled it."""
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion.token_ids)
@@ -50,11 +52,17 @@ class Minibatch:
 
 
 def make_rows(
-    groups: Sequence[Group], advantages: Sequence[Sequence[float]], *, mask_truncated: bool, first_problem: int = 0
+    groups: Sequence[Group],
+    advantages: Sequence[Sequence[float]],
+    *,
+    mask_truncated: bool,
+    first_problem: int = 0,
+    version: int = 0,
 ) -> list[Row]:
     """One row per completion, [B], in order; completions without a token are left out.
 
-    `first_problem` is the index of the first group among those of all ranks.
+    `first_problem` is the index of the first group among those of all ranks, `version` that of the policy in hand: what
+    an earlier one sampled is stale.
     """
     return [
         Row(
@@ -64,6 +72,7 @@ def make_rows(
             learned=completion.finish_reason != "abort"
             and not (mask_truncated and completion.finish_reason == "length"),
             origin=Origin(problem=first_problem + p, completion=g),
+            is_stale=completion.policy_version < version,
         )
         for p, (group, of_group) in enumerate(zip(groups, advantages, strict=True))
         for g, (completion, advantage) in enumerate(zip(group.completions, of_group, strict=True))
@@ -120,12 +129,14 @@ def cut_by_tokens(items: Sequence[Sized], max_tokens: int) -> list[list[Sized]]:
 
 def _pack(rows: Sequence[Row], prompt_tokens: Counter[int], device: torch.device | str) -> Batch:
     token_ids, mask, logprobs, advantages = list[int](), list[bool](), list[float](), list[float]()
+    stale = list[bool]()
     for row in rows:
         prompt, length = len(row.prompt_ids), len(row.completion.token_ids)
         token_ids += [*row.prompt_ids, *row.completion.token_ids]
         mask += [False] * prompt + [True] * length
         logprobs += [0.0] * prompt + list(row.completion.logprobs)
         advantages += [0.0] * prompt + [row.advantage] * length
+        stale += [False] * prompt + [row.is_stale] * length
     return Batch(
         token_ids_N=torch.tensor(token_ids, device=device),
         rows=PackedRows.of([len(row) for row in rows], device),
@@ -134,4 +145,5 @@ def _pack(rows: Sequence[Row], prompt_tokens: Counter[int], device: torch.device
         rollout_logprobs_N=torch.tensor(logprobs, dtype=torch.float32, device=device),
         advantages_N=torch.tensor(advantages, dtype=torch.float32, device=device),
         prompt_tokens_B=torch.tensor([prompt_tokens[row.origin.problem] for row in rows], device=device),
+        stale_N=torch.tensor(stale, device=device) if any(stale) else None,
     )

@@ -2,10 +2,11 @@
 
 A checkpoint is a folder `step_000050` that transformers and vLLM load as it is (weights in the Hugging Face layout,
 tokenizer) plus `trainer.safetensors` (master weights, moments), `reference.safetensors` where the reference moves,
-`state.json` and `manifest.json` (SHA-256 of every file). It is written beside its place, synced and renamed, so that a
-kill at any moment leaves the last good one.
+`state.json`, `data.json` (questions asked, pass rates, groups not trained on yet, old successes) and `manifest.json`
+(SHA-256 of every file). It is written beside its place, synced and renamed, so that a kill at any moment leaves the
+last good one.
 
-Everything else that the future depends on (data order, seeds, learning rate) follows from the step number.
+Everything else that the future depends on (seeds, learning rate) follows from the step number and the recipe.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -30,7 +32,7 @@ from policy.checkpoint import load_config, read_tensors, restore
 from policy.lora import LoraConfig, LoraError, adapters, load_adapters, save_adapters
 from policy.tokenizer import Tokenizer
 
-MANIFEST, STATE, TRAINER = "manifest.json", "state.json", "trainer.safetensors"
+MANIFEST, STATE, TRAINER, DATA = "manifest.json", "state.json", "trainer.safetensors", "data.json"
 REFERENCE, ADAPTER = "reference.safetensors", "adapter"
 
 
@@ -56,14 +58,16 @@ def save_checkpoint(
     keep: int,
     *,
     state: Mapping[str, float | None] | None = None,
+    data: Mapping[str, Any] | None = None,
     reference: Policy | None = None,
     lora: LoraConfig | None = None,
     base_model: str | None = None,
 ) -> Path:
     """Write `folder/step_{step}` and remove all but the newest `keep`. Raises OSError where the disk refuses.
 
-    `state` are numbers of the trainer that do not follow from the step; `reference` is given where it moves. With
-    `lora`, the weights are merged and the adapters to `base_model` stand by themselves in `adapter/`.
+    `state` are numbers of the trainer that do not follow from the step, `data` is what the next questions depend on, as
+    JSON; `reference` is given where it moves. With `lora`, the weights are merged and the adapters to `base_model`
+    stand by themselves in `adapter/`.
     """
     target = folder / f"step_{step:06d}"
     with written_whole(target) as temporary:
@@ -77,6 +81,7 @@ def save_checkpoint(
                 {name: weight.contiguous() for name, weight in reference.named_parameters()}, temporary / REFERENCE
             )
         (temporary / STATE).write_text(json.dumps({"step": step, **(state or {})}) + "\n")
+        (temporary / DATA).write_text(json.dumps(data) + "\n")
         files = sorted(file for file in temporary.rglob("*") if file.is_file())
         digests = {file.relative_to(temporary).as_posix(): _digest(file) for file in files}
         (temporary / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n")
@@ -159,6 +164,16 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: MasterAdamW, referenc
     optimizer.load_state_tensors(state)
     if reference is not None and (path / REFERENCE).is_file():
         reference.load_state_dict(load_file(path / REFERENCE), strict=False)  # without the buffers, which do not move
+
+
+def read_data_state(path: Path) -> dict[str, Any]:
+    """What was given to `save_checkpoint` as `data`. Raises CheckpointError for a checkpoint without it."""
+    if not (path / DATA).is_file():
+        raise CheckpointError(
+            f"{path} has no {DATA}: an older version wrote it; begin anew under another name (name=...)"
+        )
+    state: dict[str, Any] = json.loads((path / DATA).read_text())
+    return state
 
 
 def _by_step(folder: Path) -> list[Path]:

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from time import perf_counter
 
 from grpo.config import Config
+from grpo.prompts import render_prompts
+from grpo.schedule import completion_length_at
 from grpo.types import Group
+from policy import Policy
 from policy.tokenizer import Tokenizer
 from rewards import Grader, Problem
-from rollouts import Engine, SamplingParams
+from rollouts import Engine, SamplingParams, make_engine
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,44 +28,73 @@ class Collected:
     """Seconds of grading."""
 
 
-def collect(
-    problems: Sequence[Problem],
-    prompts: Sequence[Sequence[int]],
-    *,
-    engine: Engine,
-    tokenizer: Tokenizer,
-    grader: Grader,
-    num_generations: int,
-    params: SamplingParams,
-    prompt_seeds: Sequence[int],
-) -> Collected:
-    """`num_generations` graded completions of each problem."""
-    start = perf_counter()
-    completions = engine.generate(prompts, num_generations, params, prompt_seeds) if prompts else []
-    sampled = perf_counter()
-    texts = [tokenizer.decode_many([c.token_ids for c in group]) for group in completions]
-    results = grader.grade(
-        [problem for problem in problems for _ in range(num_generations)],
-        [text for group in texts for text in group],
-        [c.token_ids for group in completions for c in group],
-    )
-    groups = [
-        Group(
-            problem=problem,
-            prompt_ids=prompt_ids,
-            completions=completions[place],
-            texts=texts[place],
-            results=results[place * num_generations : (place + 1) * num_generations],
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Collector:
+    """What stands between a problem and its graded completions, for training, evaluation and looking at a model."""
+
+    config: Config
+    tokenizer: Tokenizer
+    engine: Engine
+    grader: Grader
+    context: int
+    """Tokens that the policy can see."""
+
+    def render(self, problems: Sequence[Problem]) -> list[list[int]]:
+        """Token ids of each problem's prompt; raises PromptError for one that leaves no room for a completion."""
+        return render_prompts(problems, self.config, self.tokenizer, self.context)
+
+    def collect(
+        self,
+        problems: Sequence[Problem],
+        prompts: Sequence[Sequence[int]],
+        *,
+        num_generations: int,
+        params: SamplingParams,
+        prompt_seeds: Sequence[int],
+    ) -> Collected:
+        """`num_generations` graded completions of each problem."""
+        start = perf_counter()
+        completions = self.engine.generate(prompts, num_generations, params, prompt_seeds) if prompts else []
+        sampled = perf_counter()
+        texts = [self.tokenizer.decode_many([c.token_ids for c in group]) for group in completions]
+        results = self.grader.grade(
+            [problem for problem in problems for _ in range(num_generations)],
+            [text for group in texts for text in group],
+            [c.token_ids for group in completions for c in group],
         )
-        for place, (problem, prompt_ids) in enumerate(zip(problems, prompts, strict=True))
-    ]
-    return Collected(groups=groups, sample_s=sampled - start, grade_s=perf_counter() - sampled)
+        groups = [
+            Group(
+                problem=problem,
+                prompt_ids=prompt_ids,
+                completions=completions[place],
+                texts=texts[place],
+                results=results[place * num_generations : (place + 1) * num_generations],
+            )
+            for place, (problem, prompt_ids) in enumerate(zip(problems, prompts, strict=True))
+        ]
+        return Collected(groups=groups, sample_s=sampled - start, grade_s=perf_counter() - sampled)
 
 
-def sampling_params(config: Config, tokenizer: Tokenizer, *, greedy: bool = False) -> SamplingParams:
-    """How a recipe draws completions, or the most likely ones."""
+def make_collector(
+    config: Config, policy: Policy, tokenizer: Tokenizer, grader: Grader, engine: Engine | None = None
+) -> Collector:
+    """A collector that samples from `policy`, with an engine of its own where none is given."""
+    return Collector(
+        config=config,
+        tokenizer=tokenizer,
+        engine=make_engine(policy, config.engine) if engine is None else engine,
+        grader=grader,
+        context=policy.config.max_position_embeddings,
+    )
+
+
+def sampling_params(
+    config: Config, tokenizer: Tokenizer, *, greedy: bool = False, step: int | None = None
+) -> SamplingParams:
+    """How a recipe draws completions, or the most likely ones; at their full length, or at that of a training step."""
+    full = config.max_completion_length
     return SamplingParams(
-        max_completion_length=config.max_completion_length,
+        max_completion_length=full if step is None else completion_length_at(step, full, config.length_schedule),
         temperature=0.0 if greedy else config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,

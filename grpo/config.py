@@ -16,9 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from grpo.algorithm import AlgorithmConfig
 from grpo.countdown import AttemptsConfig, CountdownConfig
+from grpo.curriculum import CurriculumConfig
+from grpo.dynamic_sampling import DynamicSamplingConfig
+from grpo.replay_buffer import ReplayBufferConfig
+from grpo.schedule import LengthScheduleConfig
 from policy import PolicyConfig
 from policy.lora import LoraConfig
 from policy.recompute import Recomputation
+from rewards.registry import reward_name
 from rollouts import EngineConfig
 
 DEFAULT_CONTEXT = 512
@@ -150,6 +155,13 @@ class Config(AlgorithmConfig):
         default=0.0, ge=0, description="weight of the MTP modules' loss on completions; it moves these modules alone"
     )
 
+    dynamic_sampling: DynamicSamplingConfig | None = Field(default=None, description="replace groups without signal")
+    curriculum: CurriculumConfig | None = Field(default=None, description="choose problems by their pass rates")
+    length_schedule: LengthScheduleConfig | None = Field(default=None, description="max_completion_length that grows")
+    replay_buffer: ReplayBufferConfig | None = Field(
+        default=None, description="add old successes to groups in which all failed"
+    )
+
     engine: EngineConfig = Field(default_factory=EngineConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     save_steps: int = Field(default=50, ge=0, description="checkpoint every so many steps; 0: at the end only")
@@ -170,6 +182,16 @@ class Config(AlgorithmConfig):
         if self.lora is not None and self.sync_ref_model:
             raise ValueError(
                 "lora takes the policy without its adapters for the reference: sync_ref_model must be false"
+            )
+        names = ["reward", *map(reward_name, self.rewards)]
+        if self.dynamic_sampling is not None and self.dynamic_sampling.metric not in names:
+            raise ValueError(
+                f"dynamic_sampling.metric must be one of {', '.join(names)}, got {self.dynamic_sampling.metric!r}"
+            )
+        if self.length_schedule is not None and self.length_schedule.start > self.max_completion_length:
+            raise ValueError(
+                f"length_schedule.start ({self.length_schedule.start}) must not exceed max_completion_length "
+                f"({self.max_completion_length}), where the schedule ends"
             )
         if self.prompt_template not in ("r1_zero", "chat") and "{prompt}" not in self.prompt_template:
             raise ValueError(

@@ -1,6 +1,6 @@
 """Problems from a generator, a local file or the hub, in an order that depends only on the seed.
 
-Nothing here has a position to save: the problems of a step follow from the step's number.
+Nothing here has a position to save: `grpo/stream.py` holds it.
 """
 
 from __future__ import annotations
@@ -44,15 +44,19 @@ class Dataset:
 
     def take(self, start: int, count: int) -> list[Problem]:
         """Problems number `start` to `start + count` of the endless order."""
-        return [self._at(index) for index in range(start, start + count)]
+        return [self.problems[place] for place in self.places(start, count)]
 
-    def _at(self, index: int) -> Problem:
+    def places(self, start: int, count: int) -> list[int]:
+        """Where these stand in `problems`."""
+        return [self._place_of(index) for index in range(start, start + count)]
+
+    def _place_of(self, index: int) -> int:
         epoch, place = divmod(index, len(self.problems))
         if self._order[0] != epoch:
             order = list(range(len(self.problems)))
             random.Random(f"order {self.seed} {epoch}").shuffle(order)
             self._order = (epoch, order)
-        return self.problems[self._order[1][place]]
+        return self._order[1][place]
 
 
 def read_problems(config: DatasetConfig, *, seed: int, split: Split | Literal["all"], count: int) -> list[Problem]:

@@ -7,16 +7,12 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from grpo.collect import collect, sampling_params
-from grpo.config import Config
+from grpo.collect import Collector, sampling_params
 from grpo.distributed import Ranks
-from grpo.prompts import render_prompts
 from grpo.types import Group
-from policy import Policy
-from policy.tokenizer import Tokenizer
-from rewards import Grader, Problem
+from rewards import Problem, RewardResult
 from rewards.registry import reward_name
-from rollouts import Engine, SamplingParams
+from rollouts import SamplingParams
 from rollouts.sampler import mix
 
 EVALUATION_STREAM = 1 << 40
@@ -27,9 +23,7 @@ EVALUATION_STREAM = 1 << 40
 class Evaluator:
     """Everything an evaluation needs but the stage."""
 
-    engine: Engine
-    tokenizer: Tokenizer
-    grader: Grader
+    collector: Collector
     ranks: Ranks
     problems: Sequence[Problem]
     prompts: Sequence[Sequence[int]]
@@ -86,39 +80,27 @@ class Evaluator:
         params: SamplingParams,
         seeds: Sequence[int],
     ) -> list[Group]:
-        return collect(
-            problems,
-            prompts,
-            engine=self.engine,
-            tokenizer=self.tokenizer,
-            grader=self.grader,
-            num_generations=num_generations,
-            params=params,
-            prompt_seeds=seeds,
+        return self.collector.collect(
+            problems, prompts, num_generations=num_generations, params=params, prompt_seeds=seeds
         ).groups
 
     def _is_correct(self, group: Group) -> list[bool]:
-        return [result.breakdown.get(self.metric, 0.0) == 1.0 for result in group.results]
+        return [is_correct(result, self.metric) for result in group.results]
 
 
-def make_evaluator(
-    config: Config,
-    policy: Policy,
-    tokenizer: Tokenizer,
-    *,
-    engine: Engine,
-    grader: Grader,
-    ranks: Ranks,
-    problems: Sequence[Problem],
-) -> Evaluator:
-    """The evaluation that a recipe asks for, on these problems."""
+def is_correct(result: RewardResult, metric: str) -> bool:
+    """Whether the reward called `metric` gave its full score of 1."""
+    return result.breakdown.get(metric, 0.0) == 1.0
+
+
+def make_evaluator(collector: Collector, ranks: Ranks, problems: Sequence[Problem]) -> Evaluator:
+    """The evaluation that the collector's recipe asks for, on these problems."""
+    config, tokenizer = collector.config, collector.tokenizer
     return Evaluator(
-        engine=engine,
-        tokenizer=tokenizer,
-        grader=grader,
+        collector=collector,
         ranks=ranks,
         problems=problems,
-        prompts=render_prompts(problems, config, tokenizer, policy.config.max_position_embeddings),
+        prompts=collector.render(problems),
         task=config.evaluation.path or config.dataset.path or "countdown",
         metric=reward_name(config.rewards[0]),
         k=config.evaluation.k,

@@ -65,6 +65,8 @@ def batch_loss(
     """
     mask_N, rows = batch.completion_mask_N, batch.rows
     old_N = logprobs_N.detach() if batch.old_logprobs_N is None else batch.old_logprobs_N
+    if batch.stale_N is not None:
+        old_N = torch.where(batch.stale_N, batch.rollout_logprobs_N, old_N)
     log_ratio_N = token_log_ratios(logprobs_N, old_N, mask_N)
     gain = _gain(logprobs_N, old_N, log_ratio_N, batch, algorithm)
     policy_N = -gain.gain_N

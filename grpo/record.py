@@ -19,7 +19,7 @@ import yaml
 
 from grpo.checkpoint import forget_checkpoints_after
 from grpo.config import Config
-from grpo.types import Group
+from grpo.types import Answer
 
 FREE_TO_CHANGE = (
     *("name", "output_dir", "num_threads", "reward_workers", "reward_timeout"),
@@ -130,12 +130,22 @@ class RunFolder:
 
         self._try("metrics.jsonl", append)
 
-    def add_rollouts(self, step: int, groups: Sequence[Group], advantages: Sequence[Sequence[float]]) -> None:
-        """Every completion of a step with its reward parts and advantage."""
-        lines = [
-            json.dumps(_group_record(step, group, of_group), ensure_ascii=False)
-            for group, of_group in zip(groups, advantages, strict=True)
+    def add_rollouts(
+        self,
+        step: int,
+        answers: Sequence[Answer],
+        advantages: Sequence[Sequence[float]],
+        dropped: Sequence[Answer] = (),
+    ) -> None:
+        """Every completion that a step was trained on, with its reward parts and advantage; then the groups dropped."""
+        records = [
+            _group_record(step, answer, of_group, is_trained=True)
+            for answer, of_group in zip(answers, advantages, strict=True)
         ]
+        records += [
+            _group_record(step, answer, [0.0] * len(answer.group.completions), is_trained=False) for answer in dropped
+        ]
+        lines = [json.dumps(record, ensure_ascii=False) for record in records]
         file = self.path / "rollouts" / f"step_{step:06d}.jsonl"
 
         def write() -> None:
@@ -185,7 +195,8 @@ class RunFolder:
             raise
 
 
-def _group_record(step: int, group: Group, advantages: Sequence[float]) -> dict[str, Any]:
+def _group_record(step: int, answer: Answer, advantages: Sequence[float], *, is_trained: bool) -> dict[str, Any]:
+    group = answer.group
     completions = [
         {
             "text": text,
@@ -196,6 +207,7 @@ def _group_record(step: int, group: Group, advantages: Sequence[float]) -> dict[
             "detail": result.detail,
             "num_tokens": len(completion.token_ids),
             "finish_reason": completion.finish_reason,
+            "policy_version": completion.policy_version,
         }
         for completion, text, result, advantage in zip(
             group.completions, group.texts, group.results, advantages, strict=True
@@ -204,7 +216,13 @@ def _group_record(step: int, group: Group, advantages: Sequence[float]) -> dict[
     problem, prompt = group.problem, group.problem.prompt
     text = prompt if isinstance(prompt, str) else "\n\n".join(turn["content"] for turn in prompt)
     about = {"id": problem.id, "prompt": text, "answer": problem.answer, "source": problem.source}
-    return {"step": step, "problem": about, "completions": completions}
+    return {
+        "step": step,
+        "number": answer.question.number,
+        "is_trained": is_trained,
+        "problem": about,
+        "completions": completions,
+    }
 
 
 def _step_of(line: str) -> float:

@@ -17,14 +17,13 @@ import torch
 import policy as policies
 from grpo.auxiliary import check_auxiliary
 from grpo.checkpoint import find_checkpoint
-from grpo.collect import collect, sampling_params
+from grpo.collect import make_collector, sampling_params
 from grpo.config import Config, ConfigError, load_config
 from grpo.data import Dataset, read_problems
 from grpo.display import Display
 from grpo.distributed import Ranks
 from grpo.evaluate import make_evaluator
 from grpo.pretrain import base_model
-from grpo.prompts import render_prompts
 from grpo.record import RunFolder
 from grpo.report import write_report
 from grpo.trainer import Trainer
@@ -33,7 +32,6 @@ from policy.checkpoint import resolve_folder
 from policy.lora import LoraError, add_adapters
 from policy.tokenizer import Tokenizer, load_tokenizer
 from rewards import Grader, Problem
-from rollouts import make_engine
 
 
 def run(recipe: Path, overrides: Sequence[str], *, resume: bool) -> None:
@@ -60,11 +58,8 @@ def evaluate_model(recipe: Path, overrides: Sequence[str], model: Path | None) -
         raise ConfigError("evaluation.num_problems is 0: there is nothing to evaluate")
     with _setting(config) as setting, _grader(config) as grader:
         policy, tokenizer = _load(config, _resolve(model) if model else _last_checkpoint(config), setting.ranks)
-        engine = make_engine(policy, config.engine)
-        evaluator = make_evaluator(
-            config, policy, tokenizer, engine=engine, grader=grader, ranks=setting.ranks, problems=problems
-        )
-        evaluation = evaluator.run(str(model or "last checkpoint"))
+        collector = make_collector(config, policy, tokenizer, grader)
+        evaluation = make_evaluator(collector, setting.ranks, problems).run(str(model or "last checkpoint"))
     if setting.ranks.is_main:
         print(json.dumps(evaluation, indent=2))
 
@@ -78,23 +73,15 @@ def sample_model(recipe: Path, overrides: Sequence[str], model: Path | None, pro
         raise ConfigError("evaluation.num_problems is 0, so no problem is held out; give --prompt TEXT")
     with _setting(config) as setting, _grader(config) as grader:
         policy, tokenizer = _load(config, _resolve(model) if model else _last_checkpoint(config), setting.ranks)
-        prompts = render_prompts(problems[:1], config, tokenizer, policy.config.max_position_embeddings)
-        params = sampling_params(config, tokenizer)
-        engine = make_engine(policy, config.engine)
+        collector = make_collector(config, policy, tokenizer, grader)
+        prompts, params = collector.render(problems[:1]), sampling_params(config, tokenizer)
         print(tokenizer.decode(prompts[0]))
         if asked is not None:
-            for completion in engine.generate(prompts, num, params)[0]:
+            for completion in collector.engine.generate(prompts, num, params)[0]:
                 print(f"\n{tokenizer.decode(completion.token_ids)}")
             return
-        [group] = collect(
-            problems[:1],
-            prompts,
-            engine=engine,
-            tokenizer=tokenizer,
-            grader=grader,
-            num_generations=num,
-            params=params,
-            prompt_seeds=[config.seed],
+        [group] = collector.collect(
+            problems[:1], prompts, num_generations=num, params=params, prompt_seeds=[config.seed]
         ).groups
         for text, result in zip(group.texts, group.results, strict=True):
             print(f"\n[{result.reward}] {text}")

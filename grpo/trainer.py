@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,9 +11,10 @@ from types import FrameType
 import torch
 
 from grpo.advantages import step_advantages
+from grpo.asking import Asked, Asker, make_asker
 from grpo.batch import make_minibatches, make_rows
-from grpo.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from grpo.collect import Collected, collect, sampling_params
+from grpo.checkpoint import find_checkpoint, load_checkpoint, read_data_state, save_checkpoint
+from grpo.collect import make_collector
 from grpo.config import Config
 from grpo.data import Dataset
 from grpo.display import Display
@@ -24,7 +24,6 @@ from grpo.evaluate import Evaluator, make_evaluator
 from grpo.metrics import graded, rollout_metrics, update_metrics
 from grpo.optimizer import MasterAdamW, learning_rate_at
 from grpo.penalties import penalised_rewards
-from grpo.prompts import render_prompts
 from grpo.record import RunFolder
 from grpo.reference import Reference
 from grpo.replay import NonFiniteError, save_fault
@@ -33,8 +32,7 @@ from grpo.update import Step, UpdateStats, update
 from policy import Policy
 from policy.tokenizer import Tokenizer
 from rewards import Grader, Problem
-from rollouts import Engine, make_engine
-from rollouts.sampler import mix
+from rollouts import make_engine
 
 
 @dataclass(kw_only=True, slots=True)
@@ -76,42 +74,34 @@ class Trainer:
             weight_decay=config.weight_decay,
         )
         reference = Reference(self.policy, is_offloaded=config.offload_ref_model) if config.beta else None
-        self._resume(optimizer, reference)
+        collector = make_collector(config, self.policy, self.tokenizer, self.grader, engine)
+        asker = make_asker(collector, self.ranks, self.dataset)
+        self._resume(optimizer, asker, reference)
         engine.load_weights(self.policy, self.step)
-        evaluator = make_evaluator(
-            config,
-            self.policy,
-            self.tokenizer,
-            engine=engine,
-            grader=self.grader,
-            ranks=self.ranks,
-            problems=self.held_out,
-        )
+        evaluator = make_evaluator(collector, self.ranks, self.held_out)
         if self.step == 0:
             self._evaluate(evaluator, "base")
         self.display.stage("GRPO", config.max_steps, done=self.step)
         while self.step < config.max_steps and not self.ranks.any(self.stop_requested):
             started = perf_counter()
-            first, problems = self.ranks.share(
-                self.dataset.take(self.step * config.prompts_per_step, config.prompts_per_step)
-            )
-            collected = self._collect(problems, first, engine)
-            advantages = self._advantages(collected.groups, reference)
-            stats, update_s = self._update(collected.groups, advantages, first, optimizer, reference)
+            asked = asker.ask(self.step)
+            first, groups = self.ranks.share([answer.group for answer in asked.filled.trained])
+            advantages = self._advantages(groups, reference)
+            stats, update_s = self._update(groups, advantages, first, optimizer, reference)
             self.step += 1
             engine.load_weights(self.policy, self.step)
-            self._record(collected, advantages, stats, update_s, started)
+            self._record(asked, advantages, stats, update_s, started)
             if config.evaluation.eval_steps and self.step % config.evaluation.eval_steps == 0:
                 self._evaluate(evaluator, self.step)
             if config.save_steps and self.step % config.save_steps == 0 and self.step < config.max_steps:
-                self.save(optimizer, reference)
+                self.save(optimizer, asker, reference)
             if self.skipped >= config.max_skipped_steps:
-                self.save(optimizer, reference)
+                self.save(optimizer, asker, reference)
                 raise NonFiniteError(
                     f"{self.skipped} updates were not finite (max_skipped_steps: {config.max_skipped_steps}); see why "
                     f"with: grpo replay {self.folder.skipped}/FILE; a lower learning_rate or max_grad_norm may help"
                 )
-        self.save(optimizer, reference)
+        self.save(optimizer, asker, reference)
         if self.step >= config.max_steps:
             self._evaluate(evaluator, "final")
         engine.close()
@@ -125,7 +115,7 @@ class Trainer:
         )
         signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
 
-    def save(self, optimizer: MasterAdamW, reference: Reference | None = None) -> None:
+    def save(self, optimizer: MasterAdamW, asker: Asker, reference: Reference | None = None) -> None:
         """Write a checkpoint; a disk that refuses is said, and the last good one stays."""
         if self.ranks.is_main and not (self.folder.checkpoints / f"step_{self.step:06d}").is_dir():
             try:
@@ -144,6 +134,7 @@ class Trainer:
                     reference=reference.policy if reference is not None and self.config.sync_ref_model else None,
                     lora=self.config.lora,
                     base_model=self.config.model,
+                    data=asker.state(),
                 )
             except OSError as error:
                 self.display.note(
@@ -151,34 +142,19 @@ class Trainer:
                 )
         self.ranks.wait()
 
-    def _resume(self, optimizer: MasterAdamW, reference: Reference | None) -> None:
+    def _resume(self, optimizer: MasterAdamW, asker: Asker, reference: Reference | None) -> None:
         found = find_checkpoint(self.folder.checkpoints)
         self.ranks.wait()
         if found is not None:
             for line in found.damaged:
                 self.display.note(line)
             load_checkpoint(found.path, self.policy, optimizer, None if reference is None else reference.policy)
+            asker.load_state(read_data_state(found.path))
             self.step, self.skipped = found.step, int(found.state.get("skipped") or 0)
             if (coefficient := found.state.get("entropy_coef")) is not None:
                 self.entropy = EntropyState(coefficient=coefficient, entropy=found.state.get("entropy"))
         if self.ranks.is_main:
             self.folder.forget_after(self.step)
-
-    def _collect(self, problems: Sequence[Problem], first: int, engine: Engine) -> Collected:
-        config = self.config
-        prompts = render_prompts(problems, config, self.tokenizer, self.policy.config.max_position_embeddings)
-        base = self.step * config.prompts_per_step + first
-        collected = collect(
-            problems,
-            prompts,
-            engine=engine,
-            tokenizer=self.tokenizer,
-            grader=self.grader,
-            num_generations=config.num_generations,
-            params=sampling_params(config, self.tokenizer),
-            prompt_seeds=[int(mix(config.seed, base + index)) for index in range(len(problems))],
-        )
-        return _shuffle_rewards(collected, config.seed, base) if config.shuffle_rewards else collected
 
     def _advantages(self, groups: Sequence[Group], reference: Reference | None) -> list[list[float]]:
         """Of this rank's groups, from the rewards of all ranks."""
@@ -198,7 +174,13 @@ class Trainer:
         reference: Reference | None,
     ) -> tuple[UpdateStats, float]:
         config, started = self.config, perf_counter()
-        rows = make_rows(groups, advantages, mask_truncated=config.mask_truncated_completions, first_problem=first)
+        rows = make_rows(
+            groups,
+            advantages,
+            mask_truncated=config.mask_truncated_completions,
+            first_problem=first,
+            version=self.step,
+        )
         stats = update(
             self.policy,
             optimizer,
@@ -238,29 +220,29 @@ class Trainer:
 
     def _record(
         self,
-        collected: Collected,
+        asked: Asked,
         advantages: Sequence[Sequence[float]],
         stats: UpdateStats,
         update_s: float,
         started: float,
     ) -> None:
-        groups = self.ranks.gather(collected.groups)
         dealt = self.ranks.gather([list(of_group) for of_group in advantages])
         if self.ranks.is_main:
-            self.folder.add_rollouts(self.step, groups, dealt)
-        rollouts = rollout_metrics([graded(group) for group in groups])
-        tokens = sum(len(group.prompt_ids) + len(c.token_ids) for group in groups for c in group.completions)
+            self.folder.add_rollouts(self.step, asked.filled.trained, dealt, asked.filled.dropped)
+        rollouts = rollout_metrics([graded(group) for group in asked.fresh])
+        tokens = sum(len(group.prompt_ids) + len(c.token_ids) for group in asked.fresh for c in group.completions)
         elapsed = perf_counter() - started
         metrics = {
             "step": self.step,
             **rollouts,
+            **asked.metrics,
             **update_metrics(stats),
             "entropy_coef": applied_coefficient(self.entropy, self.config),
             "update/skipped_total": self.skipped,
             "learning_rate": self._learning_rate(),
             "step_time": elapsed,
-            "time/sample": collected.sample_s,
-            "time/grade": collected.grade_s,
+            "time/sample": asked.sample_s,
+            "time/grade": asked.grade_s,
             "time/update": update_s,
             "num_tokens": tokens,
             "tokens_per_second": tokens / elapsed,
@@ -283,23 +265,3 @@ class Trainer:
             f"({evaluation['ci95'][0]:.1%} to {evaluation['ci95'][1]:.1%}), {evaluation['mean_length']:.0f} tokens"
         )
         self.ranks.wait()
-
-
-def _shuffle_rewards(collected: Collected, seed: int, step: int) -> Collected:
-    """Deal the results out anew among all completions: the control in which reward says nothing about a completion."""
-    results = [result for group in collected.groups for result in group.results]
-    random.Random(f"shuffle {seed} {step}").shuffle(results)
-    groups, start = [], 0
-    for group in collected.groups:
-        end = start + len(group.results)
-        groups.append(
-            Group(
-                problem=group.problem,
-                prompt_ids=group.prompt_ids,
-                completions=group.completions,
-                texts=group.texts,
-                results=results[start:end],
-            )
-        )
-        start = end
-    return Collected(groups=groups, sample_s=collected.sample_s, grade_s=collected.grade_s)

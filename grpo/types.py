@@ -1,6 +1,6 @@
 """What flows through a training step.
 
-Shapes: P problems, G completions of each, B = P*G rows, N packed tokens.
+Shapes: P problems, G completions of each (one more where an old one was added), B rows, N packed tokens.
 """
 
 from __future__ import annotations
@@ -27,6 +27,18 @@ class Origin:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """One asking of a problem."""
+
+    number: int
+    """Place among all askings of the run, from 0; its completions' seeds follow from it."""
+    place: int
+    """Index of the problem in the dataset."""
+    problem: Problem
+    """The problem itself."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
     """One problem with everything that was sampled for it."""
 
@@ -39,6 +51,16 @@ class Group:
     """Each completion decoded, [G]; what the rewards saw."""
     results: Sequence[RewardResult]
     """[G]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What came back for a question."""
+
+    question: Question
+    """What was asked."""
+    group: Group
+    """What was sampled and graded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,3 +92,6 @@ class Batch:
     """What the sampler could draw; None: the whole vocabulary, or what the policy in hand says."""
     certain_N: Tensor | None = None
     """True at tokens whose entropy is below the threshold, which keep no policy gradient; None: nowhere."""
+    stale_N: Tensor | None = None
+    """True at the tokens that an earlier version of the policy sampled, whose old log-probabilities are the recorded
+    ones; None: nowhere."""

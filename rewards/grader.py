@@ -179,7 +179,7 @@ class Grader:
                 kinds=self._kinds,
             )
             self._pool.run(batch.plan(self._num_workers), batch)
-            self._judge(batch.parts)
+            self._judge(batch.parts, are_alone=batch.longest_group < 2)
             return batch.merge(self._weights, self._labels)
 
     def close(self) -> None:
@@ -208,8 +208,12 @@ class Grader:
     def _rewards_for(self, problem: Problem) -> tuple[str, ...]:
         return self._rewards if problem.reward is None else (problem.reward, *self._rewards[1:])
 
-    def _judge(self, parts: Sequence[Mapping[str, Part]]) -> None:
-        """Counts failures, and raises or warns if a function that was not seen before did nothing but fail."""
+    def _judge(self, parts: Sequence[Mapping[str, Part]], *, are_alone: bool) -> None:
+        """Counts failures, and raises or warns if a function that was not seen before did nothing but fail.
+
+        One that takes lists is not known yet as long as its groups had one completion each (`are_alone`): there it may
+        return one number for any group and pass for right.
+        """
         by_reward: dict[str, list[Part]] = {}
         for row in parts:
             for name, part in row.items():
@@ -228,7 +232,8 @@ class Grader:
                 if self._strict and any(part.failed == "function" for part in found):
                     raise RewardError(message)
                 _LOGGER.warning("%s", message)
-            self._judged.add(name)
+            if self._kinds[name].takes_one or not are_alone:
+                self._judged.add(name)
 
     def _label(self, rewards: Sequence[str]) -> None:
         """Gives rewards their names in the breakdown, for good: short ones, where these tell them from the others."""

@@ -88,6 +88,11 @@ class Batch:
         self.parts: list[dict[str, Part]] = [{} for _ in completions]
         """What came back, by completion and name of the reward."""
 
+    @property
+    def longest_group(self) -> int:
+        """Completions of the largest group."""
+        return max((len(items) for items in self._groups()), default=0)
+
     def plan(self, num_workers: int) -> deque[Job]:
         """Jobs that make every call once: a batch function gets all of a group, one-completion functions are spread."""
         jobs: deque[Job] = deque()

@@ -9,12 +9,14 @@ import torch
 
 import policy as policies
 from grpo.checkpoint import (
+    DATA,
     MANIFEST,
     STATE,
     TRAINER,
     find_checkpoint,
     forget_checkpoints_after,
     load_checkpoint,
+    read_data_state,
     save_checkpoint,
 )
 from grpo.optimizer import MasterAdamW
@@ -24,7 +26,7 @@ from policy.tokenizer import Tokenizer, build_word_tokenizer
 from tests.full_disk import files_at_most
 from tests.policies import tiny_policy
 
-FILES = ["config.json", "model.safetensors", STATE, "tokenizer.json", "tokenizer_config.json", TRAINER]
+FILES = ["config.json", DATA, "model.safetensors", STATE, "tokenizer.json", "tokenizer_config.json", TRAINER]
 
 
 def make_optimizer(policy: Policy) -> MasterAdamW:
@@ -85,6 +87,16 @@ def test_a_checkpoint_is_a_model_folder_with_a_list_of_what_is_in_it(tmp_path: P
     assert names(folder) == sorted([*FILES, MANIFEST])
     assert sorted(json.loads((folder / MANIFEST).read_text())) == sorted(FILES)
     assert policies.load(folder).config == tiny_policy().config
+
+
+def test_what_the_next_questions_depend_on_comes_back_to_the_bit(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    data = {"number": 3, "rate": 0.1 + 0.2, "logprobs": [float(torch.tensor(-1.1)), -0.0], "text": "é\n"}
+    path = save_checkpoint(tmp_path, 1, policy, make_tokenizer(), make_optimizer(policy), keep=1, data=data)
+    assert read_data_state(path) == data
+    (path / DATA).unlink()
+    with pytest.raises(CheckpointError, match=r"step_000001 has no data.json: an older version wrote it"):
+        read_data_state(path)
 
 
 def test_only_the_newest_are_kept_by_number_not_by_name(tmp_path: Path) -> None:

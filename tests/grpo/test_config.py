@@ -188,3 +188,42 @@ def test_files_that_are_no_recipe_are_refused(content: bytes, message: str, tmp_
 def test_a_missing_recipe_says_where_it_was_looked_for(tmp_path: Path) -> None:
     assert refusal(tmp_path / "gone.yaml") == f"no recipe {str(tmp_path / 'gone.yaml')!r} (looked from {Path.cwd()})"
     assert "cannot be read as YAML: [Errno 21] Is a directory" in refusal(tmp_path)
+
+
+def test_sections_of_what_is_asked_are_off_until_one_of_their_keys_is_given(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    plain = load_config(recipe)
+    assert (plain.dynamic_sampling, plain.curriculum, plain.length_schedule, plain.replay_buffer) == (None,) * 4
+    config = load_config(recipe, ["dynamic_sampling.max_rounds=2", "curriculum={}", "curriculum.shares.hard=0.3"])
+    assert config.dynamic_sampling is not None
+    assert (config.dynamic_sampling.max_rounds, config.dynamic_sampling.oversample) == (2, 1.0)
+    assert config.curriculum is not None
+    assert config.curriculum.shares.hard == 0.3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dynamic_sampling.metric=format", ""),
+        ("dynamic_sampling.metric=accuracy", "metric must be one of reward, countdown, format, got 'accuracy'"),
+        ("dynamic_sampling.oversample=2", "dynamic_sampling.oversample: Input should be less than 2, got 2"),
+        (
+            "dynamic_sampling.rounds=2",
+            "did you mean 'dynamic_sampling.max_rounds'",
+        ),
+        (
+            "length_schedule={start: 17, steps: 3}",
+            "start (17) must not exceed max_completion_length (16)",
+        ),
+        ("length_schedule={start: 16, steps: 3}", ""),
+        ("curriculum.shares.hard=0", "curriculum.shares.hard: Input should be greater than 0, got 0"),
+    ],
+)
+def test_sections_of_what_is_asked_say_what_is_allowed(override: str, message: str, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    if not message:
+        load_config(recipe, [override])
+        return
+    with pytest.raises(ConfigError) as caught:
+        load_config(recipe, [override])
+    assert message in str(caught.value)

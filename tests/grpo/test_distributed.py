@@ -14,7 +14,7 @@ from grpo.config import load_config
 from grpo.distributed import Ranks
 from grpo.pretrain import base_model
 from tests.grpo.all_choices import all_gradients
-from tests.grpo.test_trainer import RECIPE, metrics_of, recipe  # noqa: F401
+from tests.grpo.test_trainer import STATEFUL, metrics_of, recipe  # noqa: F401
 
 CPU = Path(__file__).parents[2] / "recipes" / "accelerate" / "cpu.yaml"
 
@@ -53,9 +53,11 @@ def test_every_choice_has_the_gradient_of_one_rank_on_two(tmp_path: Path) -> Non
 
 
 @pytest.mark.multi
-def test_two_ranks_equal_one(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize("changes", [[], [*STATEFUL, "prompts_per_step=3"]], ids=["plain", "stateful"])
+def test_two_ranks_equal_one(changes: list[str], recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Of three problems the first rank has one, and none where one is asked in the place of another."""
     base = base_model(load_config(recipe), Ranks(cpu=True), lambda metrics: None)
-    settings = [str(recipe), f"output_dir={tmp_path}", f"model={base}", "max_steps=3", "save_steps=0"]
+    settings = [str(recipe), f"output_dir={tmp_path}", f"model={base}", "max_steps=3", "save_steps=0", *changes]
     # A bias moves by the sign of a load's distance from the mean, so that one token routed otherwise would show.
     settings += ["router_aux_loss_coef=0.01", "router_z_loss_coef=0.001", "bias_update_rate=0"]
     for processes in (1, 2):
@@ -83,5 +85,4 @@ def test_two_ranks_train_a_base_together(recipe: Path, tmp_path: Path) -> None: 
     [together] = (tmp_path / "cache").glob("base-*")
     alone = base_model(load_config(recipe), Ranks(cpu=True), lambda metrics: None)
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (together, alone))
-    assert RECIPE["base"]["max_steps"] == 30
     assert all((ours[name] - theirs[name]).abs().max() < 0.02 for name in ours)

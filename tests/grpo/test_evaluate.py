@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from grpo.collect import sampling_params
+from grpo.collect import make_collector, sampling_params
 from grpo.config import load_config
 from grpo.countdown import CountdownConfig, vocabulary
 from grpo.data import read_problems
@@ -17,7 +17,6 @@ from grpo.evaluate import Evaluator, make_evaluator
 from grpo.prompts import PromptError
 from policy.tokenizer import build_word_tokenizer
 from rewards import Grader, Problem
-from rollouts import EngineConfig, make_engine
 from tests.policies import tiny_policy
 from tests.recipes import write_recipe
 
@@ -39,15 +38,7 @@ def evaluator(tmp_path: Path, **changes: Any) -> Iterator[Evaluator]:
     policy = tiny_policy(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     problems = read_problems(config.dataset, seed=0, split="held_out", count=config.evaluation.num_problems)
     with Grader(config.rewards, num_workers=0) as grader:
-        yield make_evaluator(
-            config,
-            policy,
-            tokenizer,
-            engine=make_engine(policy, EngineConfig()),
-            grader=grader,
-            ranks=Ranks(cpu=True),
-            problems=problems,
-        )
+        yield make_evaluator(make_collector(config, policy, tokenizer, grader), Ranks(cpu=True), problems)
 
 
 @pytest.fixture
@@ -112,23 +103,16 @@ def test_only_a_whole_score_of_the_first_reward_is_correct(tmp_path: Path) -> No
 def test_greedy_and_sampled_differ_only_in_temperature(short: Evaluator, tmp_path: Path) -> None:
     assert replace(short.greedy, temperature=short.sampled.temperature) == short.sampled
     assert short.greedy.temperature == 0
-    assert short.sampled.stop_token_ids == (short.tokenizer.eos_token_id,)
+    assert short.sampled.stop_token_ids == (short.collector.tokenizer.eos_token_id,)
     config = load_config(write_recipe(tmp_path, temperature=0.7, top_k=9, top_p=0.9, min_p=0.1))
-    params = sampling_params(config, short.tokenizer)
+    params = sampling_params(config, short.collector.tokenizer)
     assert (params.temperature, params.top_k, params.top_p, params.min_p) == (0.7, 9, 0.9, 0.1)
 
 
 def test_a_problem_that_is_too_long_is_named_before_anything_is_sampled(short: Evaluator, tmp_path: Path) -> None:
     config = load_config(write_recipe(tmp_path))
-    policy = tiny_policy(vocab_size=len(short.tokenizer), max_position_embeddings=24)
+    policy = tiny_policy(vocab_size=len(short.collector.tokenizer), max_position_embeddings=24)
     problem = Problem(id="1", prompt="Using the numbers 1 2 , make 3 .", source="test.jsonl:4")
+    collector = make_collector(config, policy, short.collector.tokenizer, short.collector.grader)
     with pytest.raises(PromptError, match=r"^test.jsonl:4: the prompt has 13 tokens"):
-        make_evaluator(
-            config,
-            policy,
-            short.tokenizer,
-            engine=short.engine,
-            grader=short.grader,
-            ranks=short.ranks,
-            problems=[problem],
-        )
+        make_evaluator(collector, short.ranks, [problem])

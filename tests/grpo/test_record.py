@@ -13,7 +13,7 @@ import yaml
 
 from grpo.config import Config, load_config
 from grpo.record import RunFolder, RunFolderError
-from grpo.types import Group
+from grpo.types import Answer, Group, Question
 from rewards import Problem, RewardResult
 from rollouts import Completion
 from tests.full_disk import files_at_most
@@ -61,15 +61,17 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def group(*rewards: float | None) -> Group:
-    return Group(
-        problem=Problem(id="p1", prompt="make 3 …", answer="3", source="data.jsonl:1"),
+def answer(*rewards: float | None) -> Answer:
+    problem = Problem(id="p1", prompt="make 3 …", answer="3", source="data.jsonl:1")
+    group = Group(
+        problem=problem,
         prompt_ids=[5, 6],
         completions=[Completion(token_ids=[7, 2], logprobs=[-1.0, -2.0], finish_reason="stop", policy_version=0)]
         * len(rewards),
         texts=["<think> é"] * len(rewards),
         results=[RewardResult(reward=reward, breakdown={"format": 1.0}) for reward in rewards],
     )
+    return Answer(question=Question(number=4, place=0, problem=problem), group=group)
 
 
 def test_a_new_folder_holds_the_resolved_recipe(tmp_path: Path) -> None:
@@ -197,16 +199,18 @@ def test_metrics_are_a_line_a_step_and_valid_json_whatever_the_numbers(tmp_path:
 
 def test_rollouts_hold_every_completion_with_its_reward_and_advantage(tmp_path: Path) -> None:
     folder = opened(make_config(tmp_path))
-    folder.add_rollouts(7, [group(1.0, None)], [[0.5, -0.5]])
-    [line] = (folder.path / "rollouts" / "step_000007.jsonl").read_text(encoding="utf-8").splitlines()
-    record = json.loads(line)
-    assert record["step"] == 7
+    folder.add_rollouts(7, [answer(1.0, None)], [[0.5, -0.5]], dropped=[answer(1.0)])
+    lines = (folder.path / "rollouts" / "step_000007.jsonl").read_text(encoding="utf-8").splitlines()
+    record, dropped = map(json.loads, lines)
+    assert (record["step"], record["number"], record["is_trained"]) == (7, 4, True)
+    assert (dropped["step"], dropped["number"], dropped["is_trained"]) == (7, 4, False)
+    assert [c["advantage"] for c in dropped["completions"]] == [0.0]
     assert record["problem"] == {"id": "p1", "prompt": "make 3 …", "answer": "3", "source": "data.jsonl:1"}
     assert [c["reward"] for c in record["completions"]] == [1.0, None]
     assert [c["advantage"] for c in record["completions"]] == [0.5, -0.5]
     assert record["completions"][0] == {
         "text": "<think> é", "reward": 1.0, "advantage": 0.5, "breakdown": {"format": 1.0}, "status": "ok",
-        "detail": "", "num_tokens": 2, "finish_reason": "stop",
+        "detail": "", "num_tokens": 2, "finish_reason": "stop", "policy_version": 0,
     }  # fmt: skip
 
 
@@ -219,7 +223,7 @@ def test_a_disk_that_refuses_is_said_once_and_costs_only_what_it_refused(tmp_pat
     with files_at_most(24):
         for step in (2, 3):
             folder.add_metrics({"step": step, "loss": 0.125})
-            folder.add_rollouts(step, [group(1.0, 0.0)], [[1.0, -1.0]])
+            folder.add_rollouts(step, [answer(1.0, 0.0)], [[1.0, -1.0]])
         folder.add_evaluation({"stage": "final"})
     assert contents(folder.path) == before, "half a line, or a file that was not there"
     assert notes == [
@@ -243,7 +247,7 @@ def test_a_resumed_run_forgets_what_comes_after_its_checkpoint(tmp_path: Path) -
     folder = opened(make_config(tmp_path))
     for step in (1, 2, 3):
         folder.add_metrics({"step": step})
-        folder.add_rollouts(step, [group(1.0)], [[0.0]])
+        folder.add_rollouts(step, [answer(1.0)], [[0.0]])
         (folder.checkpoints / f"step_00000{step}").mkdir(parents=True)
     for stage in ("base", 2, 3, "final"):
         folder.add_evaluation({"stage": stage})

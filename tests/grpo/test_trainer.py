@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 import policy as policies
@@ -24,32 +24,15 @@ from grpo.run import run
 from grpo.trainer import Trainer
 from policy.tokenizer import load_tokenizer
 from rewards import Grader
+from rewards.grader import RewardError
+from tests.recipes import TINY, write_recipe
 
 TIMES = ("step_time", "time/sample", "time/grade", "time/update", "tokens_per_second")
-RECIPE = {
-    "name": "tiny",
-    "device": "cpu",
-    "base": {
-        "shape": {
-            "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "kv_lora_rank": 16,
-            "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "max_position_embeddings": 128,
-            "num_nextn_predict_layers": 1, "initializer_range": 0.1,
-        },  # fmt: skip
-        "attempts": {"max_attempts": 4},
-        "max_steps": 30,
-        "tokens_per_step": 1024,
-        "learning_rate": 5e-3,
-        "warmup_steps": 5,
-    },
-    "dataset": {"countdown": {"high": 7, "operators": "+-"}, "num_problems": 40},
-    "prompt_template": "User : {prompt} Assistant :",
-    "reward_workers": 0,
+CHANGES = {
+    "base": TINY["base"] | {"max_steps": 30, "tokens_per_step": 1024, "learning_rate": 5e-3, "warmup_steps": 5},
     "prompts_per_step": 5,
-    "num_generations": 4,
     "max_completion_length": 40,
     "max_steps": 6,
-    "learning_rate": 1e-3,
     "warmup_steps": 2,
     "max_tokens_per_micro_batch": 400,
     "num_iterations": 2,
@@ -65,16 +48,30 @@ RECIPE = {
     "mtp_weight": 0.1,
     "evaluation": {"num_problems": 10, "k": 2, "batch_size": 4},
     "save_steps": 2,
-}  # fmt: skip
+}
+"""A base with something to lose, an odd number of problems, every pass of the update."""
+STATEFUL = [
+    *("dynamic_sampling.oversample=1.7", "dynamic_sampling.max_rounds=3", "curriculum.revisit_steps=2"),
+    *("replay_buffer.max_pass_rate=0.5", "length_schedule.start=20", "length_schedule.steps=4"),
+]
+"""Everything that carries something from step to step."""
+
+
+LUCKY = """
+import zlib
+
+def lucky(problem, completion):
+    return float(zlib.crc32(completion.encode()) % 5 == 0)
+"""
+"""A reward that one completion in five gets, however little the base model knows."""
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe file whose base model is trained once for all tests here."""
     folder = tmp_path_factory.mktemp("recipe")
-    base = RECIPE["base"] | {"cache_dir": str(folder / "cache")}
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(RECIPE | {"base": base}))
-    return folder / "tiny.yaml"
+    (folder / "lucky.py").write_text(LUCKY)
+    return write_recipe(folder, **CHANGES, rewards=[f"{folder / 'lucky.py'}:lucky", "format"])
 
 
 def metrics_of(folder: Path) -> list[dict]:
@@ -87,6 +84,8 @@ def assert_same_run(one: Path, other: Path) -> None:
     for a, b in zip(sorted((one / "rollouts").iterdir()), sorted((other / "rollouts").iterdir()), strict=True):
         assert a.read_text() == b.read_text()
     assert (one / "evaluation.json").read_text() == (other / "evaluation.json").read_text()
+    data = "checkpoints/step_000006/data.json"
+    assert (one / data).read_text() == (other / data).read_text()
     for name in ("model.safetensors", "trainer.safetensors"):
         before, after = (load_file(run / "checkpoints" / "step_000006" / name) for run in (one, other))
         assert before.keys() == after.keys()
@@ -102,17 +101,16 @@ def uninterrupted(recipe: Path) -> Path:
 def test_a_run_leaves_everything_behind(uninterrupted: Path) -> None:
     metrics = metrics_of(uninterrupted)
     assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
-    assert {"reward", "entropy", "kl", "grad_norm", "moe/max_load", "rewards/countdown/mean"} <= metrics[0].keys()
+    assert {"reward", "entropy", "kl", "grad_norm", "moe/max_load", "rewards/lucky/mean"} <= metrics[0].keys()
     stages = {e["stage"]: e for e in json.loads((uninterrupted / "evaluation.json").read_text())}
     assert stages.keys() == {"base", "final"}
     assert stages["base"]["num_problems"] == 10
     assert stages["base"]["ci95"][0] <= stages["base"]["avg@k"] <= stages["base"]["ci95"][1]
-    rollouts = [
-        json.loads(line) for line in (uninterrupted / "rollouts" / "step_000003.jsonl").read_text().splitlines()
-    ]
+    rollouts = read_rollouts(uninterrupted, 3)
     assert [len(group["completions"]) for group in rollouts] == [4] * 5
     for group in rollouts:
         assert sum(c["advantage"] for c in group["completions"]) == pytest.approx(0, abs=1e-9)
+    assert any(c["advantage"] for group in rollouts for c in group["completions"]), "a run that learns nothing"
     assert "<html" in (uninterrupted / "report.html").read_text()
     assert load_config(uninterrupted / "config.yaml").num_iterations == 2
     kept = sorted(path.name for path in (uninterrupted / "checkpoints").iterdir())
@@ -134,22 +132,57 @@ def test_the_same_recipe_gives_the_same_run(recipe: Path, uninterrupted: Path) -
     assert_same_run(uninterrupted, recipe.parent / "again")
 
 
-def test_a_stopped_run_resumes_as_if_it_had_not_been(recipe: Path, uninterrupted: Path) -> None:
+@pytest.mark.parametrize("kind", ["plain", "stateful"])
+def test_a_stopped_run_resumes_as_if_it_had_not_been(kind: str, recipe: Path, request: pytest.FixtureRequest) -> None:
+    whole = request.getfixturevalue({"plain": "uninterrupted", "stateful": "stateful"}[kind])
+    settings = [f"output_dir={recipe.parent}", f"name=pieces_{kind}", *(STATEFUL if kind == "stateful" else [])]
+    evaluations = recipe.parent / f"pieces_{kind}" / "evaluation.json"
     for last in (1, 3, 6):
-        run(recipe, [f"output_dir={recipe.parent}", "name=pieces", f"max_steps={last}"], resume=True)
+        run(recipe, [*settings, f"max_steps={last}"], resume=True)
         if last < 6:  # an evaluation "final" belongs to the end that was asked for then
-            (recipe.parent / "pieces" / "evaluation.json").write_text(
-                json.dumps(
-                    [
-                        e
-                        for e in json.loads((recipe.parent / "pieces" / "evaluation.json").read_text())
-                        if e["stage"] == "base"
-                    ],
-                    indent=2,
-                )
-                + "\n"
-            )
-    assert_same_run(uninterrupted, recipe.parent / "pieces")
+            base = [e for e in json.loads(evaluations.read_text()) if e["stage"] == "base"]
+            evaluations.write_text(json.dumps(base, indent=2) + "\n")
+    assert_same_run(whole, recipe.parent / f"pieces_{kind}")
+
+
+@pytest.fixture(scope="module")
+def stateful(recipe: Path) -> Path:
+    run(recipe, [f"output_dir={recipe.parent}", "name=stateful", *STATEFUL], resume=False)
+    return recipe.parent / "stateful"
+
+
+def test_every_question_is_accounted_for(stateful: Path) -> None:
+    metrics, numbers, helped = metrics_of(stateful), list[int](), 0
+    for line in metrics:
+        records = read_rollouts(stateful, line["step"])
+        trained = [record for record in records if record["is_trained"]]
+        assert len(trained) == 5
+        assert len(records) - 5 == line["dynamic/dropped"]
+        numbers += [record["number"] for record in records]
+        versions = [[c["policy_version"] for c in record["completions"][:4]] for record in trained]
+        assert sum(v[0] < line["step"] - 1 for v in versions) == line["dynamic/carried"]
+        helped += sum(len(record["completions"]) == 5 for record in records)
+    data = json.loads((stateful / "checkpoints" / "step_000006" / "data.json").read_text())
+    numbers += [answer["number"] for answer in data["pending"]]
+    helped += sum(len(answer["completions"]) == 5 for answer in data["pending"])
+    assert helped == sum(line["replay/added"] for line in metrics)
+    assert sorted(numbers) == list(range(sum(line["dynamic/asked"] for line in metrics)))
+    assert [line["completions/max_allowed_length"] for line in metrics] == [20, 25, 30, 35, 40, 40]
+    for key in ("dynamic/carried", "dynamic/dropped", "replay/stored"):
+        assert any(line[key] for line in metrics), f"a test without {key} shows little"
+
+
+def read_rollouts(folder: Path, step: int) -> list[dict]:
+    lines = (folder / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_list_reward_of_the_wrong_count_ends_the_run_even_if_evaluation_cannot_tell(recipe: Path) -> None:
+    plugin = recipe.parent / "one_score.py"
+    plugin.write_text("def one_score(completions, **columns):\n    return [1.0]\n")
+    settings = [f"output_dir={recipe.parent}", "name=one_score", f"rewards=['{plugin}:one_score']", "evaluation.k=1"]
+    with pytest.raises(RewardError, match="returned 1 values for 4 completions"):
+        run(recipe, settings, resume=False)
 
 
 def test_a_run_of_adapters_moves_these_alone_and_recomputing_changes_nothing(recipe: Path) -> None:
@@ -171,19 +204,14 @@ def test_a_run_of_adapters_moves_these_alone_and_recomputing_changes_nothing(rec
 
 
 @pytest.mark.multi
-def test_a_killed_run_resumes_as_if_it_had_not_been(recipe: Path, uninterrupted: Path) -> None:
-    folder = recipe.parent / "killed"
-    command = [sys.executable, "-m", "grpo", "train", str(recipe), f"output_dir={recipe.parent}", "name=killed"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    for _ in wait_for(folder / "rollouts" / "step_000003.jsonl", process):
-        pass
-    process.kill()
-    process.wait()
-    assert not (folder / "checkpoints" / "step_000006").exists()
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    assert_same_run(uninterrupted, folder)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_resumes_as_if_it_had_not_been(processes: int, recipe: Path) -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "kill_and_resume.py"
+    command = [sys.executable, str(script), "max_steps=40", "--recipe", str(recipe)]
+    command += ["--kills", str(3 - processes), "--processes", str(processes)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": "."})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^differences +0 ", done.stdout, re.MULTILINE)
 
 
 @pytest.mark.multi

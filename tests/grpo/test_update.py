@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from grpo.algorithm import PRESETS
-from grpo.batch import Minibatch, Row, make_batches, make_minibatches
+from grpo.batch import Minibatch, Row, make_batches, make_minibatches, make_rows
 from grpo.distributed import Ranks
 from grpo.optimizer import MasterAdamW
 from grpo.reference import Reference
@@ -262,3 +262,42 @@ def test_rows_of_a_batch_fit_its_budget_and_none_is_lost() -> None:
     )
     assert sum(len(batch.rows.lengths) for batch in batches) == len(rows)
     assert all(len(batch.rows.lengths) * batch.rows.longest <= 100 for batch in batches)
+
+
+def test_stale_rows_are_weighed_against_what_was_recorded() -> None:
+    policy = tiny_policy()
+    fresh = rows_of(make_groups(policy))
+    for weight in policy.parameters():
+        weight.data.mul_(1.02)  # another version of the policy than the one that sampled
+    rows = [replace(row, is_stale=row is fresh[0] or row is fresh[5]) for row in fresh]
+    total = sum(len(row.completion.token_ids) for row in rows)
+    for num_iterations in (1, 2):
+        ours, stats = gradients(policy, minibatches_of(rows, 60), num_iterations=num_iterations)
+        policy.zero_grad()
+        loss, ratios = torch.zeros(()), []
+        for row in rows:
+            token_ids = torch.tensor([[*row.prompt_ids, *row.completion.token_ids]])
+            log_all = policy.logits(token_ids)[0].log_softmax(-1)
+            for n, recorded in enumerate(row.completion.logprobs, start=len(row.prompt_ids)):
+                logprob = log_all[n - 1, token_ids[0, n]]
+                ratio = (logprob - (recorded if row.is_stale else logprob.detach())).exp()
+                gain = torch.minimum(ratio * row.advantage, ratio.clamp(0.8, 1.2) * row.advantage)
+                loss = loss - gain / total
+                ratios.append(float(ratio.detach()))
+        loss.backward()
+        assert max(abs(ratio - 1) for ratio in ratios) > 0.01, "a test in which nothing is stale shows nothing"
+        assert stats.loss == pytest.approx(loss.item(), abs=1e-6)
+        for name, weight in policy.named_parameters():
+            assert torch.allclose(ours[name], weight.grad, atol=1e-6), name
+
+
+def test_rows_of_an_earlier_version_are_stale() -> None:
+    groups = make_groups(tiny_policy(), num_problems=1)
+    rows = make_rows(groups, [[0.0] * 3], mask_truncated=False)
+    assert not any(row.is_stale for row in rows)
+    assert all(batch.stale_N is None for batch in make_batches(rows, 60))
+    later = make_rows(groups, [[0.0] * 3], mask_truncated=False, version=1)
+    assert all(row.is_stale for row in later)
+    [batch] = make_batches(later, 10**6)
+    assert batch.stale_N is not None
+    assert torch.equal(batch.stale_N, batch.completion_mask_N)

@@ -114,6 +114,13 @@ def test_function_that_only_fails_is_a_status_where_that_is_wanted(caplog: pytes
     assert "batch_short" in caplog.text
 
 
+def test_a_list_function_is_not_known_before_it_saw_a_group_of_several() -> None:
+    with Grader([name("batch_short")], num_workers=0) as grader:
+        assert [result.status for result in grader.grade([TEXT], ["a"])] == ["ok"]
+        with pytest.raises(RewardError, match="returned 1 values for 3 completions"):
+            grader.grade([TEXT] * 3, ["a", "b", "c"])
+
+
 def test_function_that_worked_before_may_fail_everywhere_later() -> None:
     with Grader([name("raises")]) as grader:
         grader.grade([TEXT], ["good"])
