@@ -6,7 +6,7 @@ import json
 import shlex
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -58,11 +58,11 @@ def evaluate_model(recipe: Path, overrides: Sequence[str], model: Path | None) -
         raise ConfigError("evaluation.num_problems is 0: there is nothing to evaluate")
     with _setting(config) as setting, _grader(config) as grader:
         policy, tokenizer = _load(config, _resolve(model) if model else _last_checkpoint(config), setting.ranks)
-        engine = make_engine(policy, config.engine)
-        evaluator = make_evaluator(
-            config, policy, tokenizer, engine=engine, grader=grader, ranks=setting.ranks, problems=problems
-        )
-        evaluation = evaluator.run(str(model or "last checkpoint"))
+        with closing(make_engine(policy, config.engine)) as engine:
+            evaluator = make_evaluator(
+                config, policy, tokenizer, engine=engine, grader=grader, ranks=setting.ranks, problems=problems
+            )
+            evaluation = evaluator.run(str(model or "last checkpoint"))
     if setting.ranks.is_main:
         print(json.dumps(evaluation, indent=2))
 
@@ -74,11 +74,11 @@ def sample_model(recipe: Path, overrides: Sequence[str], model: Path | None, pro
     problems = _held_out(config) if asked is None else [asked]
     if not problems:
         raise ConfigError("evaluation.num_problems is 0, so no problem is held out; give --prompt TEXT")
-    with _setting(config) as setting, _grader(config) as grader:
+    with _setting(config) as setting, _grader(config) as grader, ExitStack() as stack:
         policy, tokenizer = _load(config, _resolve(model) if model else _last_checkpoint(config), setting.ranks)
         prompts = render_prompts(problems[:1], config, tokenizer, policy.config.max_position_embeddings)
         params = sampling_params(config, tokenizer)
-        engine = make_engine(policy, config.engine)
+        engine = stack.enter_context(closing(make_engine(policy, config.engine)))
         print(tokenizer.decode(prompts[0]))
         if asked is not None:
             for completion in engine.generate(prompts, num, params)[0]:

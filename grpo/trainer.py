@@ -6,6 +6,7 @@ import copy
 import random
 import signal
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from time import perf_counter
 from types import FrameType
@@ -55,8 +56,11 @@ class Trainer:
 
         Stops early, saved, once `stop_requested` is set.
         """
+        with closing(make_engine(self.policy, self.config.engine)) as engine:
+            return self._train(engine)
+
+    def _train(self, engine: Engine) -> int:
         config = self.config
-        engine = make_engine(self.policy, config.engine)
         optimizer = MasterAdamW(
             self.policy,
             betas=(config.adam_beta1, config.adam_beta2),
@@ -96,7 +100,6 @@ class Trainer:
         self.save(optimizer)
         if self.step >= config.max_steps:
             self._evaluate(evaluator, "final")
-        engine.close()
         return self.step
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:

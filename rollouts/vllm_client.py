@@ -1,0 +1,149 @@
+"""One `vllm serve` over HTTP: what it serves, completions of one prompt, control routes.
+
+The server runs with VLLM_SERVER_DEV_MODE=1, which opens the routes for weights; docs/rollouts.md has the command line.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from policy import PolicyConfig
+from rollouts.types import EngineError
+
+HEALTH_TIMEOUT_S = 30.0
+"""For questions that a live server answers at once, even with both hands full."""
+
+
+class ServerFault(Exception):
+    """A server that did not answer, or not as a live one does; it may be back later."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedModel:
+    """What a server says of itself."""
+
+    instance: str
+    """Drawn anew whenever the server starts."""
+    name: str
+    """Under which requests ask for the model."""
+    shape: Mapping[str, Any]
+    """The keys of the model's `config.json` that the server tells; those at their family's default may lack."""
+    logprobs_mode: str
+    """Which log-probabilities it returns."""
+    max_model_len: int
+    """Tokens of prompt and completion together."""
+    max_num_seqs: int
+    """Sequences decoded at once."""
+    world_size: int
+    """Worker processes that hold weights, over all replicas."""
+    weight_backend: str | None
+    """Of `--weight-transfer-config`; None without one."""
+
+
+class VllmClient:
+    """Speaks with the server at one URL; every method raises ServerFault or EngineError."""
+
+    def __init__(self, url: str, *, model: str | None, api_key: str | None, request_timeout_s: float) -> None:
+        self.url = url
+        self._model, self._api_key, self._request_timeout_s = model, api_key, request_timeout_s
+        # Never through a proxy that the environment names: the servers are on this machine or beside it.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def describe(self) -> ServedModel:
+        """What is served there now."""
+        names = [entry["id"] for entry in self._call("/v1/models")["data"]]
+        if self._model is not None and self._model not in names:
+            raise EngineError(
+                f"{self.url} serves {', '.join(names)}, not {self._model!r}; change engine.vllm_server.model"
+            )
+        config = self._call("/server_info?config_format=json")["vllm_config"]
+        model, parallel, transfer = config["model_config"], config["parallel_config"], config["weight_transfer_config"]
+        return ServedModel(
+            instance=str(config["instance_id"]),
+            name=self._model or names[0],
+            shape=_shape_of(model["hf_config"]),
+            logprobs_mode=str(model["logprobs_mode"]),
+            max_model_len=int(model["max_model_len"]),
+            max_num_seqs=int(config["scheduler_config"]["max_num_seqs"]),
+            world_size=int(parallel["world_size"]) * int(parallel["data_parallel_size"]),
+            weight_backend=transfer and str(transfer["backend"]),
+        )
+
+    def complete(self, model: str, prompt: list[int], params: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The finished choices of one prompt, `params["n"]` of them in order, each with token_ids and logprobs."""
+        final_only = 2  # vLLM's RequestOutputKind: all choices at the end, not each as it grows
+        body = {
+            "model": model,
+            "token_ids": prompt,
+            "sampling_params": {**params, "output_kind": final_only},
+            "stream": False,
+        }
+        answer = self._call("/inference/v1/generate", body, timeout_s=self._request_timeout_s)
+        choices: list[dict[str, Any]] = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
+        if len(choices) != params["n"]:
+            raise ServerFault(f"{self.url} answered with {len(choices)} of {params['n']} completions")
+        return choices
+
+    def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """The JSON answer of a control route, which may take as long as a request; None for an empty one."""
+        return self._call(path, body or {}, timeout_s=self._request_timeout_s)
+
+    def _call(self, path: str, body: Mapping[str, Any] | None = None, timeout_s: float = HEALTH_TIMEOUT_S) -> Any:
+        """GET, or POST where there is a body."""
+        headers = {"Content-Type": "application/json"}
+        if self._api_key:
+            headers["Authorization"] = f"Bearer {self._api_key}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data=data, headers=headers)
+        try:
+            with self._opener.open(request, timeout=timeout_s) as response:
+                content = response.read()
+            return json.loads(content) if content else None
+        except urllib.error.HTTPError as error:
+            raise self._refusal(path, error.code, error.read().decode(errors="replace")) from None
+        except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
+            raise ServerFault(f"{self.url} does not answer ({reason})") from None
+
+    def _refusal(self, path: str, status: int, text: str) -> EngineError | ServerFault:
+        said = " ".join(text.split())[:500]
+        route = path.partition("?")[0]
+        if status in (401, 403):
+            return EngineError(
+                f"{self.url} wants another API key; set the variable that engine.vllm_server.api_key_env names"
+            )
+        if status == 404 and route != "/inference/v1/generate":
+            return EngineError(f"{self.url} has no {route}; start the server with VLLM_SERVER_DEV_MODE=1")
+        if status in (408, 429) or status >= 500:
+            return ServerFault(f"{self.url}{route} failed with status {status}: {said}")
+        return EngineError(f"{self.url}{route} refused the request (status {status}): {said}")
+
+
+def mismatches(served: ServedModel, config: PolicyConfig) -> list[str]:
+    """Where the served model's shape is not the policy's, as `key: theirs, not ours`; empty for the same model."""
+    ours = config.to_hf()
+    return [
+        f"{key}: {theirs}, not {ours[key]}"
+        for key, theirs in served.shape.items()
+        if key in ours and key in PolicyConfig.model_fields and theirs != ours[key] and _is_about_shape(key, theirs)
+    ]
+
+
+def _is_about_shape(key: str, value: object) -> bool:
+    """Sizes, counts and the family; not what tokens mean or how weights were drawn."""
+    is_count = isinstance(value, int) and not isinstance(value, bool) and not key.endswith("_token_id")
+    return key == "model_type" or (is_count and key not in ("num_nextn_predict_layers", "max_position_embeddings"))
+
+
+def _shape_of(hf_config: object) -> dict[str, Any]:
+    """From the server's dump of a Hugging Face config: a mapping, or its `repr`, a class name before JSON."""
+    if isinstance(hf_config, str):
+        hf_config = json.loads(hf_config[hf_config.index("{") :])
+    assert isinstance(hf_config, dict)
+    return hf_config

@@ -1,0 +1,167 @@
+"""vLLM inside the trainer's process: one engine a rank, on the rank's own device.
+
+The weights go through vLLM's own reloading, tensor by tensor under Hugging Face's names. While the policy trains, vLLM
+sleeps: at level 2 it keeps neither cache nor weights, and takes the policy's again when it wakes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from policy import Policy
+from rollouts.engine import EngineConfig
+from rollouts.types import Completion, EngineError, SamplingParams
+from rollouts.vllm_requests import check_request, completion_of, prompt_seeds_of, request_params
+from rollouts.vllm_weights import trunk_tensors
+
+TESTED_VERSIONS = ("0.22.1", "0.32.0")
+"""Of vLLM."""
+MLA_WIDTH_ON_CPU = 576
+"""Latent and rotated key together, the only width that vLLM's kernel for MLA on a CPU has."""
+
+
+class VllmColocateEngine:
+    """An `Engine` with a vLLM of its own; the only one in the process."""
+
+    def __init__(self, policy: Policy, config: EngineConfig) -> None:
+        on_cpu = policy.device.type == "cpu"
+        level = config.vllm_colocate.sleep_level
+        self.policy, self.policy_version = policy, 0
+        self.sleep_level: int = (0 if on_cpu else 2) if level == "auto" else level
+        """What is freed while the policy trains; see `VllmColocateConfig`."""
+        if on_cpu and self.sleep_level:
+            raise EngineError(f"vLLM cannot sleep on a CPU: engine.vllm_colocate.sleep_level must be 0, got {level}")
+        self._asleep: set[str] = set()
+        self._owns_process_group = not dist.is_initialized()
+        _prepare_environment(policy)
+        self._llm, self._params = _start(policy, config, can_sleep=self.sleep_level > 0)
+        self.load_weights(policy, 0)
+
+    def load_weights(self, policy: Policy, version: int) -> None:
+        """Copy the weights into vLLM's and forget the prefixes cached under the old ones."""
+        self.policy, self.policy_version = policy, version
+        self._wake("weights")
+        with torch.no_grad():
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": trunk_tensors(policy)})
+        if not self._llm.reset_prefix_cache():
+            raise EngineError("vLLM did not reset its prefix cache; was `generate` interrupted? Make another engine")
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_generations: int,
+        params: SamplingParams,
+        prompt_seeds: Sequence[int] | None = None,
+    ) -> list[list[Completion]]:
+        """See `Engine.generate`. Raises SamplingError for an empty or too long prompt."""
+        check_request(prompts, params, self.policy.config.max_position_embeddings)
+        if not prompts or not num_generations:
+            return [[] for _ in prompts]
+        seeds = prompt_seeds_of(params, len(prompts)) if prompt_seeds is None else prompt_seeds
+        wanted = [self._params(**request_params(params, num_generations, seed)) for seed in seeds]
+        if "weights" in self._asleep and self.sleep_level == 2:
+            self.load_weights(self.policy, self.policy_version)
+        self._wake("weights", "kv_cache")
+        answers = self._llm.generate([{"prompt_token_ids": list(p)} for p in prompts], wanted, use_tqdm=False)
+        self._sleep()
+        return [
+            [
+                completion_of(
+                    output.token_ids,
+                    [
+                        of_token[token].logprob
+                        for token, of_token in zip(output.token_ids, output.logprobs, strict=True)
+                    ],
+                    output.finish_reason,
+                    params=params,
+                    version=self.policy_version,
+                )
+                for output in sorted(answer.outputs, key=lambda output: output.index)
+            ]
+            for answer in answers
+        ]
+
+    def close(self) -> None:
+        """Stop vLLM and give its memory back."""
+        from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        destroy_model_parallel()
+        if self._owns_process_group:
+            destroy_distributed_environment()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _sleep(self) -> None:
+        if self.sleep_level:
+            self._llm.sleep(level=self.sleep_level)
+            self._asleep = {"weights", "kv_cache"}
+
+    def _wake(self, *parts: str) -> None:
+        for part in parts:
+            if part in self._asleep:
+                torch.cuda.empty_cache()  # what the trainer's allocator holds in reserve is not free to vLLM
+                self._llm.wake_up(tags=[part])
+                self._asleep.discard(part)
+
+
+def _prepare_environment(policy: Policy) -> None:
+    """What vLLM reads from the environment alone, where the person has not said otherwise."""
+    wanted = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, where the weights are
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+    if policy.device.type == "cpu":
+        wanted["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # the trainer's threads stay where they are
+        if policy.config.cache_width != MLA_WIDTH_ON_CPU:
+            wanted["VLLM_MLA_DISABLE"] = "1"
+    for name, value in wanted.items():
+        os.environ.setdefault(name, value)
+    if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
+        raise EngineError("engine.kind: vllm_colocate runs vLLM in this process; unset VLLM_ENABLE_V1_MULTIPROCESSING")
+
+
+def _start(policy: Policy, config: EngineConfig, *, can_sleep: bool) -> tuple[Any, type[Any]]:
+    """vLLM's engine with the policy's shape and no weights yet, and its class of sampling parameters."""
+    try:
+        import vllm
+        from vllm.engine.arg_utils import EngineArgs
+    except ImportError as error:
+        raise EngineError(
+            f"engine.kind: vllm_colocate needs vLLM ({error}); install it with: pip install 'grpo-reasoning[vllm]'"
+        ) from None
+    arguments: dict[str, Any] = {
+        "load_format": "dummy",  # the weights come from the policy
+        "skip_tokenizer_init": True,  # tokens in, tokens out
+        "dtype": str(policy.dtype).removeprefix("torch."),
+        "max_model_len": policy.config.max_position_embeddings,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": max(config.max_num_batched_tokens, config.max_num_seqs),
+        "kv_cache_memory_bytes": int(config.cache_gib * 2**30),
+        "gpu_memory_utilization": config.vllm_colocate.gpu_memory_utilization,
+        "enable_prefix_caching": True,
+        "enable_sleep_mode": can_sleep,
+        # A compiled graph on the CPU keeps the weights it was compiled with.
+        "enforce_eager": config.vllm_colocate.enforce_eager or policy.device.type == "cpu",
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+    }
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        arguments["distributed_executor_backend"] = "external_launcher"  # ranks are the launcher's
+    if missing := sorted(arguments.keys() - {field.name for field in fields(EngineArgs)}):
+        raise EngineError(f"vllm {vllm.__version__} has no {', '.join(missing)}; tested: {', '.join(TESTED_VERSIONS)}")
+    with TemporaryDirectory(prefix="grpo_vllm_") as folder:
+        values = policy.config.to_hf() | {"dtype": arguments["dtype"]}
+        (Path(folder) / "config.json").write_text(json.dumps(values))
+        return vllm.LLM(model=folder, **arguments), vllm.SamplingParams
