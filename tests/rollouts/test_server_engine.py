@@ -184,7 +184,7 @@ def test_bad_requests_are_named(folder: Path, prompts: list[list[int]], changes:
     params = SamplingParams(**{"max_completion_length": 12} | changes)
     with serving(folder) as server:
         engine = connect(load(folder), server.url)
-        assert engine.generate([], 4, params) == []
+        assert engine.generate([], 4, PARAMS) == []
         with pytest.raises(SamplingError, match=message):
             engine.generate(prompts, 1, params)
 
