@@ -67,6 +67,9 @@ class BaseConfig(Section):
     mtp_weight: float = Field(default=0.1, ge=0, description="weight of the multi-token-prediction loss")
     mtp_interval: int = Field(default=1, ge=1, description="train the MTP modules on every n-th step only")
     bias_update_rate: float = Field(default=1e-3, ge=0, description="step of the routers' balancing bias")
+    mtp_bias_update_rate: float = Field(default=0.0, ge=0, description="the same in the MTP modules, when trained")
+    router_aux_loss_coef: float = Field(default=0.0, ge=0, description="weight of the sequence-wise balance loss")
+    router_z_loss_coef: float = Field(default=0.0, ge=0, description="weight of the routers' z-loss")
     cache_dir: Path = Field(default=Path("cache"), description="finished base models, by the hash of what made them")
 
     @field_validator("shape")
@@ -138,6 +141,12 @@ class Config(Section):
     beta: float = Field(default=0.0, ge=0, description="weight of the KL penalty; 0 keeps no reference")
     num_iterations: int = Field(default=1, ge=1, description="optimizer steps on each batch of completions")
     max_tokens_per_micro_batch: int = Field(default=8192, ge=1)
+    bias_update_rate: float = Field(default=0.0, ge=0, description="step of the routers' balancing bias; 0 keeps it")
+    router_aux_loss_coef: float = Field(default=0.0, ge=0, description="weight of the sequence-wise balance loss")
+    router_z_loss_coef: float = Field(default=0.0, ge=0, description="weight of the routers' z-loss")
+    mtp_weight: float = Field(
+        default=0.0, ge=0, description="weight of the MTP modules' loss on completions; it moves these modules alone"
+    )
 
     engine: EngineConfig = Field(default_factory=EngineConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import Any
 
+from grpo.routers import RouterStats
 from grpo.types import Group
 from grpo.update import UpdateStats
 
@@ -74,11 +75,29 @@ def update_metrics(stats: UpdateStats) -> dict[str, Any]:
         "grad_norm": stats.grad_norm,
         "update/skipped": int(stats.is_skipped),
     }
-    if stats.load_ME:
-        experts = len(stats.load_ME[0])
-        metrics |= {
-            "moe/load": [[round(share, 5) for share in layer] for layer in stats.load_ME],
-            "moe/max_load": max(max(layer) * experts for layer in stats.load_ME),
-            "moe/dead_experts": sum(share == 0 for layer in stats.load_ME for share in layer),
-        }
+    if stats.auxiliary.mtp_loss is not None:
+        metrics["mtp/loss"] = stats.auxiliary.mtp_loss
+    return metrics | router_metrics(stats.auxiliary.routers)
+
+
+def router_metrics(stats: RouterStats | None) -> dict[str, Any]:
+    """How evenly the experts are used, layer by layer and overall; nothing for a policy without experts.
+
+    A load is relative to the mean: 1 for every expert of a layer where it is even.
+    """
+    if stats is None:
+        return {}
+    max_load_M = [max(layer) * len(layer) for layer in stats.load_ME]
+    dead_M = [sum(share == 0 for share in layer) for layer in stats.load_ME]
+    metrics: dict[str, Any] = {
+        "moe/load": [[round(share, 5) for share in layer] for layer in stats.load_ME],
+        "moe/max_load": max(max_load_M),
+        "moe/dead_experts": sum(dead_M),
+        "moe/entropy": fmean(stats.entropy_M),
+        "moe/layers/max_load": [round(load, 4) for load in max_load_M],
+        "moe/layers/dead_experts": dead_M,
+        "moe/layers/entropy": [round(entropy, 4) for entropy in stats.entropy_M],
+    }
+    if stats.balance_M is not None and stats.z_M is not None:
+        metrics |= {"moe/balance_loss": fmean(stats.balance_M), "moe/z_loss": fmean(stats.z_M)}
     return metrics

@@ -22,11 +22,13 @@ from grpo.config import DEFAULT_CONTEXT, BaseConfig, Config, ConfigError
 from grpo.countdown import CountdownConfig, generate_problems, problem_text, vocabulary, write_attempts
 from grpo.data import to_problem
 from grpo.distributed import Ranks
+from grpo.metrics import router_metrics
 from grpo.optimizer import MasterAdamW, learning_rate_at
 from grpo.prompts import render_prompts
+from grpo.routers import RouterTotals, balance
 from policy import CheckpointError, PackedRows, Policy, PolicyConfig, cast_weights, initialise
+from policy.balance import RouterWatch, router_loss
 from policy.logprobs import next_token_loss
-from policy.moe import count_experts
 from policy.tokenizer import Tokenizer, build_word_tokenizer
 
 FORMAT = 1
@@ -122,6 +124,7 @@ def train_base(
 ) -> None:
     """AdamW with warm-up and cosine decay; every rank takes its share of each batch."""
     optimizer = MasterAdamW(policy, betas=(0.9, 0.95), eps=1e-8, weight_decay=base.weight_decay)
+    with_losses = base.router_aux_loss_coef > 0 or base.router_z_loss_coef > 0
     batches = _token_batches(tokenizer, config, base, task)
     for step in range(base.max_steps):
         texts = next(batches)
@@ -129,28 +132,33 @@ def train_base(
         count = sum(len(text) - 1 for text in texts)
         rows = PackedRows.of([len(text) for text in mine], ranks.device)
         token_ids_N = torch.tensor([token for text in mine for token in text], device=ranks.device)
-        loss = next_token_loss(policy, token_ids_N, rows, base.mtp_weight if step % base.mtp_interval == 0 else 0.0)
+        mtp_weight = base.mtp_weight if policy.mtp and step % base.mtp_interval == 0 else 0.0
+        loss = next_token_loss(policy, token_ids_N, rows, mtp_weight, RouterWatch.of(rows, with_losses=with_losses))
         share = sum(len(text) - 1 for text in mine) / count
-        (loss.total * share).backward()
+        total = loss.total * share
+        if loss.routers is not None and with_losses:
+            total = total + router_loss(
+                loss.routers,
+                aux_loss_coef=base.router_aux_loss_coef,
+                z_loss_coef=base.router_z_loss_coef,
+                num_rows=len(texts),
+                num_tokens=sum(map(len, texts)),
+            )
+        total.backward()
         ranks.sum_(optimizer.gather_gradients())
         rate = learning_rate_at(
             step, peak=base.learning_rate, warmup_steps=base.warmup_steps, max_steps=base.max_steps, kind="cosine"
         )
         optimizer.step(rate, 1.0)
-        _balance(policy, loss.output.experts_MNK, base.bias_update_rate, ranks)
+        totals = RouterTotals(policy, with_mtp=mtp_weight > 0, with_losses=with_losses)
+        totals.add(loss.routers, len(mine))
+        totals.reduce(ranks)
+        balance(policy, totals.load_ME, rate=base.bias_update_rate, mtp_rate=base.mtp_bias_update_rate)
         trunk = ranks.sum_number(float(loss.trunk) * share)
         if not math.isfinite(trunk):
             raise ConfigError(f"the base model's loss is {trunk} at step {step}; lower base.learning_rate")
-        progress({"step": step + 1, "loss": trunk, "num_tokens": sum(map(len, texts))})
-
-
-def _balance(policy: Policy, experts_MNK: torch.Tensor | None, rate: float, ranks: Ranks) -> None:
-    if experts_MNK is None or not rate:
-        return
-    loads = [count_experts(experts_NK, policy.config.n_routed_experts) for experts_NK in experts_MNK]
-    ranks.sum_(loads)
-    for moe, load_E in zip(policy.moe_layers, loads, strict=True):
-        moe.gate.balance(load_E, rate)
+        routers = router_metrics(totals.stats(policy.config.num_experts_per_tok))
+        progress({"step": step + 1, "loss": trunk, "num_tokens": sum(map(len, texts)), **routers})
 
 
 def _token_batches(

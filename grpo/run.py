@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import policy as policies
+from grpo.auxiliary import check_auxiliary
 from grpo.checkpoint import find_checkpoint
 from grpo.collect import collect, sampling_params
 from grpo.config import Config, ConfigError, load_config
@@ -127,6 +128,7 @@ def _train(config: Config, setting: _Setting, folder: RunFolder) -> int:
         problems = read_problems(config.dataset, seed=config.seed, split="train", count=config.dataset.num_problems)
         held_out = _held_out(config)
         policy, tokenizer = _load(config, _start(config, setting), ranks)
+        check_auxiliary(config, policy.config)
         trainer = Trainer(
             config=config,
             policy=policy,

@@ -1,16 +1,18 @@
 """One optimizer step over a batch of graded completions: micro-batched loss and gradient, summed over ranks, one step.
 
-Shapes: N packed tokens, M mixture-of-experts layers, E experts, K experts per token.
+Shapes: N packed tokens.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from grpo.auxiliary import Auxiliary, AuxiliaryStats
 from grpo.config import Config
 from grpo.distributed import Ranks
 from grpo.loss import clipped_loss
@@ -18,7 +20,6 @@ from grpo.optimizer import MasterAdamW
 from grpo.types import Batch
 from policy import Policy
 from policy.logprobs import token_logprobs
-from policy.moe import count_experts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,8 +39,8 @@ class UpdateStats:
     """Before clipping."""
     is_skipped: bool
     """Whether the gradient was not finite and the step was not taken."""
-    load_ME: list[list[float]]
-    """Share of token-expert pairs on each expert of each mixture-of-experts layer."""
+    auxiliary: AuxiliaryStats
+    """Of the MTP modules and the routers."""
 
 
 def update(
@@ -66,18 +67,19 @@ def update(
     first: _Sums | None = None
     for _ in range(config.num_iterations):
         sums = _Sums(policy)
+        auxiliary = Auxiliary(policy, batches, num_tokens=num_tokens, config=config, ranks=ranks)
         for batch, old_N, ref_N in zip(batches, olds, references, strict=True):
-            sums.add(_backward(policy, batch, old_N, ref_N, num_tokens, config), batch)
+            sums.add(_backward(policy, batch, old_N, ref_N, num_tokens, config, auxiliary))
             optimizer.gather_gradients()
         ranks.sum_(optimizer.gather_gradients())
         grad_norm = optimizer.step(learning_rate, config.max_grad_norm)
+        auxiliary_stats = auxiliary.finish(is_skipped=not math.isfinite(grad_norm))
         first = first or sums
     assert first is not None
     sums.reduce(ranks)
     if first is not sums:
         first.reduce(ranks)
     count = max(1, num_tokens)
-    load_ME = sums.load_ME.float()
     return UpdateStats(
         loss=float(sums.loss) / count,
         kl=float(sums.kl) / count,
@@ -86,8 +88,8 @@ def update(
         logp_difference_mean=float(first.difference) / count,
         logp_difference_max=float(first.difference_max),
         grad_norm=grad_norm,
-        is_skipped=not torch.tensor(grad_norm).isfinite().item(),
-        load_ME=(load_ME / load_ME.sum(dim=-1, keepdim=True).clamp(min=1)).tolist(),
+        is_skipped=not math.isfinite(grad_norm),
+        auxiliary=auxiliary_stats,
     )
 
 
@@ -98,15 +100,20 @@ class _Step:
     entropy: Tensor
     clipped: Tensor
     difference_N: Tensor
-    experts_MNK: Tensor | None
 
 
 def _backward(
-    policy: Policy, batch: Batch, old_N: Tensor | None, ref_N: Tensor | None, num_tokens: int, config: Config
+    policy: Policy,
+    batch: Batch,
+    old_N: Tensor | None,
+    ref_N: Tensor | None,
+    num_tokens: int,
+    config: Config,
+    auxiliary: Auxiliary,
 ) -> _Step:
     """Add one micro-batch's share of the gradient."""
-    mask_N = batch.completion_mask_N
-    result = token_logprobs(policy, batch.token_ids_N, batch.rows, mask_N, temperature=config.temperature)
+    mask_N, watch = batch.completion_mask_N, auxiliary.watch(batch)
+    result = token_logprobs(policy, batch.token_ids_N, batch.rows, mask_N, temperature=config.temperature, watch=watch)
     current_N = result.logprobs_N
     terms = clipped_loss(
         current_N,
@@ -119,14 +126,13 @@ def _backward(
         beta=config.beta,
     )
     loss = terms.loss_N.sum()
-    (loss / num_tokens).backward()
+    (loss / num_tokens + auxiliary.loss(batch, result.output, watch)).backward()
     return _Step(
         loss=loss.detach(),
         kl=terms.kl_N.sum(),
         entropy=result.entropy_N.sum(),
         clipped=terms.clipped_N.sum(),
         difference_N=torch.where(mask_N, current_N.detach() - batch.rollout_logprobs_N, 0.0).abs(),
-        experts_MNK=result.output.experts_MNK,
     )
 
 
@@ -143,20 +149,15 @@ class _Sums:
         zero = torch.zeros((), dtype=torch.float64, device=policy.device)
         self.loss, self.kl, self.entropy, self.clipped, self.difference = (zero.clone() for _ in range(5))
         self.difference_max = zero.clone()
-        shape = (policy.config.num_moe_layers, policy.config.n_routed_experts)
-        self.load_ME = torch.zeros(shape, dtype=torch.float64, device=policy.device)
 
-    def add(self, step: _Step, batch: Batch) -> None:
+    def add(self, step: _Step) -> None:
         self.loss += step.loss
         self.kl += step.kl
         self.entropy += step.entropy
         self.clipped += step.clipped
         self.difference += step.difference_N.sum()
         self.difference_max = torch.maximum(self.difference_max, step.difference_N.max().double())
-        if step.experts_MNK is not None:
-            for layer, experts_NK in enumerate(step.experts_MNK):
-                self.load_ME[layer] += count_experts(experts_NK, self.load_ME.shape[1])
 
     def reduce(self, ranks: Ranks) -> None:
-        ranks.sum_([self.loss, self.kl, self.entropy, self.clipped, self.difference, self.load_ME])
+        ranks.sum_([self.loss, self.kl, self.entropy, self.clipped, self.difference])
         self.difference_max.fill_(ranks.max_number(float(self.difference_max)))

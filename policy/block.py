@@ -7,19 +7,26 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from policy.attention import AttentionPlan, LatentAttention
+from policy.attention import AttentionPlan
+from policy.balance import RouterWatch
 from policy.config import PolicyConfig
-from policy.moe import FeedForward, MixtureOfExperts
+from policy.grouped_attention import GroupedQueryAttention
+from policy.latent_attention import LatentAttention
+from policy.moe import FeedForward, MixtureOfExperts, Routed
 from policy.rope import Rotation
 
 
 class Block(nn.Module):
-    """Pre-norm layer; its feed-forward is dense or a mixture of experts by `config.is_moe_layer(layer)`."""
+    """Pre-norm layer: attention by `config.family`, feed-forward dense or experts by `config.is_moe_layer(layer)`."""
 
     def __init__(self, config: PolicyConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = LatentAttention(config, layer)
+        self.self_attn: LatentAttention | GroupedQueryAttention
+        if config.family.attention == "latent":
+            self.self_attn = LatentAttention(config, layer)
+        else:
+            self.self_attn = GroupedQueryAttention(config, layer)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp: FeedForward | MixtureOfExperts
         if config.is_moe_layer(layer):
@@ -28,12 +35,17 @@ class Block(nn.Module):
             self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x_NC: Tensor, rotation: Rotation, plan: AttentionPlan, given_experts_NK: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Output [N, C] and, for a mixture of experts, the experts that were chosen [N, K]."""
+        self,
+        x_NC: Tensor,
+        rotation: Rotation,
+        plan: AttentionPlan,
+        given_experts_NK: Tensor | None = None,
+        watch: RouterWatch | None = None,
+    ) -> tuple[Tensor, Routed | None]:
+        """Output [N, C] and, for a mixture of experts, what became known of its router."""
         x_NC = x_NC + self.self_attn(self.input_layernorm(x_NC), rotation, plan)
         inner_NC = self.post_attention_layernorm(x_NC)
         if isinstance(self.mlp, MixtureOfExperts):
-            out_NC, experts_NK = self.mlp(inner_NC, given_experts_NK)
-            return x_NC + out_NC, experts_NK
+            out_NC, routed = self.mlp(inner_NC, given_experts_NK, watch)
+            return x_NC + out_NC, routed
         return x_NC + self.mlp(inner_NC), None

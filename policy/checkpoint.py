@@ -1,16 +1,19 @@
-"""Policies to and from Hugging Face folders: `config.json`, `model.safetensors` (sharded or not), tokenizer files.
+"""Policies to and from Hugging Face folders: `config.json`, `model.safetensors` (sharded or not); from GGUF too.
 
-The table of names is one function, `checkpoint_tensors`: our stacked experts are a checkpoint's separate ones, and an
-MTP module's shared embedding and head stand in it a second time, as in DeepSeek-V3's own files. Nothing is unpickled.
+All families share the names, and the table of names is one function, `checkpoint_tensors`: our stacked experts are a
+checkpoint's separate ones, and an MTP module's shared embedding and head stand in it a second time, as in DeepSeek-V3's
+own files. Nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from policy.config import PolicyConfig, ShapeError
+from policy.gguf import GgufError, find_gguf, read_gguf
 from policy.model import Policy, cast_weights
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -44,15 +48,19 @@ def save(policy: Policy, path: Path | str, *, dtype: torch.dtype | None = None) 
 
 
 def load(path_or_id: Path | str, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Policy:
-    """The policy in a Hugging Face folder, or of a hub id.
+    """The policy in a Hugging Face folder, in a GGUF file (or a folder with nothing else), or of a hub id.
 
-    `dtype` None keeps the checkpoint's own. MTP modules that `config.json` counts but the files lack are left out,
-    since transformers drops them when it saves. Raises CheckpointError for a missing or damaged file, a missing tensor
-    or one of another shape; ShapeError for an architecture that is not supported.
+    `dtype` None keeps the checkpoint's own (fp32 for GGUF). MTP modules that `config.json` counts but the files lack
+    are left out, since transformers drops them when it saves. Raises CheckpointError for a missing or damaged file, for
+    a tensor that is missing, of another shape or has no place; ShapeError for an architecture that is not supported.
     """
     folder = resolve_folder(path_or_id)
-    config = load_config(folder)
-    stored = read_tensors(folder)
+    try:
+        file = find_gguf(folder)
+        values, stored = read_gguf(file) if file else (read_config(folder), read_tensors(folder))
+    except GgufError as error:
+        raise CheckpointError(str(error)) from None
+    config = _shape_of(values, where=file or folder / CONFIG)
     with torch.device("meta"):
         policy = Policy(_without_absent_mtp(config, stored))
     policy.to_empty(device=device)
@@ -64,8 +72,10 @@ def load(path_or_id: Path | str, *, dtype: torch.dtype | None = None, device: st
 
 def restore(policy: Policy, stored: Mapping[str, Tensor], *, where: str) -> None:
     """Copy a checkpoint's tensors into a policy of the same shape, in place."""
+    homeless = {name for name in stored if _is_of_the_trunk(name, policy.config)}
     for name, ours in checkpoint_tensors(policy):
         theirs = stored.get(name)
+        homeless.discard(name)
         if theirs is None and _is_second_copy(name, policy.config):
             continue
         if theirs is None:
@@ -76,6 +86,11 @@ def restore(policy: Policy, stored: Mapping[str, Tensor], *, where: str) -> None
             )
         with torch.no_grad():
             ours.copy_(theirs)
+    if homeless:
+        raise CheckpointError(
+            f"{where}: {CONFIG} leaves no place for {len(homeless)} tensors, such as {min(homeless)!r}; without them "
+            "this would be another model"
+        )
 
 
 def checkpoint_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
@@ -100,18 +115,18 @@ def checkpoint_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
 
 def load_config(folder: Path) -> PolicyConfig:
     """The shape in a folder's `config.json`."""
+    return _shape_of(read_config(folder), where=folder / CONFIG)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The mapping in a folder's `config.json`."""
     try:
-        values = json.loads((folder / CONFIG).read_text())
+        values: dict[str, Any] = json.loads((folder / CONFIG).read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no {CONFIG}; a Hugging Face model folder is needed") from None
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{folder / CONFIG} is not valid JSON: {error}") from None
-    try:
-        return PolicyConfig.from_hf(values)
-    except ShapeError:
-        raise
-    except ValueError as error:
-        raise ShapeError(f"{folder / CONFIG}: {error}") from None
+    return values
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -134,9 +149,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def resolve_folder(path_or_id: Path | str) -> Path:
-    """A local folder as it is; a hub id through the Hugging Face cache (downloaded where the hub can be reached)."""
+    """A local folder or GGUF file as it is; a hub id through the Hugging Face cache (downloaded where that can be)."""
     folder = Path(path_or_id)
-    if folder.is_dir():
+    if folder.is_dir() or find_gguf(folder):
         return folder
     text = os.fspath(path_or_id)
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
@@ -166,9 +181,24 @@ def _block_tensors(prefix: str, block: torch.nn.Module) -> Iterator[tuple[str, T
             yield prefix + name, tensor
 
 
+def _shape_of(values: dict[str, Any], where: Path) -> PolicyConfig:
+    try:
+        return PolicyConfig.from_hf(values)
+    except ShapeError:
+        raise
+    except ValueError as error:
+        raise ShapeError(f"{where}: {error}") from None
+
+
 def _without_absent_mtp(config: PolicyConfig, stored: Mapping[str, Tensor]) -> PolicyConfig:
     first = f"model.layers.{config.num_hidden_layers}.eh_proj.weight"
     return config if first in stored else config.model_copy(update={"num_nextn_predict_layers": 0})
+
+
+def _is_of_the_trunk(name: str, config: PolicyConfig) -> bool:
+    """Whether a tensor belongs to one of the policy's layers and is no table that follows from the shape."""
+    found = re.match(r"model\.layers\.(\d+)\.", name)
+    return found is not None and int(found[1]) < config.num_hidden_layers and not name.endswith("rotary_emb.inv_freq")
 
 
 def _is_second_copy(name: str, config: PolicyConfig) -> bool:

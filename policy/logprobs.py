@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from policy.attention import Expanded
+from policy.balance import RouterSums, RouterWatch
 from policy.model import Policy, PolicyOutput
 from policy.packing import PackedRows
 
@@ -42,12 +43,14 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     given_experts_MNK: Tensor | None = None,
+    watch: RouterWatch | None = None,
 ) -> TokenLogprobs:
     """Run the trunk over packed rows and read off log softmax(logits / temperature) at every wanted token.
 
-    `wanted_N` is a boolean mask; a row's first token cannot be wanted.
+    `wanted_N` is a boolean mask; a row's first token cannot be wanted. `given_experts_MNK` and `watch` are
+    `Policy.forward`'s.
     """
-    output = policy(token_ids_N, rows.position_ids_N, Expanded(rows=rows), given_experts_MNK)
+    output = policy(token_ids_N, rows.position_ids_N, Expanded(rows=rows), given_experts_MNK, watch)
     wanted_W = wanted_N.nonzero().squeeze(1)
     assert rows.position_ids_N[wanted_W].all(), "a row's first token has nothing before it"
     before_WC = output.hidden_NC.index_select(0, wanted_W - 1)
@@ -70,23 +73,86 @@ class NextTokenLoss:
     """Of the next token."""
     mtp: Tensor
     """Mean over the MTP modules, unweighted."""
-    output: PolicyOutput
-    """Of the trunk, for the experts' load."""
+    routers: RouterSums | None
+    """Of the trunk, then of the MTP modules that were run, where the pass was watched."""
 
 
-def next_token_loss(policy: Policy, token_ids_N: Tensor, rows: PackedRows, mtp_weight: float = 0.0) -> NextTokenLoss:
+def next_token_loss(
+    policy: Policy,
+    token_ids_N: Tensor,
+    rows: PackedRows,
+    mtp_weight: float = 0.0,
+    watch: RouterWatch | None = None,
+) -> NextTokenLoss:
     """Mean cross-entropy of every token but each row's first, plus `mtp_weight` times the mean over MTP modules.
 
     DeepSeek-V3, equations 24 and 25, each loss a mean over the tokens it predicts.
     """
-    output = policy(token_ids_N, rows.position_ids_N, Expanded(rows=rows))
-    loss = _mean_loss(policy, output.hidden_NC, token_ids_N, rows, ahead=1)
+    output = policy(token_ids_N, rows.position_ids_N, Expanded(rows=rows), watch=watch)
+    loss_sum, count = _sum_losses(policy, output.hidden_NC, token_ids_N, rows.position_ids_N >= 1, ahead=1)
+    loss = loss_sum / max(1, count)
     mtp_loss = torch.zeros_like(loss)
+    routers = [output.routers]
     if policy.mtp and mtp_weight:
-        hiddens = policy.predict_ahead(output.hidden_NC, token_ids_N.roll(-1), rows)
-        losses = [_mean_loss(policy, h, token_ids_N, rows, ahead=k + 2) for k, h in enumerate(hiddens)]
-        mtp_loss = torch.stack(losses).mean()
-    return NextTokenLoss(total=loss + mtp_weight * mtp_loss, trunk=loss.detach(), mtp=mtp_loss.detach(), output=output)
+        ahead = ahead_losses(policy, output.hidden_NC, token_ids_N, rows, watch=watch)
+        means = [loss_sum / max(1, count) for loss_sum, count in zip(ahead.sums, ahead.counts, strict=True)]
+        mtp_loss = torch.stack(means).mean()
+        routers.append(ahead.routers)
+    return NextTokenLoss(
+        total=loss + mtp_weight * mtp_loss,
+        trunk=loss.detach(),
+        mtp=mtp_loss.detach(),
+        routers=RouterSums.join([sums for sums in routers if sums is not None]),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AheadLosses:
+    """Cross-entropies of the MTP modules, in order."""
+
+    sums: list[Tensor]
+    """Over the tokens that each module predicts, nats, [D]; differentiable."""
+    counts: list[int]
+    """How many these are, [D]."""
+    routers: RouterSums | None
+    """Of the modules, where the pass was watched."""
+
+
+def ahead_losses(
+    policy: Policy,
+    hidden_NC: Tensor,
+    token_ids_N: Tensor,
+    rows: PackedRows,
+    *,
+    wanted_N: Tensor | None = None,
+    temperature: float = 1.0,
+    watch: RouterWatch | None = None,
+    is_detached: bool = False,
+) -> AheadLosses:
+    """What every MTP module makes of the tokens that it predicts from the trunk's hidden states.
+
+    `wanted_N` leaves tokens out. With `is_detached` the gradient reaches the modules' own weights alone: not the
+    trunk, not the embedding, not the head.
+    """
+    outputs = policy.predict_ahead(hidden_NC, token_ids_N.roll(-1), rows, watch=watch, is_detached=is_detached)
+    sums, counts = list[Tensor](), list[int]()
+    for k, output in enumerate(outputs):
+        target_N = rows.position_ids_N >= k + 2
+        if wanted_N is not None:
+            target_N = target_N & wanted_N
+        loss_sum, count = _sum_losses(
+            policy,
+            output.hidden_NC,
+            token_ids_N,
+            target_N,
+            ahead=k + 2,
+            temperature=temperature,
+            is_detached=is_detached,
+        )
+        sums.append(loss_sum)
+        counts.append(count)
+    routers = [output.routers for output in outputs if output.routers is not None]
+    return AheadLosses(sums=sums, counts=counts, routers=RouterSums.join(routers))
 
 
 def gather_logprobs(
@@ -96,15 +162,16 @@ def gather_logprobs(
     temperature: float = 1.0,
     *,
     chunk_elements: int = CHUNK_ELEMENTS,
+    is_detached: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each token under its hidden state, and the entropy there, both [W] in nats.
 
     Done in chunks of at most `chunk_elements` logits that are recomputed in the backward pass, so that [W, V] never
-    exists as a whole.
+    exists as a whole. With `is_detached` no gradient reaches the head.
     """
 
     def one_chunk(hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-        logits = policy.project(hidden) / temperature
+        logits = policy.project(hidden, is_detached=is_detached) / temperature
         log_all = logits.log_softmax(dim=-1)
         with torch.no_grad():
             entropy = -(log_all.exp() * log_all).sum(dim=-1)
@@ -120,8 +187,18 @@ def gather_logprobs(
     return torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])
 
 
-def _mean_loss(policy: Policy, hidden_NC: Tensor, token_ids_N: Tensor, rows: PackedRows, ahead: int) -> Tensor:
-    """Mean of -log p(token n | hidden n - ahead) over tokens with `ahead` others before them in their row, or 0."""
-    target_W = (rows.position_ids_N >= ahead).nonzero().squeeze(1)
-    logprobs_W, _ = gather_logprobs(policy, hidden_NC.index_select(0, target_W - ahead), token_ids_N[target_W])
-    return -logprobs_W.sum() / max(1, len(target_W))
+def _sum_losses(
+    policy: Policy,
+    hidden_NC: Tensor,
+    token_ids_N: Tensor,
+    target_N: Tensor,
+    *,
+    ahead: int,
+    temperature: float = 1.0,
+    is_detached: bool = False,
+) -> tuple[Tensor, int]:
+    """Sum of -log p(token n | hidden n - ahead) over the tokens of a mask, and their number."""
+    target_W = target_N.nonzero().squeeze(1)
+    before_WC = hidden_NC.index_select(0, target_W - ahead)
+    logprobs_W, _ = gather_logprobs(policy, before_WC, token_ids_N[target_W], temperature, is_detached=is_detached)
+    return -logprobs_W.sum(), len(target_W)

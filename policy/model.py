@@ -3,11 +3,12 @@
 It is not a sampler (rollouts/), knows no rewards and no losses, and shifts nothing (that is policy/logprobs.py).
 
 Shapes: N packed tokens, B rows, S positions, C model width, V vocabulary, E experts, K experts per token,
-M layers with routed experts.
+M layers with routed experts, D MTP modules.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -16,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from policy.attention import AttentionPlan, Expanded
+from policy.balance import RouterSums, RouterWatch
 from policy.block import Block
 from policy.config import PolicyConfig
-from policy.moe import MixtureOfExperts
+from policy.moe import MixtureOfExperts, Routed
 from policy.mtp import MultiTokenPredictor
 from policy.packing import PackedRows
 from policy.rope import rotation_of
@@ -26,16 +28,27 @@ from policy.rope import rotation_of
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PolicyOutput:
-    """What one pass over the trunk gives."""
+    """What one pass over the trunk, or over one MTP module, gives."""
 
     hidden_NC: Tensor
     """After the final norm, ready for the head and for the MTP modules."""
     experts_MNK: Tensor | None
-    """Experts chosen in each mixture-of-experts layer, int64; None for a policy without any."""
+    """Experts chosen in each mixture-of-experts layer, int64; None where there is none."""
+    routers: RouterSums | None
+    """Of the same layers, where the pass was watched."""
+
+    @classmethod
+    def of(cls, hidden_NC: Tensor, routed: Sequence[Routed]) -> PolicyOutput:
+        """From the hidden states and what became known of each router, in order."""
+        return cls(
+            hidden_NC=hidden_NC,
+            experts_MNK=torch.stack([layer.experts_NK for layer in routed]) if routed else None,
+            routers=RouterSums.join([layer.sums for layer in routed if layer.sums is not None]),
+        )
 
 
 class Policy(nn.Module):
-    """A DeepSeek-V3-shaped language model on packed rows."""
+    """A language model of one of the families of policy/families.py, on packed rows."""
 
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__()
@@ -67,8 +80,12 @@ class Policy(nn.Module):
     @property
     def moe_layers(self) -> list[MixtureOfExperts]:
         """The trunk's mixtures of experts, [M], in order."""
-        blocks = (cast(Block, layer) for layer in self.layers)
-        return [block.mlp for block in blocks if isinstance(block.mlp, MixtureOfExperts)]
+        return _mixtures(cast(Block, layer) for layer in self.layers)
+
+    @property
+    def mtp_moe_layers(self) -> list[MixtureOfExperts]:
+        """The MTP modules' mixtures of experts, [D], in order."""
+        return _mixtures(cast(MultiTokenPredictor, module).block for module in self.mtp)
 
     def forward(
         self,
@@ -76,45 +93,84 @@ class Policy(nn.Module):
         position_ids_N: Tensor,
         plan: AttentionPlan,
         given_experts_MNK: Tensor | None = None,
+        watch: RouterWatch | None = None,
     ) -> PolicyOutput:
         """Hidden states of packed tokens, attending as `plan` says.
 
         With `given_experts_MNK` (as returned by another pass) the routers take the choice as given; gradients still
-        flow through the weights of the chosen experts.
+        flow through the weights of the chosen experts. `watch` asks for sums of what the routers did.
         """
         config = self.config
-        rotation = rotation_of(position_ids_N, config.qk_rope_head_dim, config.rope_theta)
+        rotation = rotation_of(position_ids_N, config)
         x_NC = self.embed_tokens(token_ids_N)
-        chosen: list[Tensor] = []
+        routed: list[Routed] = []
         for index, layer in enumerate(self.layers):
             replay = given_experts_MNK is not None and config.is_moe_layer(index)
-            x_NC, experts_NK = layer(x_NC, rotation, plan, given_experts_MNK[len(chosen)] if replay else None)
-            if experts_NK is not None:
-                chosen.append(experts_NK)
-        return PolicyOutput(hidden_NC=self.norm(x_NC), experts_MNK=torch.stack(chosen) if chosen else None)
+            x_NC, of_layer = layer(x_NC, rotation, plan, given_experts_MNK[len(routed)] if replay else None, watch)
+            if of_layer is not None:
+                routed.append(of_layer)
+        return PolicyOutput.of(self.norm(x_NC), routed)
 
-    def predict_ahead(self, hidden_NC: Tensor, next_token_ids_N: Tensor, rows: PackedRows) -> list[Tensor]:
-        """Hidden states of every MTP module in turn, each [N, C]; module k's speak of the token k + 2 ahead.
+    def predict_ahead(
+        self,
+        hidden_NC: Tensor,
+        next_token_ids_N: Tensor,
+        rows: PackedRows,
+        *,
+        given_experts_DNK: Tensor | None = None,
+        watch: RouterWatch | None = None,
+        is_detached: bool = False,
+    ) -> list[PolicyOutput]:
+        """One output of every MTP module in turn; module k's hidden states speak of the token k + 2 ahead.
 
         `next_token_ids_N` holds the token after each; module k shifts it on by k. Positions whose future lies beyond
-        their row hold numbers without meaning: mask them.
+        their row hold numbers without meaning: mask them (`watch` is that of the trunk, and does). With `is_detached`,
+        gradients reach the modules' own weights but neither the trunk nor the embedding.
         """
-        config = self.config
-        rotation = rotation_of(rows.position_ids_N, config.qk_rope_head_dim, config.rope_theta)
-        outs = []
-        for module in self.mtp:
-            hidden_NC, _ = module(hidden_NC, self.embed_tokens(next_token_ids_N), rotation, Expanded(rows=rows))
-            outs.append(hidden_NC)
+        table_VC = self.embed_tokens.weight
+        if is_detached:
+            hidden_NC, table_VC = hidden_NC.detach(), table_VC.detach()
+        rotation = rotation_of(rows.position_ids_N, self.config)
+        outputs = []
+        for k, module in enumerate(self.mtp):
+            given_NK = None if given_experts_DNK is None else given_experts_DNK[k]
+            watch = None if watch is None else watch.without_last()
+            next_NC = F.embedding(next_token_ids_N, table_VC)
+            hidden_NC, routed = module(hidden_NC, next_NC, rotation, Expanded(rows=rows), given_NK, watch)
+            outputs.append(PolicyOutput.of(hidden_NC, [routed] if routed is not None else []))
             next_token_ids_N = next_token_ids_N.roll(-1)
-        return outs
+        return outputs
 
-    def project(self, hidden_NC: Tensor) -> Tensor:
+    def draft(
+        self,
+        hidden_NC: Tensor,
+        next_token_ids_N: Tensor,
+        position_ids_N: Tensor,
+        plan: AttentionPlan,
+        *,
+        module: int = 0,
+    ) -> PolicyOutput:
+        """One MTP module over the cache; `project` makes logits of its hidden states.
+
+        Module k takes the hidden states that the trunk (k = 0) or module k - 1 gave at positions i, and the tokens at
+        i + k + 1, and speaks of the tokens at i + k + 2. Under `Expanded` it attends within rows and fills its rows of
+        the cache where one is given; under `Absorbed` it takes one token of each sequence. Positions, slots and blocks
+        are those of the trunk's own pass over i. Its layer of the cache is `num_hidden_layers` + k.
+        """
+        rotation = rotation_of(position_ids_N, self.config)
+        hidden_NC, routed = self.mtp[module](hidden_NC, self.embed_tokens(next_token_ids_N), rotation, plan)
+        return PolicyOutput.of(hidden_NC, [routed] if routed is not None else [])
+
+    def project(self, hidden_NC: Tensor, *, is_detached: bool = False) -> Tensor:
         """Logits [..., V] of hidden states [..., C], in fp32 whatever the policy's dtype.
+
+        With `is_detached` no gradient reaches the head.
 
         Rounding logits to bf16 alone moves log-probabilities by percents (MiniMax-M1, section 3.2), and sampler and
         trainer round differently.
         """
-        return F.linear(hidden_NC.float(), self.lm_head.weight.float())
+        head_VC = self.lm_head.weight.detach() if is_detached else self.lm_head.weight
+        return F.linear(hidden_NC.float(), head_VC.float())
 
     def logits(self, token_ids_BS: Tensor) -> Tensor:
         """Next-token logits [B, S, V] in fp32 of whole rows; for checks, since nothing is chunked."""
@@ -124,12 +180,21 @@ class Policy(nn.Module):
         return self.project(output.hidden_NC).unflatten(0, (batch, length))
 
 
+def _mixtures(blocks: Iterable[Block]) -> list[MixtureOfExperts]:
+    return [block.mlp for block in blocks if isinstance(block.mlp, MixtureOfExperts)]
+
+
 def initialise(policy: Policy, seed: int) -> None:
-    """Draw every weight from N(0, initializer_range), norms to one, as the DeepSeek-V3 report does (section 4.2)."""
+    """Draw every weight from N(0, initializer_range), norms to one, as the DeepSeek-V3 report does (section 4.2).
+
+    Biases are 0.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, weight in policy.named_parameters():
         with torch.no_grad():
-            if weight.ndim == 1:
+            if name.endswith("bias"):
+                weight.zero_()
+            elif weight.ndim == 1:
                 weight.fill_(1.0)
             else:
                 assert "norm" not in name

@@ -1,25 +1,22 @@
-"""DeepSeekMoE with sigmoid scores and auxiliary-loss-free balancing (DeepSeek-V3, section 2.1.2).
+"""DeepSeekMoE: shared experts for every token and K routed ones (DeepSeek-V3, section 2.1.2; DeepSeekMoE, 2024).
 
-The semantics are those of the official `inference/model.py` (class `Gate`): experts are chosen by score plus bias,
-groups that were not chosen are masked with -inf, and the weights are the scores without the bias, normalised, times the
-scaling factor.
+Who goes where is policy/router.py's, the grouped products are policy/grouped.py's, balancing is policy/balance.py's.
 
 Shapes: N tokens, C model width, E routed experts, K experts per token, I expert width, T = N*K token-expert pairs.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from policy.balance import RouterSums, RouterWatch, sum_up
 from policy.config import PolicyConfig
-
-
-def count_experts(experts_NK: Tensor, num_experts: int) -> Tensor:
-    """How many token-expert pairs fell on each expert, int64 [E]."""
-    chosen_T = experts_NK.flatten()
-    return chosen_T.new_zeros(num_experts).index_add_(0, chosen_T, torch.ones_like(chosen_T))
+from policy.grouped import gather_sorted, scatter_sorted, sort_by_group, swiglu
+from policy.router import Router
 
 
 class FeedForward(nn.Module):
@@ -36,48 +33,6 @@ class FeedForward(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x_NC)) * self.up_proj(x_NC))  # type: ignore[no-any-return]
 
 
-class Router(nn.Module):
-    """Chooses K experts for each token and the weight of each; computes in fp32."""
-
-    e_score_correction_bias: Tensor
-
-    def __init__(self, config: PolicyConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        bias = torch.zeros(config.n_routed_experts, dtype=torch.float32)
-        self.register_buffer("e_score_correction_bias", bias)
-
-    def forward(self, x_NC: Tensor, given_experts_NK: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Chosen experts [N, K] and their weights [N, K] (fp32).
-
-        With `given_experts_NK` the choice is taken as given and only the weights, with their gradients, are computed.
-        """
-        scores_NE = F.linear(x_NC.float(), self.weight.float()).sigmoid()
-        experts_NK = self._choose(scores_NE.detach()) if given_experts_NK is None else given_experts_NK
-        weights_NK = scores_NE.gather(1, experts_NK)
-        if self.config.norm_topk_prob:
-            weights_NK = weights_NK / (weights_NK.sum(dim=-1, keepdim=True) + 1e-20)
-        return experts_NK, weights_NK * self.config.routed_scaling_factor
-
-    @torch.no_grad()
-    def balance(self, load_E: Tensor, rate: float) -> None:
-        """Move each bias by `rate` towards a uniform load: down where above the mean, up where below."""
-        load_E = load_E.to(self.e_score_correction_bias)
-        self.e_score_correction_bias += rate * torch.sign(load_E.mean() - load_E)
-
-    def _choose(self, scores_NE: Tensor) -> Tensor:
-        config = self.config
-        biased_NE = scores_NE + self.e_score_correction_bias
-        if config.n_group > 1:
-            grouped = biased_NE.unflatten(1, (config.n_group, -1))
-            best_two = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
-            kept = best_two.topk(config.topk_group, dim=-1).indices
-            dropped = torch.ones_like(best_two, dtype=torch.bool).scatter_(1, kept, False)
-            biased_NE = grouped.masked_fill(dropped[..., None], float("-inf")).flatten(1)
-        return biased_NE.topk(config.num_experts_per_tok, dim=-1).indices
-
-
 class Experts(nn.Module):
     """All routed experts of a layer, stacked, so that one grouped product serves them all."""
 
@@ -90,14 +45,21 @@ class Experts(nn.Module):
     def forward(self, x_NC: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Weighted sum of each token's experts, [N, C]; nothing is dropped."""
         per_token = experts_NK.shape[1]
-        order_T = experts_NK.flatten().argsort(stable=True)
-        ends_E = count_experts(experts_NK, len(self.down_proj)).cumsum(0).to(torch.int32)
-        sorted_TC = x_NC.index_select(0, order_T // per_token)
-        gate_TI, up_TI = torch._grouped_mm(sorted_TC, self.gate_up_proj.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
-        out_TC = torch._grouped_mm(F.silu(gate_TI) * up_TI, self.down_proj.transpose(1, 2), offs=ends_E)
-        back_T = torch.empty_like(order_T).index_copy_(0, order_T, torch.arange(len(order_T), device=order_T.device))
-        out_NKC = out_TC.index_select(0, back_T).unflatten(0, (-1, per_token))
+        order = sort_by_group(experts_NK.flatten(), len(self.down_proj))
+        sorted_TC = gather_sorted(x_NC, order.order_T, per_token)
+        out_TC = swiglu(sorted_TC, self.gate_up_proj, self.down_proj, order.ends_E)
+        out_NKC = scatter_sorted(out_TC, order.order_T).unflatten(0, (-1, per_token))
         return torch.einsum("nkc,nk->nc", out_NKC, weights_NK.to(out_NKC.dtype))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Routed:
+    """What became known of a layer's router in a pass."""
+
+    experts_NK: Tensor
+    """Chosen experts, int64."""
+    sums: RouterSums | None
+    """Of this layer (M = 1), where the pass was watched."""
 
 
 class MixtureOfExperts(nn.Module):
@@ -110,10 +72,13 @@ class MixtureOfExperts(nn.Module):
         shared = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = FeedForward(config.hidden_size, shared) if shared else None
 
-    def forward(self, x_NC: Tensor, given_experts_NK: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Output [N, C] and the experts that were chosen [N, K]."""
-        experts_NK, weights_NK = self.gate(x_NC, given_experts_NK)
-        out_NC = self.experts(x_NC, experts_NK, weights_NK)
+    def forward(
+        self, x_NC: Tensor, given_experts_NK: Tensor | None = None, watch: RouterWatch | None = None
+    ) -> tuple[Tensor, Routed]:
+        """Output [N, C] and what became known of the routing."""
+        routing = self.gate(x_NC, given_experts_NK)
+        out_NC = self.experts(x_NC, routing.experts_NK, routing.weights_NK)
         if self.shared_experts is not None:
             out_NC = out_NC + self.shared_experts(x_NC)
-        return out_NC, experts_NK
+        sums = None if watch is None else sum_up(routing, watch)
+        return out_NC, Routed(experts_NK=routing.experts_NK, sums=sums)

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from policy.attention import AttentionPlan
+from policy.balance import RouterWatch
 from policy.block import Block
 from policy.config import PolicyConfig
+from policy.moe import Routed
 from policy.rope import Rotation
 
 
@@ -29,9 +31,15 @@ class MultiTokenPredictor(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, hidden_NC: Tensor, next_embedding_NC: Tensor, rotation: Rotation, plan: AttentionPlan
-    ) -> tuple[Tensor, Tensor]:
-        """Hidden states for the token after next [N, C], ready for the head, and the chosen experts [N, K]."""
+        self,
+        hidden_NC: Tensor,
+        next_embedding_NC: Tensor,
+        rotation: Rotation,
+        plan: AttentionPlan,
+        given_experts_NK: Tensor | None = None,
+        watch: RouterWatch | None = None,
+    ) -> tuple[Tensor, Routed | None]:
+        """Hidden states for the token after next [N, C], ready for the head, and what became known of the router."""
         joined_NC = self.eh_proj(torch.cat((self.enorm(next_embedding_NC), self.hnorm(hidden_NC)), dim=-1))
-        out_NC, experts_NK = self.block(joined_NC, rotation, plan)
-        return self.norm(out_NC), experts_NK
+        out_NC, routed = self.block(joined_NC, rotation, plan, given_experts_NK, watch)
+        return self.norm(out_NC), routed

@@ -1,14 +1,20 @@
-"""Rotary position embedding, interleaved as in DeepSeek-V3's official `inference/model.py` (`apply_rotary_emb`).
+"""Rotary position embedding (RoFormer), its two layouts and its scalings for longer contexts.
 
-Shapes: N tokens, H heads, P rotated width (qk_rope_head_dim).
+Interleaved, as in DeepSeek-V3's official `inference/model.py` (`apply_rotary_emb`): neighbours are pairs. In halves, as
+in Llama and Qwen: the first half of a head pairs with the second.
+
+Shapes: N tokens, H heads, P rotated width.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from policy.config import PolicyConfig, RopeScaling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,19 +25,79 @@ class Rotation:
     """[N, P/2], fp32."""
     sin: Tensor
     """[N, P/2], fp32."""
+    is_interleaved: bool
+    """Whether pairs are neighbours (x[2i], x[2i+1]), not halves (x[i], x[i + P/2])."""
 
 
-def rotation_of(position_ids_N: Tensor, width: int, theta: float) -> Rotation:
-    """Angles of each position: position * theta^(-2i/width), i < width/2 (RoFormer, equation 15)."""
-    exponents = torch.arange(0, width, 2, dtype=torch.float64, device=position_ids_N.device) / width
-    frequencies = (1.0 / theta**exponents).float()
-    angles = position_ids_N.float()[:, None] * frequencies
-    return Rotation(cos=angles.cos(), sin=angles.sin())
+def rotation_of(position_ids_N: Tensor, config: PolicyConfig) -> Rotation:
+    """Angles of each position: position * frequency, for P/2 frequencies."""
+    angles = position_ids_N.float()[:, None] * rope_frequencies(config, position_ids_N.device)
+    growth = 1.0
+    if config.rope_scaling is not None and config.rope_scaling.rope_type == "yarn":
+        growth = _yarn_growth(config.rope_scaling)
+    return Rotation(
+        cos=angles.cos() * growth, sin=angles.sin() * growth, is_interleaved=config.family.has_interleaved_rope
+    )
 
 
 def rotate(x_NHP: Tensor, rotation: Rotation) -> Tensor:
-    """Turn each neighbouring pair (x[2i], x[2i+1]) by its token's angle; fp32 inside, the input's dtype outside."""
-    pairs = x_NHP.float().unflatten(-1, (-1, 2))
-    even, odd = pairs[..., 0], pairs[..., 1]
+    """Turn each pair by its token's angle; fp32 inside, the input's dtype outside."""
+    x = x_NHP.float()
     cos, sin = rotation.cos[:, None], rotation.sin[:, None]
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x_NHP.dtype)
+    if rotation.is_interleaved:
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x_NHP.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_NHP.dtype)
+
+
+def attention_scale(config: PolicyConfig) -> float:
+    """What scores are multiplied with: width^-0.5, for MLA under YaRN times the square of its growth.
+
+    As `DeepseekV3Attention.softmax_scale` of the released code: where `mscale` equals `mscale_all_dim`, all of the
+    growth is here and none in the rotation.
+    """
+    scale, scaling = config.qk_head_dim**-0.5, config.rope_scaling
+    if config.family.attention == "latent" and scaling is not None:
+        scale *= _mscale(scaling.factor, scaling.mscale_all_dim) ** 2
+    return scale
+
+
+def rope_frequencies(config: PolicyConfig, device: torch.device | str = "cpu") -> Tensor:
+    """[P/2] fp32: theta^(-2i/P) (RoFormer, equation 15), scaled as the configuration says."""
+    width, theta, scaling = config.rope_width, config.rope_theta, config.rope_scaling
+    exponents = torch.arange(0, width, 2, dtype=torch.float64, device=device) / width
+    plain = 1.0 / theta**exponents
+    if scaling is None:
+        return plain.float()
+    stretched = plain / scaling.factor
+    if scaling.rope_type == "linear":
+        return stretched.float()
+    old_context = scaling.original_max_position_embeddings
+    assert old_context is not None
+    if scaling.rope_type == "llama3":
+        # How often a pair turns over the old context says how much of its frequency is kept.
+        turns = old_context * plain / (2 * math.pi)
+        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    else:
+        low, high = (_yarn_pair(turns, width, theta, old_context) for turns in (scaling.beta_fast, scaling.beta_slow))
+        first, last = max(math.floor(low), 0), min(math.ceil(high), width - 1)
+        pairs = torch.arange(width // 2, dtype=torch.float64, device=device)
+        kept = 1 - (pairs - first) / max(last - first, 0.001)
+    return torch.lerp(stretched, plain, kept.clamp(0, 1)).float()
+
+
+def _yarn_pair(turns: float, width: int, theta: float, context: int) -> float:
+    """Index of the pair that turns so many times over a context (YaRN, section 3.2)."""
+    return width * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+
+def _yarn_growth(scaling: RopeScaling) -> float:
+    """Factor on rotated queries and on rotated keys (YaRN, equation 22), less what `attention_scale` has of it."""
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    return _mscale(scaling.factor, scaling.mscale) / _mscale(scaling.factor, scaling.mscale_all_dim)
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0

@@ -14,6 +14,8 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from policy.gguf import GgufError, find_gguf
+
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 
 
@@ -73,10 +75,13 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
-    """The tokenizer in a Hugging Face folder."""
+    """The tokenizer in a Hugging Face folder, or in a GGUF file (or a folder with nothing else)."""
     try:
-        return Tokenizer(AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False))
-    except (OSError, ValueError) as error:
+        file = find_gguf(Path(folder))
+        options = {"gguf_file": file.name} if file else {}
+        place = str(file.parent if file else folder)
+        return Tokenizer(AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options))
+    except (OSError, ValueError, ImportError, GgufError) as error:
         raise TokenizerError(f"no tokenizer can be read from {folder}: {str(error).splitlines()[0]}") from None
 
 

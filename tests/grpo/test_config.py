@@ -80,7 +80,7 @@ def test_the_shape_is_checked_as_the_policy_checks_it(tmp_path: Path) -> None:
     assert "exceeds the 4 eligible experts" in refusal(recipe, "base.shape.num_experts_per_tok=9")
     assert "base.shape.hidden_size: Input should be a valid integer" in refusal(recipe, "base.shape.hidden_size=wide")
     assert "base.shape.vocab_size comes from the task" in refusal(recipe, "base.shape.vocab_size=100")
-    assert "key 'base.shape.kv_lora_rank' is required" in refusal(
+    assert "key 'base.shape.num_attention_heads' is required" in refusal(
         recipe, "base.shape={hidden_size: 8, intermediate_size: 8}"
     )
 

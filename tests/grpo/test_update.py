@@ -1,5 +1,7 @@
 """The update: cut as one likes, the gradient is the same; and it is the gradient of the loss as written."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from grpo.types import Batch, Group
 from grpo.update import UpdateStats, update
 from policy import Policy
 from tests.grpo.rollouts import make_groups, tiny_config
-from tests.policies import tiny_policy
+from tests.policies import tiny_llama, tiny_policy
 
 
 def rows_of(groups: list[Group], *, mask_truncated: bool = False) -> list[Row]:
@@ -41,8 +43,9 @@ def test_micro_batches_give_the_gradient_of_one_batch() -> None:
             assert torch.allclose(whole[name], cut[name], atol=1e-6), name
 
 
-def test_gradient_is_that_of_the_loss_as_written() -> None:
-    policy = tiny_policy()
+@pytest.mark.parametrize("make", [tiny_policy, tiny_llama], ids=["deepseek_v3", "llama"])
+def test_gradient_is_that_of_the_loss_as_written(make: Callable[[], Policy]) -> None:
+    policy = make()
     rows = rows_of(make_groups(policy))
     ours, stats = gradients(policy, make_batches(rows, 60), count_learned_tokens(rows))
     policy.zero_grad()

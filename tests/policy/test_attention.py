@@ -1,6 +1,7 @@
-"""MLA two ways: absorbed over a paged cache, expanded over rows; fused and plain; packed and alone.
+"""Attention over a paged cache and over rows; fused and plain; packed and alone.
 
-Shapes: N packed tokens, B sequences, H heads, S positions, Q query width, V value width, W cache width.
+Shapes: N packed tokens, B sequences, H heads, G key-value heads, S positions, Q query width, V value width, W cache
+width.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,15 +14,20 @@ from torch import Tensor
 
 from policy import PackedRows, Policy
 from policy.attention import SHORT_ROW, Absorbed, Expanded, attend_causally
-from policy.rope import rotate, rotation_of
-from tests.policies import tiny_policy
+from tests.policies import tiny_llama, tiny_policy
 
 BLOCK = 3
 SHAPES: dict[str, dict[str, object]] = {
     "plain": {},
     "query_latent": {"q_lora_rank": 24},
     "one_head_all_dense": {"num_attention_heads": 1, "first_k_dense_replace": 3},
+    "grouped_query": {"model_type": "llama"},
+    "one_key_for_all": {"model_type": "qwen3", "num_key_value_heads": 1, "attention_bias": True},
 }
+
+
+def make(shape: str) -> Policy:
+    return tiny_llama(**SHAPES[shape]) if "model_type" in SHAPES[shape] else tiny_policy(**SHAPES[shape])
 
 
 def hidden_of_row(policy: Policy, token_ids: Sequence[int]) -> Tensor:
@@ -38,7 +44,7 @@ def flat_slots(table: np.ndarray, positions: Sequence[int]) -> list[int]:
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
 def test_absorbed_decoding_over_the_cache_equals_the_expanded_forward(shape: str) -> None:
-    policy = tiny_policy(**SHAPES[shape])
+    policy = make(shape)
     config, rng = policy.config, np.random.default_rng(0)
     sequences = [rng.integers(3, 61, length).tolist() for length in (14, 2, 23, 9, 3)]
     prompts = [5, 1, 6, 3, 3]  # shorter than a block, whole blocks, and one sequence that is all prompt
@@ -82,28 +88,31 @@ def attend_in_loops(query_SQ: Tensor, key_SQ: Tensor, value_SV: Tensor, scale: f
     return torch.stack(out).float()
 
 
-def draw_heads(length: int) -> tuple[Tensor, Tensor, Tensor]:
+def draw_heads(length: int, groups: int = 6) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(length)
-    shapes = ((2, 3, length, 20), (2, 3, length, 20), (2, 3, length, 10))
+    shapes = ((2, 6, length, 20), (2, groups, length, 20), (2, groups, length, 10))
     query, key, value = (torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes)
     return query, key, value
 
 
+@pytest.mark.parametrize("groups", [6, 2, 1])
 @pytest.mark.parametrize("length", [1, 2, 31, SHORT_ROW, SHORT_ROW + 1])
-def test_causal_attention_equals_its_definition_on_both_sides_of_short_row(length: int) -> None:
-    query, key, value = draw_heads(length)
+def test_causal_attention_equals_its_definition_on_both_sides_of_short_row(length: int, groups: int) -> None:
+    query, key, value = draw_heads(length, groups)
     out = attend_causally(query, key, value, 0.3)
-    for b, h in ((0, 0), (1, 2)):
-        assert torch.allclose(out[b, h], attend_in_loops(query[b, h], key[b, h], value[b, h], 0.3), atol=1e-5)
+    for b, h in ((0, 0), (1, 2), (1, 5)):
+        g = h * groups // 6
+        assert torch.allclose(out[b, h], attend_in_loops(query[b, h], key[b, g], value[b, g], 0.3), atol=1e-5)
 
 
+@pytest.mark.parametrize("groups", [6, 2])
 @pytest.mark.parametrize("length", [1, 2, 31, SHORT_ROW])
-def test_products_of_short_rows_equal_the_fused_kernel(length: int) -> None:
+def test_products_of_short_rows_equal_the_fused_kernel(length: int, groups: int) -> None:
     def fused(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=groups < 6)
 
     def run(attend: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> list[Tensor]:
-        heads = draw_heads(length)
+        heads = draw_heads(length, groups)
         out = attend(*heads, 0.3)
         return [out, *torch.autograd.grad(out.square().sum(), heads)]
 
@@ -114,7 +123,7 @@ def test_products_of_short_rows_equal_the_fused_kernel(length: int) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("lengths", [(5, 1, 9, 3), (4, 4, 4)], ids=["ragged", "equal"])
 def test_packed_rows_equal_each_row_alone_gradients_too(shape: str, lengths: tuple[int, ...]) -> None:
-    policy = tiny_policy(**SHAPES[shape])
+    policy = make(shape)
     token_ids_N = torch.randint(3, 61, (sum(lengths),), generator=torch.Generator().manual_seed(1))
     rows = PackedRows.of(lengths)
     together = policy(token_ids_N, rows.position_ids_N, Expanded(rows=rows)).hidden_NC
@@ -129,16 +138,3 @@ def test_packed_rows_equal_each_row_alone_gradients_too(shape: str, lengths: tup
         strict=True,
     ):
         assert torch.allclose(a, b, atol=1e-4, rtol=1e-4)
-
-
-def test_rotation_is_multiplication_by_a_complex_number() -> None:
-    """`apply_rotary_emb` of the official code, spelled in complex numbers and in fp64."""
-    positions = torch.tensor([0, 1, 7, 100])
-    x_NHP = torch.randn(4, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    turned = rotate(x_NHP.float(), rotation_of(positions, 8, 10000.0))
-    for n, position in enumerate(positions.tolist()):
-        for i in range(4):
-            angle = torch.tensor(position * 10000.0 ** (-2 * i / 8), dtype=torch.float64)
-            product = torch.complex(x_NHP[n, :, 2 * i], x_NHP[n, :, 2 * i + 1]) * torch.exp(1j * angle)
-            wanted = torch.stack((product.real, product.imag), dim=-1).float()
-            assert torch.allclose(turned[n, :, 2 * i : 2 * i + 2], wanted, atol=1e-5)

@@ -127,6 +127,16 @@ def test_missing_tensor_is_named(tmp_path: Path) -> None:
         policy.load(tmp_path)
 
 
+def test_tensor_without_a_place_is_named(tmp_path: Path) -> None:
+    policy.save(make_policy(), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.o_proj.bias"] = torch.zeros(32)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)  # old files hold these; they follow
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"no place for 1 tensors, such as 'model.layers.0.*o_proj.bias'"):
+        policy.load(tmp_path)
+
+
 def test_half_written_checkpoint_is_refused(tmp_path: Path) -> None:
     policy.save(make_policy(), tmp_path)
     data = (tmp_path / "model.safetensors").read_bytes()

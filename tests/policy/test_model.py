@@ -6,7 +6,6 @@ import torch
 from policy import PackedRows, cast_weights, initialise
 from policy.attention import Expanded
 from policy.logprobs import next_token_loss
-from policy.moe import count_experts
 from tests.policies import tiny_policy
 
 
@@ -69,7 +68,8 @@ def test_chosen_experts_of_every_layer() -> None:
     assert len(policy.moe_layers) == policy.config.num_moe_layers == 3
     for experts_NK in experts_MNK:
         assert all(len(set(row)) == 2 for row in experts_NK.tolist()), "an expert was chosen twice for one token"
-        assert count_experts(experts_NK, 8).sum() == 22
+        assert experts_NK.shape == (11, 2)
+        assert 0 <= int(experts_NK.min()) <= int(experts_NK.max()) < 8
     dense = tiny_policy(first_k_dense_replace=3)
     assert dense(draw_tokens(11), rows.position_ids_N, Expanded(rows=rows)).experts_MNK is None
     assert dense.moe_layers == []

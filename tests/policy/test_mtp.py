@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from policy import PackedRows, Policy
-from policy.attention import Expanded
-from policy.logprobs import next_token_loss
+from policy.attention import Absorbed, Expanded
+from policy.logprobs import ahead_losses, next_token_loss
 from policy.rope import rotation_of
 from tests.policies import tiny_policy
 
@@ -39,7 +39,7 @@ def mtp_losses_by_definition(policy: Policy, token_ids_N: Tensor, lengths: tuple
                 embedding, state = module.enorm(policy.embed_tokens.weight[t[i + k]]), module.hnorm(h[i])
                 joined.append(module.eh_proj(torch.cat((embedding, state))))  # equation 21
             rows = PackedRows.of([count])
-            rotation = rotation_of(torch.arange(count), policy.config.qk_rope_head_dim, policy.config.rope_theta)
+            rotation = rotation_of(torch.arange(count), policy.config)
             h = module.norm(module.block(torch.stack(joined), rotation, Expanded(rows=rows))[0])  # equation 22
             for i in range(count - 1):
                 logits_V = policy.lm_head.weight @ h[i]  # equation 23
@@ -93,3 +93,97 @@ def test_rows_too_short_to_predict_ahead_add_nothing() -> None:
     assert float(loss.mtp) == 0
     assert torch.equal(loss.total.detach(), loss.trunk)
     assert loss.trunk > 0
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_detached_modules_learn_as_before_and_teach_nobody_else(depth: int) -> None:
+    policy, token_ids_N, rows = make_policy(depth), draw_tokens(), PackedRows.of(LENGTHS)
+    own = {name for name, _ in policy.named_parameters() if name.startswith("mtp.")}
+
+    def gradients(*, is_detached: bool) -> dict[str, Tensor]:
+        policy.zero_grad(set_to_none=True)
+        hidden_NC = policy(token_ids_N, rows.position_ids_N, Expanded(rows=rows)).hidden_NC
+        torch.stack(ahead_losses(policy, hidden_NC, token_ids_N, rows, is_detached=is_detached).sums).sum().backward()
+        return {name: weight.grad for name, weight in policy.named_parameters() if weight.grad is not None}
+
+    attached, detached = gradients(is_detached=False), gradients(is_detached=True)
+    assert {"embed_tokens.weight", "lm_head.weight", "layers.0.mlp.up_proj.weight"} < attached.keys() - own
+    assert detached.keys() == own
+    assert all(torch.equal(attached[name], detached[name]) for name in own)
+
+
+def test_wanted_tokens_and_temperature_of_the_modules_losses() -> None:
+    policy, token_ids_N, rows = make_policy(), draw_tokens(), PackedRows.of(LENGTHS)
+    hidden_NC = policy(token_ids_N, rows.position_ids_N, Expanded(rows=rows)).hidden_NC
+    outputs = policy.predict_ahead(hidden_NC, token_ids_N.roll(-1), rows)
+    wanted_N = torch.rand(len(token_ids_N), generator=torch.Generator().manual_seed(2)) < 0.6
+    losses = ahead_losses(policy, hidden_NC, token_ids_N, rows, wanted_N=wanted_N, temperature=0.7)
+    for k, output in enumerate(outputs):
+        log_all_NV = (policy.project(output.hidden_NC) / 0.7).log_softmax(-1)
+        targets = [n for n, p in enumerate(rows.position_ids_N.tolist()) if wanted_N[n] and p >= k + 2]
+        assert losses.counts[k] == len(targets) > 0
+        wanted = -sum(log_all_NV[n - k - 2, token_ids_N[n]] for n in targets)
+        assert torch.allclose(losses.sums[k], torch.as_tensor(wanted), rtol=1e-5)
+
+
+BLOCK = 3
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("shape", [{}, {"q_lora_rank": 24}], ids=["plain", "query_latent"])
+@torch.no_grad()
+def test_drafting_over_the_cache_equals_predicting_ahead_on_the_whole_row(depth: int, shape: dict[str, object]) -> None:
+    """Prompts are prefilled in packed rows, in the trunk and then in the modules; the rest goes token by token."""
+    policy = tiny_policy(num_nextn_predict_layers=depth, **shape)
+    config, lengths, prompts = policy.config, [14, 9, 6], [5, 6, 3]
+    sequences = draw_tokens(tuple(lengths)).split(lengths)
+    wanted = []
+    for token_ids_S in sequences:
+        rows = PackedRows.of([len(token_ids_S)])
+        hidden_SC = policy(token_ids_S, rows.position_ids_N, Expanded(rows=rows)).hidden_NC
+        wanted.append([each.hidden_NC for each in policy.predict_ahead(hidden_SC, token_ids_S.roll(-1), rows)])
+
+    tables = torch.randperm(15, generator=torch.Generator().manual_seed(0)).view(3, 5)
+    assert config.num_cache_layers == config.num_hidden_layers + depth
+    cache = torch.full((config.num_cache_layers, 15, BLOCK, config.cache_width), 100.0)
+
+    def slots(b: int, positions: range) -> list[int]:
+        return [int(tables[b, p // BLOCK]) * BLOCK + p % BLOCK for p in positions]
+
+    rows = PackedRows.of(prompts)
+    plan: Expanded | Absorbed = Expanded(
+        rows=rows, cache=cache, slot_N=torch.tensor([s for b, n in enumerate(prompts) for s in slots(b, range(n))])
+    )
+    token_ids_N = torch.cat([row[:n] for row, n in zip(sequences, prompts, strict=True)])
+    hidden_NC = policy(token_ids_N, rows.position_ids_N, plan).hidden_NC
+    got: list[list[list[Tensor]]] = [[[] for _ in range(depth)] for _ in sequences]
+    for k in range(depth):
+        ahead_N = torch.cat([row[k + 1 : n + k + 1] for row, n in zip(sequences, prompts, strict=True)])
+        hidden_NC = policy.draft(hidden_NC, ahead_N, rows.position_ids_N, plan, module=k).hidden_NC
+        for b, part in enumerate(hidden_NC.split(prompts)):
+            got[b][k] += list(part)
+    for step in range(max(lengths)):
+        # The last `depth` tokens of a sequence have no further ones to feed to the modules.
+        live = [b for b, n in enumerate(prompts) if n + step + depth < lengths[b]]
+        if not live:
+            break
+        positions_B = torch.tensor([prompts[b] + step for b in live])
+        beyond_BL = torch.arange(15)[None] > positions_B[:, None]
+        plan = Absorbed(
+            cache=cache,
+            slot_B=torch.tensor(
+                [slots(b, range(p, p + 1))[0] for b, p in zip(live, positions_B.tolist(), strict=True)]
+            ),
+            block_table_BL=tables[live],
+            bias_B1L=torch.zeros(beyond_BL.shape).masked_fill(beyond_BL, float("-inf"))[:, None],
+        )
+        tokens = [[sequences[b][prompts[b] + step + ahead] for b in live] for ahead in range(depth + 1)]
+        hidden_BC = policy(torch.tensor(tokens[0]), positions_B, plan).hidden_NC
+        for k in range(depth):
+            hidden_BC = policy.draft(hidden_BC, torch.tensor(tokens[k + 1]), positions_B, plan, module=k).hidden_NC
+            for b, hidden_C in zip(live, hidden_BC, strict=True):
+                got[b][k].append(hidden_C)
+    for ours, theirs, length in zip(got, wanted, lengths, strict=True):
+        for of_module, whole_SC in zip(ours, theirs, strict=True):
+            assert len(of_module) == length - depth
+            assert (torch.stack(of_module) - whole_SC[: length - depth]).abs().max() < 1e-5

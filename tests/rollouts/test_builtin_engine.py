@@ -13,7 +13,7 @@ from policy.logprobs import token_logprobs
 from rollouts import EngineConfig, SamplingError, SamplingParams, make_engine
 from rollouts.builtin_engine import BuiltinEngine
 from rollouts.sampler import mix, truncate, uniforms
-from tests.policies import tiny_policy
+from tests.policies import TINY_QWEN3_MOE, tiny_llama, tiny_policy
 
 PROMPTS = [[5, 9, 11, 3], list(range(3, 20)), [7] * 8, [40, 41], list(range(20, 52))]
 
@@ -77,6 +77,14 @@ def test_engine_equals_naive_sampling(changes: dict[str, float]) -> None:
     if params.temperature == 0:
         params = SamplingParams(max_completion_length=12, temperature=0, stop_token_ids=tuple(range(0, 61, 2)), seed=3)
     check_against_naive(policy, make_engine(policy, EngineConfig()), params, num_generations=3)
+
+
+@pytest.mark.parametrize("changes", [{}, TINY_QWEN3_MOE], ids=["llama", "qwen3_moe"])
+def test_other_families_are_sampled_through_the_same_engine(changes: dict[str, object]) -> None:
+    policy = tiny_llama(**changes)
+    params = SamplingParams(max_completion_length=30, stop_token_ids=(2, 9, 17), seed=4)
+    for config in (EngineConfig(), EngineConfig(max_num_seqs=4, block_size=3, max_num_batched_tokens=20)):
+        check_against_naive(policy, make_engine(policy, config), params, num_generations=2)
 
 
 def test_few_rows_and_small_blocks_change_nothing() -> None:

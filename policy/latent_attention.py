@@ -1,0 +1,94 @@
+"""Multi-head Latent Attention (DeepSeek-V2, section 2.1), written twice.
+
+Expanded (training, prefill): keys and values of every head are made from the latent, then plain attention.
+Absorbed (decoding): the up-projections are folded into query and output, so that the cache holds per token only the
+latent and one rotated key, and attention runs over these as if there were one key-value head.
+
+Shapes: N packed tokens, B sequences, C model width, H heads, D qk_nope, P rope, V value width, R kv_lora_rank,
+W = R + P cache width, L cached positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from policy.attention import Absorbed, AttentionPlan, Expanded, attend_in_rows, read_cache, write_cache
+from policy.config import PolicyConfig
+from policy.rope import Rotation, attention_scale, rotate
+
+LATENT_NORM_EPS = 1e-6
+"""Of the norms on the two latents, whatever `rms_norm_eps` is: so do DeepSeek's own code and transformers."""
+
+
+class LatentAttention(nn.Module):
+    """MLA. Parameter names follow transformers' `DeepseekV3Attention`."""
+
+    def __init__(self, config: PolicyConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        width, heads = config.hidden_size, config.num_attention_heads
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(width, heads * config.qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(width, config.q_lora_rank, bias=False)
+            self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=LATENT_NORM_EPS)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(width, config.cache_width, bias=False)
+        self.kv_a_layernorm = nn.RMSNorm(config.kv_lora_rank, eps=LATENT_NORM_EPS)
+        self.kv_b_proj = nn.Linear(
+            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False
+        )
+        self.o_proj = nn.Linear(heads * config.v_head_dim, width, bias=False)
+        self.scale = attention_scale(config)
+
+    def forward(self, x_NC: Tensor, rotation: Rotation, plan: AttentionPlan) -> Tensor:
+        """[N, C] to [N, C]; under `Absorbed`, N is one token of each sequence."""
+        config = self.config
+        query_NHQ = self._query(x_NC).unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
+        q_nope_NHD, q_rope_NHP = query_NHQ.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        q_rope_NHP = rotate(q_rope_NHP, rotation)
+        latent_NR, k_rope_NP = self.kv_a_proj_with_mqa(x_NC).split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
+        latent_NR = self.kv_a_layernorm(latent_NR)
+        k_rope_NP = rotate(k_rope_NP[:, None], rotation)[:, 0]
+        if isinstance(plan, Absorbed):
+            attended = self._absorbed(q_nope_NHD, q_rope_NHP, latent_NR, k_rope_NP, plan)
+        else:
+            attended = self._expanded(q_nope_NHD, q_rope_NHP, latent_NR, k_rope_NP, plan)
+        out: Tensor = self.o_proj(attended.flatten(-2))
+        return out
+
+    def _query(self, x_NC: Tensor) -> Tensor:
+        if self.config.q_lora_rank is None:
+            return self.q_proj(x_NC)  # type: ignore[no-any-return]
+        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_NC)))  # type: ignore[no-any-return]
+
+    def _expanded(
+        self, q_nope_NHD: Tensor, q_rope_NHP: Tensor, latent_NR: Tensor, k_rope_NP: Tensor, plan: Expanded
+    ) -> Tensor:
+        config = self.config
+        if plan.cache is not None:
+            assert plan.slot_N is not None
+            write_cache(plan.cache[self.layer], plan.slot_N, torch.cat((latent_NR, k_rope_NP), dim=-1))
+        heads = config.num_attention_heads
+        keys_values = self.kv_b_proj(latent_NR).unflatten(-1, (heads, config.qk_nope_head_dim + config.v_head_dim))
+        k_nope_NHD, value_NHV = keys_values.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
+        query_NHQ = torch.cat((q_nope_NHD, q_rope_NHP), dim=-1)
+        key_NHQ = torch.cat((k_nope_NHD, k_rope_NP[:, None].expand(-1, heads, -1)), dim=-1)
+        return attend_in_rows(query_NHQ, key_NHQ, value_NHV, plan.rows, self.scale)
+
+    def _absorbed(
+        self, q_nope_BHD: Tensor, q_rope_BHP: Tensor, latent_BR: Tensor, k_rope_BP: Tensor, plan: Absorbed
+    ) -> Tensor:
+        config = self.config
+        blocks = plan.cache[self.layer]
+        write_cache(blocks, plan.slot_B, torch.cat((latent_BR, k_rope_BP), dim=-1))
+        cached_BLW = read_cache(blocks, plan.block_table_BL)
+        up_HXR = self.kv_b_proj.weight.view(config.num_attention_heads, -1, config.kv_lora_rank)
+        key_up_HDR, value_up_HVR = up_HXR.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
+        q_latent_BHR = torch.bmm(q_nope_BHD.transpose(0, 1), key_up_HDR).transpose(0, 1)
+        query_BHW = torch.cat((q_latent_BHR, q_rope_BHP), dim=-1)
+        scores_BHL = torch.bmm(query_BHW, cached_BLW.transpose(1, 2)).float() * self.scale + plan.bias_B1L
+        weights_BHL = scores_BHL.softmax(dim=-1).to(cached_BLW.dtype)
+        mixed_BHR = torch.bmm(weights_BHL, cached_BLW[..., : config.kv_lora_rank])
+        return torch.bmm(mixed_BHR.transpose(0, 1), value_up_HVR.transpose(1, 2)).transpose(0, 1)
