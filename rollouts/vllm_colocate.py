@@ -23,8 +23,8 @@ from rollouts.types import Completion, EngineError, SamplingParams
 from rollouts.vllm_requests import check_request, completion_of, prompt_seeds_of, request_params
 from rollouts.vllm_weights import trunk_tensors
 
-TESTED_VERSIONS = ("0.22.1", "0.32.0")
-"""Of vLLM."""
+KNOWN_VERSIONS = ("0.22.1", "0.32.0")
+"""Of vLLM: those whose source this file was written against; docs/rollouts.md says which one the tests run."""
 MLA_WIDTH_ON_CPU = 576
 """Latent and rotated key together, the only width that vLLM's kernel for MLA on a CPU has."""
 
@@ -124,7 +124,7 @@ def _prepare_environment(policy: Policy) -> None:
     }
     if policy.device.type == "cpu":
         wanted["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # the trainer's threads stay where they are
-        if policy.config.cache_width != MLA_WIDTH_ON_CPU:
+        if policy.config.family.attention == "latent" and policy.config.cache_width != MLA_WIDTH_ON_CPU:
             wanted["VLLM_MLA_DISABLE"] = "1"
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
@@ -160,7 +160,9 @@ def _start(policy: Policy, config: EngineConfig, *, can_sleep: bool) -> tuple[An
     if dist.is_initialized() and dist.get_world_size() > 1:
         arguments["distributed_executor_backend"] = "external_launcher"  # ranks are the launcher's
     if missing := sorted(arguments.keys() - {field.name for field in fields(EngineArgs)}):
-        raise EngineError(f"vllm {vllm.__version__} has no {', '.join(missing)}; tested: {', '.join(TESTED_VERSIONS)}")
+        raise EngineError(
+            f"vllm {vllm.__version__} has no {', '.join(missing)}; those that have: {', '.join(KNOWN_VERSIONS)}"
+        )
     with TemporaryDirectory(prefix="grpo_vllm_") as folder:
         values = policy.config.to_hf() | {"dtype": arguments["dtype"]}
         (Path(folder) / "config.json").write_text(json.dumps(values))

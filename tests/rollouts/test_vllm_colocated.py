@@ -1,0 +1,64 @@
+"""vLLM in this process, for real, on the CPU: `make test-vllm`."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from grpo.run import run
+from policy import Policy
+from rollouts import EngineConfig, EngineError, make_engine
+from rollouts.engine import VllmColocateConfig
+from tests.policies import TINY_QWEN3_MOE, tiny_llama, tiny_policy
+from tests.recipes import TINY, write_recipe
+from tests.rollouts.vllm_checks import check_greedy, check_logprobs, check_seeds, check_truncation
+
+pytestmark = pytest.mark.vllm
+CONFIG = EngineConfig(kind="vllm_colocate", max_num_seqs=16, max_num_batched_tokens=256, cache_gib=0.1)
+
+# Heads of width 32: vLLM's attention on a CPU has none below.
+FAMILIES: dict[str, Callable[[int], Policy]] = {
+    "deepseek_v3": lambda seed: tiny_policy(seed, qk_nope_head_dim=24, v_head_dim=16, num_nextn_predict_layers=1),
+    "qwen2": lambda seed: tiny_llama(seed, model_type="qwen2", head_dim=32, tie_word_embeddings=True),
+    "qwen3_moe": lambda seed: tiny_llama(seed, **TINY_QWEN3_MOE | {"head_dim": 32}),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _environment() -> Iterator[None]:
+    """vLLM is told things through the environment; other tests are not to hear them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        yield
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_colocated_engine_is_the_policy(family: str) -> None:
+    policy, other = FAMILIES[family](0), FAMILIES[family](1)
+    with closing(make_engine(policy, CONFIG)) as engine:
+        check_greedy(engine, policy, version=0)
+        check_logprobs(engine, policy)
+        check_truncation(engine)
+        check_seeds(engine)
+        engine.load_weights(other, version=3)
+        check_greedy(engine, other, version=3)
+        check_logprobs(engine, other)
+
+
+def test_training_with_a_colocated_engine(tmp_path: Path) -> None:
+    base = TINY["base"]
+    shape = base["shape"] | {"qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 16}
+    engine = {"kind": "vllm_colocate", "max_num_seqs": 16, "max_num_batched_tokens": 256, "cache_gib": 0.1}
+    run(write_recipe(tmp_path, base=base | {"shape": shape}, engine=engine, max_steps=2), [], resume=False)
+    lines = (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()
+    metrics = [json.loads(line) for line in lines]
+    assert [step["step"] for step in metrics] == [1, 2]
+    assert all(0 < step["sampling/logp_difference_max"] < 1e-4 for step in metrics)
+
+
+def test_sleep_on_a_cpu_is_refused() -> None:
+    config = CONFIG.model_copy(update={"vllm_colocate": VllmColocateConfig(sleep_level=1)})
+    with pytest.raises(EngineError, match="cannot sleep on a CPU: engine.vllm_colocate.sleep_level must be 0, got 1"):
+        make_engine(tiny_policy(), config)
