@@ -111,7 +111,7 @@ class VllmServerEngine:
                 for choice in server.client.complete(server.served.name, list(prompts[place]), wanted)
             ]
 
-        calls = [Call(server=server, board=board) for server in self._servers]
+        calls = [Call(server=server, board=board, pauses=pauses(self.config.retry_timeout)) for server in self._servers]
         for call in calls:
             for _ in range(min(len(prompts), _room(call.server, num_generations))):
                 board.join(partial(self._work, call, ask))
@@ -129,6 +129,7 @@ class VllmServerEngine:
                     call.board.put_back(place)
                     return
                 call.board.finish(place, ask(call.server, place))
+                call.pauses = pauses(self.config.retry_timeout)
             except ServerFault as fault:
                 call.server.fault, call.is_ready = fault, False
                 call.board.put_back(place)
@@ -138,11 +139,14 @@ class VllmServerEngine:
     def _make_ready(self, call: Call) -> bool:
         """Have the server up and its weights current, once a call and after every fault; False if it is given up."""
         with call.server.lock:
-            for pause in pauses(self.config.retry_timeout) if not call.is_given_up else ():
-                if call.is_ready or call.board.is_over(pause):
-                    return call.is_ready
-                call.is_ready = self._update([call.server])
-            call.is_given_up = not call.is_ready
+            while not (call.is_ready or call.is_given_up):
+                pause = next(call.pauses, None)
+                if pause is None:
+                    call.is_given_up = True
+                elif call.board.is_over(pause):
+                    break
+                else:
+                    call.is_ready = self._update([call.server])
             return call.is_ready
 
     def _retry(self, attempt: Callable[[], bool]) -> None:
@@ -251,12 +255,15 @@ class Board:
     def wait(self, faults: Callable[[], str]) -> list[list[Completion]]:
         """All completions, [P][G]; raises what `fail` was given, or EngineError if every worker left before the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._is_over() or not self._workers)
-            if self._error is not None:
-                raise self._error
-            if len(self._results) < self._count:
-                raise EngineError(_gone(faults()))
-            return [self._results[place] for place in range(self._count)]
+            try:
+                self._changed.wait_for(lambda: self._is_over() or not self._workers)
+                if self._error is not None:
+                    raise self._error
+                if len(self._results) < self._count:
+                    raise EngineError(_gone(faults()))
+                return [self._results[place] for place in range(self._count)]
+            finally:  # after an interrupt, too, nobody goes on
+                self._error = self._error or EngineError("the call has ended")
 
     def _is_over(self) -> bool:
         return self._error is not None or len(self._results) == self._count
@@ -268,6 +275,8 @@ class Call:
 
     server: Server
     board: Board
+    pauses: Iterator[float]
+    """Seconds before each further attempt, since its last answer: a prompt that always fails must end, too."""
     is_ready: bool = False
     """It was up, with the current weights, since the last fault."""
     is_given_up: bool = False

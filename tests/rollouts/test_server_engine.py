@@ -93,6 +93,14 @@ def test_transient_faults_cost_time_and_nothing_else(folder: Path) -> None:
         assert server.num_reloads == 1
 
 
+def test_a_server_that_answers_nothing_but_faults_is_given_up(folder: Path) -> None:
+    with serving(folder) as server:
+        server.faults_to_come = 10**9
+        engine = connect(load(folder), server.url, retry_timeout=0.3)
+        with pytest.raises(EngineError, match="no vLLM server is left.*failed with status 500.*EngineDeadError"):
+            engine.generate(PROMPTS, 1, PARAMS)
+
+
 def test_a_restarted_server_gets_the_weights_again(folder: Path) -> None:
     policy = perturbed(tiny_policy())
     with serving(folder) as first:
@@ -230,14 +238,3 @@ def test_pauses_double_and_end() -> None:
     assert list(pauses(0)) == [0.0]
     wanted = [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
     assert [pause for pause, _ in zip(pauses(1000), wanted, strict=False)] == wanted
-
-
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://somewhere", "http://"])
-def test_urls_are_checked(url: str) -> None:
-    with pytest.raises(ValueError, match="must be like http://127.0.0.1:8000"):
-        VllmServerConfig(urls=(url,))
-
-
-def test_one_url_twice_is_refused() -> None:
-    with pytest.raises(ValueError, match="listed twice"):
-        VllmServerConfig(urls=("http://127.0.0.1:8000", "http://127.0.0.1:8000"))
