@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,6 +34,11 @@ class VllmColocateEngine:
     """An `Engine` with a vLLM of its own; the only one in the process."""
 
     def __init__(self, policy: Policy, config: EngineConfig) -> None:
+        if find_spec("vllm") is None:
+            raise EngineError(
+                "engine.kind: vllm_colocate needs vLLM, which is not installed; install it with: "
+                "pip install 'grpo-reasoning[vllm]'"
+            )
         on_cpu = policy.device.type == "cpu"
         level = config.vllm_colocate.sleep_level
         self.policy, self.policy_version = policy, 0
@@ -120,7 +126,7 @@ def _prepare_environment(policy: Policy) -> None:
     wanted = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, where the weights are
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_LOGGING_LEVEL": "ERROR",
     }
     if policy.device.type == "cpu":
         wanted["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # the trainer's threads stay where they are
@@ -134,13 +140,9 @@ def _prepare_environment(policy: Policy) -> None:
 
 def _start(policy: Policy, config: EngineConfig, *, can_sleep: bool) -> tuple[Any, type[Any]]:
     """vLLM's engine with the policy's shape and no weights yet, and its class of sampling parameters."""
-    try:
-        import vllm
-        from vllm.engine.arg_utils import EngineArgs
-    except ImportError as error:
-        raise EngineError(
-            f"engine.kind: vllm_colocate needs vLLM ({error}); install it with: pip install 'grpo-reasoning[vllm]'"
-        ) from None
+    import vllm
+    from vllm.engine.arg_utils import EngineArgs
+
     arguments: dict[str, Any] = {
         "load_format": "dummy",  # the weights come from the policy
         "skip_tokenizer_init": True,  # tokens in, tokens out

@@ -13,16 +13,15 @@ from rollouts import EngineConfig, EngineError, make_engine
 from rollouts.engine import VllmColocateConfig
 from tests.policies import TINY_QWEN3_MOE, tiny_llama, tiny_policy
 from tests.recipes import TINY, write_recipe
-from tests.rollouts.vllm_checks import check_greedy, check_logprobs, check_seeds, check_truncation
+from tests.rollouts.vllm_checks import SERVABLE, check_greedy, check_logprobs, check_seeds, check_truncation
 
 pytestmark = pytest.mark.vllm
 CONFIG = EngineConfig(kind="vllm_colocate", max_num_seqs=16, max_num_batched_tokens=256, cache_gib=0.1)
 
-# Heads of width 32: vLLM's attention on a CPU has none below.
 FAMILIES: dict[str, Callable[[int], Policy]] = {
-    "deepseek_v3": lambda seed: tiny_policy(seed, qk_nope_head_dim=24, v_head_dim=16, num_nextn_predict_layers=1),
+    "deepseek_v3": lambda seed: tiny_policy(seed, **SERVABLE, num_nextn_predict_layers=1),
     "qwen2": lambda seed: tiny_llama(seed, model_type="qwen2", head_dim=32, tie_word_embeddings=True),
-    "qwen3_moe": lambda seed: tiny_llama(seed, **TINY_QWEN3_MOE | {"head_dim": 32}),
+    "qwen3_moe": lambda seed: tiny_llama(seed, **TINY_QWEN3_MOE | {"head_dim": 32, "moe_intermediate_size": 32}),
 }
 
 
@@ -49,7 +48,7 @@ def test_colocated_engine_is_the_policy(family: str) -> None:
 
 def test_training_with_a_colocated_engine(tmp_path: Path) -> None:
     base = TINY["base"]
-    shape = base["shape"] | {"qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 16}
+    shape = base["shape"] | SERVABLE
     engine = {"kind": "vllm_colocate", "max_num_seqs": 16, "max_num_batched_tokens": 256, "cache_gib": 0.1}
     run(write_recipe(tmp_path, base=base | {"shape": shape}, engine=engine, max_steps=2), [], resume=False)
     lines = (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()

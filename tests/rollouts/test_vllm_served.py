@@ -17,7 +17,7 @@ from rollouts.engine import VllmServerConfig
 from rollouts.vllm_server import VllmServerEngine
 from tests.policies import tiny_policy
 from tests.recipes import TINY, write_recipe
-from tests.rollouts.vllm_checks import check_greedy, check_logprobs, check_seeds, check_truncation
+from tests.rollouts.vllm_checks import SERVABLE, check_greedy, check_logprobs, check_seeds, check_truncation
 from tests.rollouts.vllm_process import VllmProcess
 
 pytestmark = pytest.mark.vllm
@@ -27,8 +27,7 @@ PARAMS = SamplingParams(max_completion_length=16, seed=2)
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = TINY["base"]
-    # Heads of width 32: vLLM's attention on a CPU has none below.
-    shape = base["shape"] | {"qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 16, "initializer_range": 0.25}
+    shape = base["shape"] | SERVABLE | {"initializer_range": 0.25}
     return write_recipe(tmp_path_factory.mktemp("recipe"), base=base | {"shape": shape}, max_steps=2)
 
 
@@ -79,7 +78,7 @@ def test_completions_follow_the_weights(server: VllmProcess) -> None:
 
 
 def test_another_model_is_refused(server: VllmProcess) -> None:
-    with pytest.raises(EngineError, match=r"serves another model.*hidden_size: 16, not 32"):
+    with pytest.raises(EngineError, match=r"serves another model.*num_hidden_layers: 2, not 3"):
         connect(tiny_policy(), server)
 
 

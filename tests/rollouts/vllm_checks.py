@@ -11,6 +11,10 @@ from policy import PackedRows, Policy
 from policy.logprobs import token_logprobs
 from rollouts import Completion, Engine, EngineConfig, SamplingParams, make_engine
 
+SERVABLE: dict[str, object] = {
+    "hidden_size": 32, "moe_intermediate_size": 32, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 16,
+}  # fmt: skip
+"""Widths that vLLM has on a CPU: heads of 32 and more; experts whose widths 32 divides, to be reloaded."""
 PROMPTS = [[5, 9, 11, 3], list(range(3, 20)), [7] * 8, [12, 4], list(range(10, 42))]
 
 
