@@ -1,8 +1,11 @@
 """`vllm serve`, for real, on the CPU: `make test-vllm`. Tests run in this order, on one server; the last kills it."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +24,8 @@ from tests.rollouts.vllm_checks import SERVABLE, check_greedy, check_logprobs, c
 from tests.rollouts.vllm_process import VllmProcess
 
 pytestmark = pytest.mark.vllm
+ROOT = Path(__file__).resolve().parent.parent.parent
+LAUNCH = ROOT / "recipes" / "accelerate" / "cpu.yaml"
 PARAMS = SamplingParams(max_completion_length=16, seed=2)
 
 
@@ -82,12 +87,32 @@ def test_another_model_is_refused(server: VllmProcess) -> None:
         connect(tiny_policy(), server)
 
 
+def read_metrics(recipe: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (recipe.parent / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def overrides(server: VllmProcess) -> list[str]:
+    return ["engine.kind=vllm_server", f"engine.vllm_server.urls=['{server.url}']"]
+
+
 def test_training_with_a_server(server: VllmProcess, recipe: Path) -> None:
-    run(recipe, ["engine.kind=vllm_server", f"engine.vllm_server.urls=[{server.url}]"], resume=False)
-    lines = (recipe.parent / "runs/tiny/metrics.jsonl").read_text().splitlines()
-    metrics = [json.loads(line) for line in lines]
+    run(recipe, overrides(server), resume=False)
+    metrics = read_metrics(recipe, "tiny")
     assert [step["step"] for step in metrics] == [1, 2]
     assert all(0 < step["sampling/logp_difference_max"] < 1e-4 for step in metrics)
+
+
+@pytest.mark.multi
+def test_two_ranks_share_a_server_and_train_as_one(server: VllmProcess, recipe: Path) -> None:
+    launch = ["-m", "accelerate.commands.launch", f"--config_file={LAUNCH}"]
+    train = ["-m", "grpo", "train", str(recipe), "name=two", *overrides(server)]
+    answer = subprocess.run(
+        [sys.executable, *launch, "--num_processes=2", *train], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert answer.returncode == 0, answer.stderr
+    for one, two in zip(read_metrics(recipe, "tiny"), read_metrics(recipe, "two"), strict=True):
+        for key in ("reward", "num_tokens", "completions/mean_length", "loss"):
+            assert two[key] == pytest.approx(one[key], abs=1e-5)
 
 
 def test_a_killed_server_is_a_clear_error_and_a_restarted_one_is_used_again(server: VllmProcess) -> None:
