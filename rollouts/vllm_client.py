@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -18,10 +19,6 @@ from rollouts.types import EngineError
 
 HEALTH_TIMEOUT_S = 120.0
 """For a question that a live server answers soon; the first `/server_info` looks around on its machine for seconds."""
-
-
-_NOT_SHAPE = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "num_nextn_predict_layers")
-"""Keys in which a served model may differ: what tokens mean, how far it may go, and what it does not sample with."""
 
 
 class ServerFault(Exception):
@@ -36,8 +33,11 @@ class ServedModel:
     """Drawn anew whenever the server starts."""
     name: str
     """Under which requests ask for the model."""
-    shape: Mapping[str, Any]
-    """The keys of the model's `config.json` that the server tells; those at their family's default may lack."""
+    architecture: str
+    """Class of the model, one of `architectures` in its `config.json`."""
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
     logprobs_mode: str
     """Which log-probabilities it returns."""
     max_model_len: int
@@ -67,8 +67,9 @@ class VllmClient:
                 f"{self.url} serves {', '.join(names)}, not {self._model!r}; change engine.vllm_server.model"
             )
         config = self._call("/server_info?config_format=json")["vllm_config"]
+        tree = self._call("/collective_rpc", {"method": "get_model_inspection"})["results"][0]
         try:
-            return _served_model(self._model or names[0], config)
+            return _served_model(self._model or names[0], config, tree)
         except KeyError as missing:
             raise EngineError(f"{self.url} does not say its {missing}; vLLM 0.22 or newer is needed there") from None
 
@@ -123,22 +124,25 @@ class VllmClient:
 
 
 def mismatches(served: ServedModel, config: PolicyConfig) -> list[str]:
-    """Where the served model's shape is not the policy's, as `key: theirs, not ours`; empty for the same model."""
-    ours = config.to_hf()
-    return [
-        f"{key}: {theirs}, not {ours[key]}"
-        for key, theirs in served.shape.items()
-        if key in ("model_type", *config.family.fields.values()) and key not in _NOT_SHAPE
-        if isinstance(theirs, int | str) and not isinstance(theirs, bool) and theirs != ours[key]
-    ]
+    """Where the served model is not of the policy's shape, as `key: theirs, not ours`; empty for the same.
+
+    It is the least that tells models apart. What is left, the widths inside a layer, vLLM compares when it loads.
+    """
+    ours = {
+        "architecture": config.family.architecture,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+    }
+    return [f"{key}: {theirs}, not {ours[key]}" for key in ours if (theirs := getattr(served, key)) != ours[key]]
 
 
-def _served_model(name: str, config: Mapping[str, Any]) -> ServedModel:
+def _served_model(name: str, config: Mapping[str, Any], tree: str) -> ServedModel:
     model, parallel, transfer = config["model_config"], config["parallel_config"], config["weight_transfer_config"]
     return ServedModel(
         instance=str(config["instance_id"]),
         name=name,
-        shape=_shape_of(model["hf_config"]),
+        **_read_tree(tree),
         logprobs_mode=str(model["logprobs_mode"]),
         max_model_len=int(model["max_model_len"]),
         max_num_seqs=int(config["scheduler_config"]["max_num_seqs"]),
@@ -147,9 +151,27 @@ def _served_model(name: str, config: Mapping[str, Any]) -> ServedModel:
     )
 
 
-def _shape_of(hf_config: object) -> dict[str, Any]:
-    """From the server's dump of a Hugging Face config: a mapping, or its `repr`, a class name before JSON."""
-    if isinstance(hf_config, str):
-        hf_config = json.loads(hf_config[hf_config.index("{") :])
-    assert isinstance(hf_config, dict)
-    return hf_config
+def _read_tree(tree: str) -> dict[str, Any]:
+    """Architecture and sizes from vLLM's print of its modules (vllm/model_inspection.py); KeyError for another text.
+
+    A line is `(name): Module(sizes)`, two spaces deeper than its parent; alike layers share one: `(1-27): 27 x`.
+    """
+    lines = tree.splitlines()
+    embedding = re.search(r"VocabParallelEmbedding\(.*?embedding_dim=(\d+), org_vocab_size=(\d+)", tree)
+    start = next((i for i, line in enumerate(lines) if line.lstrip().startswith("(layers): ")), None)
+    architecture = re.match(r"\w+", tree)
+    if embedding is None or start is None or architecture is None:
+        raise KeyError("model's modules")
+    depth, layers = len(lines[start]) - len(lines[start].lstrip()), 0
+    for line in lines[start + 1 :]:
+        if line.startswith(" " * (depth + 1)):
+            alike = re.match(rf"^ {{{depth + 2}}}\([\d, -]+\): (?:(\d+) x )?", line)
+            layers += int(alike[1] or 1) if alike else 0
+        else:
+            break
+    return {
+        "architecture": architecture[0],
+        "vocab_size": int(embedding[2]),
+        "hidden_size": int(embedding[1]),
+        "num_hidden_layers": layers,
+    }

@@ -42,7 +42,6 @@ class PolicyServer(ThreadingHTTPServer):
         config = {
             "instance_id": self.instance,
             "model_config": {
-                "hf_config": f"DeepseekV3Config {json.dumps(self.shape)}",
                 "logprobs_mode": self.logprobs_mode,
                 "max_model_len": self.shape["max_position_embeddings"],
             },
@@ -51,6 +50,25 @@ class PolicyServer(ThreadingHTTPServer):
             "weight_transfer_config": None,
         }
         return {"vllm_config": config}
+
+    def inspect(self) -> str:
+        """As vLLM prints its modules."""
+        vocabulary, layers = self.shape["vocab_size"], self.shape["num_hidden_layers"]
+        sizes = f"embedding_dim={self.shape['hidden_size']}, org_vocab_size={vocabulary}"
+        return f"""{self.shape["architectures"][0]}(
+  (model): DeepseekV2Model()(
+    (embed_tokens): VocabParallelEmbedding(num_embeddings=64, num_embeddings_per_partition=64, {sizes}, tp_size=1)
+    (layers): ModuleList()(
+      (0): DeepseekV2DecoderLayer()(
+        (input_layernorm): RMSNorm(hidden_size=32, eps=1e-06)
+      )
+      (1-{layers - 1}): {layers - 1} x DeepseekV2DecoderLayer()(
+        (input_layernorm): RMSNorm(hidden_size=32, eps=1e-06)
+      )
+    )
+    (norm): RMSNorm(hidden_size=32, eps=1e-06)
+  )
+)"""
 
     def generate(self, body: dict[str, Any]) -> dict[str, Any]:
         wanted = body["sampling_params"]
@@ -75,10 +93,13 @@ class PolicyServer(ThreadingHTTPServer):
         ]
         return {"choices": choices[::-1]}
 
-    def reload(self, body: dict[str, Any]) -> None:
+    def call(self, body: dict[str, Any]) -> str | None:
+        if body["method"] == "get_model_inspection":
+            return self.inspect()
         assert body["method"] == "reload_weights"
         self.engine = make_engine(load(body["kwargs"]["weights_path"]), EngineConfig())
         self.num_reloads += 1
+        return None
 
 
 class Route(BaseHTTPRequestHandler):
@@ -103,8 +124,7 @@ class Route(BaseHTTPRequestHandler):
                     return self.answer(500, {"error": "EngineDeadError"})
                 return self.answer(200, self.server.generate(body))
             if self.path == "/collective_rpc":
-                self.server.reload(body)
-                return self.answer(200, {"results": [None]})
+                return self.answer(200, {"results": [self.server.call(body)]})
             assert self.path == "/reset_prefix_cache"
             return self.answer(200, {"success": True})
 

