@@ -48,6 +48,13 @@ class ServedModel:
     """Worker processes that hold weights, over all replicas."""
     weight_backend: str | None
     """Of `--weight-transfer-config`; None without one."""
+    is_on_cpu: bool
+    is_eager: bool
+    """Whether it neither compiles nor captures graphs."""
+    custom_ops: list[str]
+    """Which of its own kernels vLLM uses, in its notation."""
+    worker_extension: str
+    """Of `--worker-extension-cls`; empty without one."""
 
 
 class VllmClient:
@@ -148,6 +155,10 @@ def _served_model(name: str, config: Mapping[str, Any], tree: str) -> ServedMode
         max_num_seqs=int(config["scheduler_config"]["max_num_seqs"]),
         world_size=int(parallel["world_size"]) * int(parallel["data_parallel_size"]),
         weight_backend=transfer and str(transfer["backend"]),
+        is_on_cpu=str(config["device_config"]["device"]).startswith("cpu"),
+        is_eager=bool(model["enforce_eager"]),
+        custom_ops=list(config["compilation_config"]["custom_ops"]),
+        worker_extension=str(parallel["worker_extension_cls"]),
     )
 
 

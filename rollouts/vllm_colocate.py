@@ -21,13 +21,12 @@ import torch.distributed as dist
 from policy import Policy
 from rollouts.engine import EngineConfig
 from rollouts.types import Completion, EngineError, SamplingParams
+from rollouts.vllm_cpu import cpu_arguments, cpu_environment, forget_expert_kernels
 from rollouts.vllm_requests import check_request, completion_of, prompt_seeds_of, request_params
 from rollouts.vllm_weights import trunk_tensors
 
 KNOWN_VERSIONS = ("0.22.1", "0.32.0")
 """Of vLLM: those whose source this file was written against; docs/rollouts.md says which one the tests run."""
-MLA_WIDTH_ON_CPU = 576
-"""Latent and rotated key together, the only width that vLLM's kernel for MLA on a CPU has."""
 
 
 class VllmColocateEngine:
@@ -57,6 +56,8 @@ class VllmColocateEngine:
         self.policy, self.policy_version = policy, version
         self._wake("weights")
         with torch.no_grad():
+            if policy.device.type == "cpu":
+                self._llm.apply_model(forget_expert_kernels)
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": trunk_tensors(policy)})
         if not self._llm.reset_prefix_cache():
             raise EngineError("vLLM did not reset its prefix cache; was `generate` interrupted? Make another engine")
@@ -129,9 +130,7 @@ def _prepare_environment(policy: Policy) -> None:
         "VLLM_LOGGING_LEVEL": "ERROR",
     }
     if policy.device.type == "cpu":
-        wanted["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # the trainer's threads stay where they are
-        if policy.config.family.attention == "latent" and policy.config.cache_width != MLA_WIDTH_ON_CPU:
-            wanted["VLLM_MLA_DISABLE"] = "1"
+        wanted |= cpu_environment(policy.config)
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
     if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
@@ -154,10 +153,10 @@ def _start(policy: Policy, config: EngineConfig, *, can_sleep: bool) -> tuple[An
         "gpu_memory_utilization": config.vllm_colocate.gpu_memory_utilization,
         "enable_prefix_caching": True,
         "enable_sleep_mode": can_sleep,
-        # A compiled graph on the CPU keeps the weights it was compiled with.
-        "enforce_eager": config.vllm_colocate.enforce_eager or policy.device.type == "cpu",
+        "enforce_eager": config.vllm_colocate.enforce_eager,
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
+        **(cpu_arguments() if policy.device.type == "cpu" else {}),
     }
     if dist.is_initialized() and dist.get_world_size() > 1:
         arguments["distributed_executor_backend"] = "external_launcher"  # ranks are the launcher's

@@ -21,6 +21,7 @@ from policy import Policy
 from rollouts.engine import VllmServerConfig
 from rollouts.types import Completion, EngineError, SamplingError, SamplingParams
 from rollouts.vllm_client import ServedModel, ServerFault, VllmClient, mismatches
+from rollouts.vllm_cpu import missing_options
 from rollouts.vllm_requests import check_request, completion_of, prompt_seeds_of, request_params
 from rollouts.vllm_weights import FolderTransfer, NcclTransfer, WeightTransfer
 
@@ -194,6 +195,17 @@ class VllmServerEngine:
             raise EngineError(
                 f"{client.url} returns {served.logprobs_mode}; training needs those of the distribution that was "
                 "sampled: start it with --logprobs-mode processed_logprobs"
+            )
+        missing = missing_options(
+            self.policy.config,
+            is_eager=served.is_eager,
+            custom_ops=served.custom_ops,
+            worker_extension=served.worker_extension,
+        )
+        if served.is_on_cpu and missing:
+            raise EngineError(
+                f"{client.url} runs on a CPU, where vLLM would sample something else than this policy; start it with "
+                f"{' '.join(missing)}"
             )
         self._transfer.check(self.policy, (client, served))
 

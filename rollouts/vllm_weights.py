@@ -20,6 +20,7 @@ from policy import Policy, save
 from policy.checkpoint import checkpoint_tensors
 from rollouts.types import EngineError
 from rollouts.vllm_client import ServedModel, ServerFault, VllmClient
+from rollouts.vllm_cpu import EXPERT_RELOAD
 
 Target = tuple[VllmClient, ServedModel]
 
@@ -71,13 +72,15 @@ class FolderTransfer:
                     f"the weights cannot be written to {folder} ({error}); set engine.vllm_server.weights_dir"
                 ) from None
             with ThreadPoolExecutor(max_workers=len(targets)) as pool:
-                return list(pool.map(lambda target: self._reload(target[0], folder), targets))
+                return list(pool.map(lambda target: self._reload(*target, folder), targets))
 
     def close(self) -> None:
         """Nothing is left behind."""
 
-    def _reload(self, client: VllmClient, folder: str) -> ServerFault | None:
+    def _reload(self, client: VllmClient, served: ServedModel, folder: str) -> ServerFault | None:
         try:
+            if served.worker_extension == EXPERT_RELOAD:
+                client.post("/collective_rpc", {"method": "forget_expert_kernels"})
             client.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
             return _forget_cache(client)
         except ServerFault as fault:

@@ -21,12 +21,18 @@ class PolicyServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(
-        self, folder: Path, *, port: int = 0, logprobs_mode: str = "processed_logprobs", key: str = ""
+        self,
+        folder: Path,
+        *,
+        port: int = 0,
+        logprobs_mode: str = "processed_logprobs",
+        key: str = "",
+        device: str = "cuda",
     ) -> None:
         super().__init__(("127.0.0.1", port), Route)
         self.engine = make_engine(load(folder), EngineConfig())
         self.shape = json.loads((folder / "config.json").read_text())
-        self.instance, self.logprobs_mode, self.key = uuid4().hex, logprobs_mode, key
+        self.instance, self.logprobs_mode, self.key, self.device = uuid4().hex, logprobs_mode, key, device
         self.lock = threading.Lock()
         self.prompts: list[list[int]] = []
         """Of every request that was answered with completions."""
@@ -44,9 +50,12 @@ class PolicyServer(ThreadingHTTPServer):
             "model_config": {
                 "logprobs_mode": self.logprobs_mode,
                 "max_model_len": self.shape["max_position_embeddings"],
+                "enforce_eager": False,
             },
             "scheduler_config": {"max_num_seqs": 8},
-            "parallel_config": {"world_size": 1, "data_parallel_size": 1},
+            "parallel_config": {"world_size": 1, "data_parallel_size": 1, "worker_extension_cls": ""},
+            "compilation_config": {"custom_ops": ["none"]},
+            "device_config": {"device": self.device},
             "weight_transfer_config": None,
         }
         return {"vllm_config": config}

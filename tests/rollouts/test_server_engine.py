@@ -166,6 +166,12 @@ def test_logprobs_of_another_distribution_are_refused(folder: Path) -> None:
         connect(load(folder), server.url)
 
 
+def test_a_server_on_a_cpu_that_would_sample_another_policy_is_refused(folder: Path) -> None:
+    message = r"on a CPU.*--enforce-eager --compilation-config .*-rotary.* --worker-extension-cls rollouts.vllm_cpu.Exp"
+    with serving(folder, device="cpu") as server, pytest.raises(EngineError, match=message):
+        connect(load(folder), server.url)
+
+
 def test_the_key_comes_from_the_environment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(folder, key="secret") as server:
         monkeypatch.setenv("TINY_KEY", "wrong")

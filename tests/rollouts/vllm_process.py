@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -12,10 +13,14 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from rollouts.vllm_cpu import CUSTOM_OPS, EXPERT_RELOAD
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 START_TIMEOUT_S = 400
 OPTIONS = (
     "--dtype=float32", "--enforce-eager", "--skip-tokenizer-init", "--logprobs-mode=processed_logprobs",
     "--max-num-seqs=16", "--max-num-batched-tokens=256", "--kv-cache-memory-bytes=100000000",
+    f"--worker-extension-cls={EXPERT_RELOAD}", f"--compilation-config={json.dumps({'custom_ops': CUSTOM_OPS})}",
 )  # fmt: skip
 
 
@@ -45,6 +50,7 @@ class VllmProcess:
             "VLLM_MLA_DISABLE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "GOMP_SPINCOUNT": "1000",
+            "PYTHONPATH": str(ROOT),  # its workers import the extension
         }
         # Not `vllm serve`: of the distribution vllm-cpu it fails, looking for its version under the name vllm.
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={self.folder}"]
