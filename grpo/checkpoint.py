@@ -26,9 +26,10 @@ import policy as policies
 from grpo.optimizer import MasterAdamW
 from policy import CheckpointError, Policy
 from policy.checkpoint import load_config, read_tensors, restore
+from policy.lora import LoraConfig, LoraError, adapters, load_adapters, save_adapters
 from policy.tokenizer import Tokenizer
 
-MANIFEST, STATE, TRAINER = "manifest.json", "state.json", "trainer.safetensors"
+MANIFEST, STATE, TRAINER, ADAPTER = "manifest.json", "state.json", "trainer.safetensors", "adapter"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,17 +44,31 @@ class Found:
 
 
 def save_checkpoint(
-    folder: Path, step: int, policy: Policy, tokenizer: Tokenizer, optimizer: MasterAdamW, keep: int
+    folder: Path,
+    step: int,
+    policy: Policy,
+    tokenizer: Tokenizer,
+    optimizer: MasterAdamW,
+    keep: int,
+    *,
+    lora: LoraConfig | None = None,
+    base_model: str | None = None,
 ) -> Path:
-    """Write `folder/step_{step}` and remove all but the newest `keep`. Raises OSError where the disk refuses."""
+    """Write `folder/step_{step}` and remove all but the newest `keep`. Raises OSError where the disk refuses.
+
+    With `lora`, the weights are merged and the adapters to `base_model` stand by themselves in `adapter/`.
+    """
     target = folder / f"step_{step:06d}"
     with written_whole(target) as temporary:
         policies.save(policy, temporary)
+        if lora is not None:
+            save_adapters(policy, temporary / ADAPTER, lora, base_model)
         tokenizer.save(temporary)
         save_file(optimizer.state_tensors(), temporary / TRAINER)
         (temporary / STATE).write_text(json.dumps({"step": step}) + "\n")
-        files = sorted(file for file in temporary.iterdir() if file.is_file())
-        (temporary / MANIFEST).write_text(json.dumps({file.name: _digest(file) for file in files}, indent=2) + "\n")
+        files = sorted(file for file in temporary.rglob("*") if file.is_file())
+        digests = {file.relative_to(temporary).as_posix(): _digest(file) for file in files}
+        (temporary / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n")
     for old in _by_step(folder)[:-keep]:
         shutil.rmtree(old)
     return target
@@ -70,7 +85,7 @@ def written_whole(target: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for path in [*temporary.iterdir(), temporary]:
+        for path in [*temporary.rglob("*"), temporary]:
             _sync(path)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
@@ -116,8 +131,21 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: MasterAdamW) -> None:
             f"{path} is of another shape ({'; '.join(differing)}); continue the run with the model that it began with, "
             "or choose another name (name=...)"
         )
-    restore(policy, read_tensors(path), where=str(path))
-    optimizer.load_state_tensors(load_file(path / TRAINER))
+    state = load_file(path / TRAINER)
+    trained = {name.removeprefix("master.") for name in state if name.startswith("master.")}
+    if trained != optimizer.masters.keys():
+        raise CheckpointError(
+            f"{path} trained other weights, such as {min(trained ^ optimizer.masters.keys())}; continue the run with "
+            "the `lora` section that it began with, or choose another name (name=...)"
+        )
+    if adapters(policy):
+        try:
+            load_adapters(policy, path / ADAPTER)
+        except LoraError as error:
+            raise CheckpointError(str(error)) from None
+    else:
+        restore(policy, read_tensors(path), where=str(path))
+    optimizer.load_state_tensors(state)
 
 
 def _by_step(folder: Path) -> list[Path]:

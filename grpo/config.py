@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from grpo.countdown import AttemptsConfig, CountdownConfig
 from policy import PolicyConfig
+from policy.lora import LoraConfig
+from policy.recompute import Recomputation
 from rollouts import EngineConfig
 
 DEFAULT_CONTEXT = 512
@@ -141,6 +143,10 @@ class Config(Section):
     beta: float = Field(default=0.0, ge=0, description="weight of the KL penalty; 0 keeps no reference")
     num_iterations: int = Field(default=1, ge=1, description="optimizer steps on each batch of completions")
     max_tokens_per_micro_batch: int = Field(default=8192, ge=1)
+    activation_recomputation: Recomputation = Field(
+        default="none", description="what the backward pass makes again to save memory: none, selective, full (blocks)"
+    )
+    lora: LoraConfig | None = Field(default=None, description="train low-rank adapters only; {} takes the defaults")
     bias_update_rate: float = Field(default=0.0, ge=0, description="step of the routers' balancing bias; 0 keeps it")
     router_aux_loss_coef: float = Field(default=0.0, ge=0, description="weight of the sequence-wise balance loss")
     router_z_loss_coef: float = Field(default=0.0, ge=0, description="weight of the routers' z-loss")
@@ -163,6 +169,8 @@ class Config(Section):
             raise ValueError(f"a reward is listed twice in rewards: {', '.join(self.rewards)}")
         if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
             raise ValueError(f"reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} rewards")
+        if self.lora is not None and (self.bias_update_rate or self.mtp_weight):
+            raise ValueError("lora freezes all but the adapters: bias_update_rate and mtp_weight must be 0 beside it")
         if self.prompt_template not in ("r1_zero", "chat") and "{prompt}" not in self.prompt_template:
             raise ValueError(
                 f"prompt_template must be r1_zero, chat, or a text with {{prompt}} in it, got {self.prompt_template!r}"

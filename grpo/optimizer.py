@@ -17,10 +17,13 @@ from policy import Policy
 
 
 class MasterAdamW:
-    """Decoupled weight decay (Loshchilov and Hutter, 2019); one-dimensional weights (norms) are not decayed."""
+    """Decoupled weight decay (Loshchilov and Hutter, 2019); one-dimensional weights (norms) are not decayed.
+
+    Frozen weights (all but the adapters, where there are any) have no master.
+    """
 
     def __init__(self, policy: Policy, *, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-        self._weights = dict(policy.named_parameters())
+        self._weights = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
         self.masters: dict[str, Tensor] = {
             name: weight if weight.dtype == torch.float32 else weight.detach().float().requires_grad_()
             for name, weight in self._weights.items()

@@ -215,4 +215,6 @@ def _is_number_up_to(stage: Any, step: int) -> bool:
 
 
 def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -30,6 +30,7 @@ from grpo.report import write_report
 from grpo.trainer import Trainer
 from policy import CheckpointError, Policy
 from policy.checkpoint import resolve_folder
+from policy.lora import LoraError, add_adapters
 from policy.tokenizer import Tokenizer, load_tokenizer
 from rewards import Grader, Problem
 from rollouts import make_engine
@@ -129,6 +130,12 @@ def _train(config: Config, setting: _Setting, folder: RunFolder) -> int:
         held_out = _held_out(config)
         policy, tokenizer = _load(config, _start(config, setting), ranks)
         check_auxiliary(config, policy.config)
+        policy.recomputation = config.activation_recomputation
+        if config.lora is not None:
+            try:
+                add_adapters(policy, config.lora, config.seed)
+            except LoraError as error:
+                raise ConfigError(str(error)) from None
         trainer = Trainer(
             config=config,
             policy=policy,

@@ -121,6 +121,8 @@ class Trainer:
                     self.tokenizer,
                     optimizer,
                     self.config.save_total_limit,
+                    lora=self.config.lora,
+                    base_model=self.config.model,
                 )
             except OSError as error:
                 self.display.note(

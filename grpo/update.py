@@ -130,7 +130,7 @@ def _backward(
     return _Step(
         loss=loss.detach(),
         kl=terms.kl_N.sum(),
-        entropy=result.entropy_N.sum(),
+        entropy=result.entropy_N.detach().sum(),
         clipped=terms.clipped_N.sum(),
         difference_N=torch.where(mask_N, current_N.detach() - batch.rollout_logprobs_N, 0.0).abs(),
     )

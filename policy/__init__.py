@@ -1,4 +1,4 @@
-"""The policy model: DeepSeek-V3's MLA and mixture of experts with multi-token prediction, on packed rows."""
+"""The policy model: decoders of DeepSeek, Llama and Qwen on packed rows, to and from Hugging Face folders."""
 
 from policy.checkpoint import CheckpointError, load, save
 from policy.config import PolicyConfig, ShapeError

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from policy.gpu_attention import attend_on_gpu, takes_unpadded
 from policy.packing import PackedRows
 
 
@@ -28,7 +29,10 @@ class Expanded:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Absorbed:
-    """Attend from one new token per sequence over its cached positions, the new one included."""
+    """Attend from one new token per sequence over its cached positions, the new one included.
+
+    The name is MLA's, which absorbs its up-projections here; grouped-query attention has nothing to absorb.
+    """
 
     cache: Tensor
     """[layers, blocks, block_size, W]."""
@@ -49,6 +53,8 @@ SHORT_ROW = 256
 
 def attend_in_rows(query_NHQ: Tensor, key_NGQ: Tensor, value_NGV: Tensor, rows: PackedRows, scale: float) -> Tensor:
     """Causal softmax attention [N, H, V] within each packed row."""
+    if takes_unpadded(query_NHQ, value_NGV):
+        return attend_on_gpu(query_NHQ, key_NGQ, value_NGV, rows, scale)
     # Causal attention never looks right, so zeros padded after a row's end change nothing inside it.
     query, key, value = (rows.pad(x).transpose(1, 2) for x in (query_NHQ, key_NGQ, value_NGV))
     return rows.unpad(attend_causally(query, key, value, scale).transpose(1, 2))

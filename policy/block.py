@@ -13,6 +13,7 @@ from policy.config import PolicyConfig
 from policy.grouped_attention import GroupedQueryAttention
 from policy.latent_attention import LatentAttention
 from policy.moe import FeedForward, MixtureOfExperts, Routed
+from policy.recompute import remade
 from policy.rope import Rotation
 
 
@@ -43,8 +44,8 @@ class Block(nn.Module):
         watch: RouterWatch | None = None,
     ) -> tuple[Tensor, Routed | None]:
         """Output [N, C] and, for a mixture of experts, what became known of its router."""
-        x_NC = x_NC + self.self_attn(self.input_layernorm(x_NC), rotation, plan)
-        inner_NC = self.post_attention_layernorm(x_NC)
+        x_NC = x_NC + self.self_attn(remade(self.input_layernorm, x_NC), rotation, plan)
+        inner_NC = remade(self.post_attention_layernorm, x_NC)
         if isinstance(self.mlp, MixtureOfExperts):
             out_NC, routed = self.mlp(inner_NC, given_experts_NK, watch)
             return x_NC + out_NC, routed

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from policy.config import PolicyConfig, ShapeError
 from policy.gguf import GgufError, find_gguf, read_gguf
+from policy.lora import merged_parameters
 from policy.model import Policy, cast_weights
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -34,7 +35,8 @@ class CheckpointError(Exception):
 def save(policy: Policy, path: Path | str, *, dtype: torch.dtype | None = None) -> None:
     """Write `config.json` and `model.safetensors` into `path`, readable by transformers and vLLM as they are.
 
-    `dtype` converts the weights (by default they stay as they are); correction biases are always fp32.
+    `dtype` converts the weights (by default they stay as they are); correction biases are always fp32. Adapters are
+    merged into the weights that they adapt.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,12 +57,7 @@ def load(path_or_id: Path | str, *, dtype: torch.dtype | None = None, device: st
     a tensor that is missing, of another shape or has no place; ShapeError for an architecture that is not supported.
     """
     folder = resolve_folder(path_or_id)
-    try:
-        file = find_gguf(folder)
-        values, stored = read_gguf(file) if file else (read_config(folder), read_tensors(folder))
-    except GgufError as error:
-        raise CheckpointError(str(error)) from None
-    config = _shape_of(values, where=file or folder / CONFIG)
+    config, stored = _read_gguf(folder) or (load_config(folder), read_tensors(folder))
     with torch.device("meta"):
         policy = Policy(_without_absent_mtp(config, stored))
     policy.to_empty(device=device)
@@ -71,11 +68,15 @@ def load(path_or_id: Path | str, *, dtype: torch.dtype | None = None, device: st
 
 
 def restore(policy: Policy, stored: Mapping[str, Tensor], *, where: str) -> None:
-    """Copy a checkpoint's tensors into a policy of the same shape, in place."""
-    homeless = {name for name in stored if _is_of_the_trunk(name, policy.config)}
-    for name, ours in checkpoint_tensors(policy):
+    """Copy a checkpoint's tensors into a policy of the same shape without adapters, in place."""
+    places = dict(checkpoint_tensors(policy))
+    if homeless := {name for name in stored.keys() - places.keys() if _is_of_the_trunk(name, policy.config)}:
+        raise CheckpointError(
+            f"{where}: {CONFIG} leaves no place for {len(homeless)} tensors, such as {min(homeless)!r}; without them "
+            "this would be another model"
+        )
+    for name, ours in places.items():
         theirs = stored.get(name)
-        homeless.discard(name)
         if theirs is None and _is_second_copy(name, policy.config):
             continue
         if theirs is None:
@@ -86,15 +87,12 @@ def restore(policy: Policy, stored: Mapping[str, Tensor], *, where: str) -> None
             )
         with torch.no_grad():
             ours.copy_(theirs)
-    if homeless:
-        raise CheckpointError(
-            f"{where}: {CONFIG} leaves no place for {len(homeless)} tensors, such as {min(homeless)!r}; without them "
-            "this would be another model"
-        )
 
 
 def checkpoint_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the checkpoint by its Hugging Face name; each is a view of the policy's own memory."""
+    """Every tensor of the checkpoint by its Hugging Face name; each is a view of the policy's own memory, unless it is
+    merged with an adapter.
+    """
     config = policy.config
     yield "model.embed_tokens.weight", policy.embed_tokens.weight
     yield "model.norm.weight", policy.norm.weight
@@ -115,18 +113,13 @@ def checkpoint_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
 
 def load_config(folder: Path) -> PolicyConfig:
     """The shape in a folder's `config.json`."""
-    return _shape_of(read_config(folder), where=folder / CONFIG)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The mapping in a folder's `config.json`."""
     try:
         values: dict[str, Any] = json.loads((folder / CONFIG).read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no {CONFIG}; a Hugging Face model folder is needed") from None
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{folder / CONFIG} is not valid JSON: {error}") from None
-    return values
+    return _shape_of(values, where=folder / CONFIG)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -168,7 +161,7 @@ def resolve_folder(path_or_id: Path | str) -> Path:
 
 
 def _block_tensors(prefix: str, block: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in (*block.named_parameters(), *block.named_buffers()):
+    for name, tensor in (*merged_parameters(block), *block.named_buffers()):
         if name == "mlp.experts.gate_up_proj":
             for expert, gate_up in enumerate(tensor.detach()):
                 gate, up = gate_up.chunk(2, dim=0)
@@ -179,6 +172,18 @@ def _block_tensors(prefix: str, block: torch.nn.Module) -> Iterator[tuple[str, T
                 yield f"{prefix}mlp.experts.{expert}.down_proj.weight", down
         else:
             yield prefix + name, tensor
+
+
+def _read_gguf(path: Path) -> tuple[PolicyConfig, dict[str, Tensor]] | None:
+    """Shape and tensors where `path` is or holds a GGUF file."""
+    try:
+        file = find_gguf(path)
+        if file is None:
+            return None
+        values, stored = read_gguf(file)
+    except GgufError as error:
+        raise CheckpointError(str(error)) from None
+    return _shape_of(values, where=file), stored
 
 
 def _shape_of(values: dict[str, Any], where: Path) -> PolicyConfig:

@@ -52,7 +52,7 @@ _EVERY = _same(
 )  # fmt: skip
 _LATENT = _same("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _GROUPED_QUERY = _same("num_key_value_heads", "head_dim")
-_EXPERTS = _same("moe_intermediate_size", "num_experts_per_tok", "norm_topk_prob")
+_EXPERTS = _same("moe_intermediate_size", "num_experts_per_tok")
 _DEEPSEEK = {
     **_EVERY, **_LATENT, **_EXPERTS,
     **_same("n_routed_experts", "n_shared_experts", "n_group", "topk_group"),
@@ -67,7 +67,7 @@ FAMILIES: Mapping[str, Family] = {
     "deepseek_v3": Family(
         architecture="DeepseekV3ForCausalLM",
         attention="latent",
-        fields={**_DEEPSEEK, **_same("num_nextn_predict_layers")},
+        fields={**_DEEPSEEK, **_same("norm_topk_prob", "num_nextn_predict_layers")},
         fixed={**_FIXED_DEEPSEEK, "rope_interleave": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
         has_interleaved_rope=True,
     ),
@@ -76,7 +76,8 @@ FAMILIES: Mapping[str, Family] = {
         attention="latent",
         fields={**_DEEPSEEK, **_same("topk_method")},
         defaults={**_SOFTMAX, "norm_topk_prob": False},
-        fixed={**_FIXED_DEEPSEEK, "mlp_bias": False, "scoring_func": "softmax"},
+        # DeepSeek's code and transformers do different things for norm_topk_prob; no released model sets it.
+        fixed={**_FIXED_DEEPSEEK, "mlp_bias": False, "scoring_func": "softmax", "norm_topk_prob": False},
         has_interleaved_rope=True,
     ),
     "llama": Family(
@@ -107,7 +108,7 @@ FAMILIES: Mapping[str, Family] = {
             **_EVERY,
             **_GROUPED_QUERY,
             **_EXPERTS,
-            **_same("attention_bias", "decoder_sparse_step", "mlp_only_layers"),
+            **_same("attention_bias", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"),
             "n_routed_experts": "num_experts",
         },
         defaults={**_SOFTMAX, "n_shared_experts": 0, "first_k_dense_replace": 0},
@@ -119,7 +120,7 @@ FAMILIES: Mapping[str, Family] = {
 
 def read_hf(values: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a `PolicyConfig` from the mapping in a Hugging Face `config.json`; raises ShapeError."""
-    kind = values.get("model_type")
+    kind = str(values.get("model_type"))
     if kind not in FAMILIES:
         raise ShapeError(f"model_type {kind!r} is not supported (supported: {', '.join(FAMILIES)})")
     if (quantised := values.get("quantization_config")) is not None:
@@ -151,18 +152,30 @@ def write_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
     values = {key: fields[name] for name, key in family.fields.items()}
     if family.attention == "latent":
         values |= {"num_key_value_heads": fields["num_attention_heads"], "head_dim": fields["qk_rope_head_dim"]}
-    scaling = fields["rope_scaling"]
-    if scaling is not None:  # "type" is what DeepSeek's own code reads
-        scaling = {"type": scaling["rope_type"], **{key: value for key, value in scaling.items() if value is not None}}
     return {
         "architectures": [family.architecture],
         "model_type": fields["model_type"],
         **values,
         "rope_theta": fields["rope_theta"],
-        "rope_scaling": scaling,
+        "rope_scaling": _write_scaling(fields["rope_scaling"]),
         **family.fixed,
         "use_cache": True,
     }
+
+
+def _write_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What belongs to the kind of scaling; under `type` too, which is what DeepSeek's own code reads."""
+    if scaling is None:
+        return None
+    kind = scaling["rope_type"]
+    keys = {
+        "linear": ("factor",),
+        "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+        "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"),
+    }[kind]
+    if kind == "yarn" and (scaling["mscale"], scaling["mscale_all_dim"]) != (1.0, 0.0):
+        keys += ("mscale", "mscale_all_dim")
+    return {"type": kind, "rope_type": kind, **{key: scaling[key] for key in keys if scaling[key] is not None}}
 
 
 def _read_rope(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from policy.fused import silu_gate_halves
+from policy.recompute import remade
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Order:
@@ -43,11 +46,11 @@ def swiglu(x_TO: Tensor, gate_up_EIO: Tensor, down_EOI: Tensor, ends_E: Tensor) 
     `gate_up_EIO` holds the gates' rows above the ups' (its width I is twice that of `down_EOI`).
     """
     if has_grouped_product(x_TO, down_EOI):
-        inner_TI = _activate(F.grouped_mm(x_TO, gate_up_EIO.transpose(1, 2), offs=ends_E))
+        inner_TI = remade(silu_gate_halves, F.grouped_mm(x_TO, gate_up_EIO.transpose(1, 2), offs=ends_E))
         return F.grouped_mm(inner_TI, down_EOI.transpose(1, 2), offs=ends_E)
     blocks = Blocks.of(ends_E, len(x_TO))
     x_GSO = blocks.fill(x_TO)
-    inner_GSI = _activate(torch.bmm(x_GSO, gate_up_EIO.index_select(0, blocks.group_G).transpose(1, 2)))
+    inner_GSI = silu_gate_halves(torch.bmm(x_GSO, gate_up_EIO.index_select(0, blocks.group_G).transpose(1, 2)))
     return blocks.empty(torch.bmm(inner_GSI, down_EOI.index_select(0, blocks.group_G).transpose(1, 2)))
 
 
@@ -97,7 +100,8 @@ class Blocks:
     def fill(self, x_T: Tensor) -> Tensor:
         """[T, ...] to [G, S, ...], zeros where there is no row."""
         flat = x_T.new_zeros(len(self.group_G) * self.size, *x_T.shape[1:])
-        return flat.index_copy_(0, self.slot_T, x_T).unflatten(0, (-1, self.size))
+        blocks: Tensor = flat.index_copy_(0, self.slot_T, x_T).unflatten(0, (-1, self.size))
+        return blocks
 
     def empty(self, x_GS: Tensor) -> Tensor:
         """[G, S, ...] to [T, ...]."""
@@ -122,6 +126,11 @@ class _GatherSorted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         [order_T], [grad_T] = ctx.saved_tensors, grads
+        if grad_T.is_cuda:
+            from policy import gpu_kernels
+
+            places_NK = invert(order_T).unflatten(0, (-1, ctx.per_row))
+            return gpu_kernels.mix_rows(grad_T.contiguous(), places_NK, None), None, None
         return scatter_sorted(grad_T, order_T).unflatten(0, (-1, ctx.per_row)).sum(1), None, None
 
 
@@ -130,6 +139,35 @@ def scatter_sorted(x_T: Tensor, order_T: Tensor) -> Tensor:
     return torch.empty_like(x_T).index_copy_(0, order_T, x_T)
 
 
-def _activate(gate_up_I: Tensor) -> Tensor:
-    gate, up = gate_up_I.chunk(2, dim=-1)
-    return F.silu(gate) * up
+def mix_sorted(x_TC: Tensor, order_T: Tensor, weights_NK: Tensor) -> Tensor:
+    """Of each token its K sorted rows, added up with its weights, [N, C]."""
+    if x_TC.is_cuda:
+        mixed: Tensor = _MixSorted.apply(x_TC, order_T, weights_NK)
+        return mixed
+    x_NKC = scatter_sorted(x_TC, order_T).unflatten(0, (-1, weights_NK.shape[1]))
+    return torch.einsum("nkc,nk->nc", x_NKC, weights_NK.to(x_NKC.dtype))
+
+
+class _MixSorted(torch.autograd.Function):
+    """Without a copy of the rows in the order of the tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TC: Tensor, order_T: Tensor, weights_NK: Tensor) -> Tensor:
+        from policy import gpu_kernels
+
+        places_NK = invert(order_T).view_as(weights_NK)
+        weights_NK = weights_NK.contiguous()
+        ctx.save_for_backward(x_TC, places_NK, weights_NK)
+        return gpu_kernels.mix_rows(x_TC, places_NK, weights_NK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor]:
+        from policy import gpu_kernels
+
+        x_grad_TC, weights_grad_NK = gpu_kernels.mix_rows_backward(grads[0].contiguous(), *ctx.saved_tensors)
+        return x_grad_TC, None, weights_grad_NK
+
+
+def invert(order_T: Tensor) -> Tensor:
+    """Where each row went, of the order in which they now are."""
+    return torch.empty_like(order_T).scatter_(0, order_T, torch.arange(len(order_T), device=order_T.device))

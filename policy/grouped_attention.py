@@ -57,7 +57,8 @@ class GroupedQueryAttention(nn.Module):
         scores_BGKL = query_BGKD @ key_BGLD.transpose(-1, -2)
         scores_BGKL = scores_BGKL.float() * self.scale + plan.bias_B1L[:, None]
         weights_BGKL = scores_BGKL.softmax(dim=-1).to(cached.dtype)
-        return (weights_BGKL @ value_BGLD).flatten(1, 2)
+        mixed_BGKD: Tensor = weights_BGKL @ value_BGLD
+        return mixed_BGKD.flatten(1, 2)
 
 
 def _entries(key_NGD: Tensor, value_NGD: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from policy.attention import Absorbed, AttentionPlan, Expanded, attend_in_rows, read_cache, write_cache
 from policy.config import PolicyConfig
+from policy.fused import split_keys_values
+from policy.recompute import remade
 from policy.rope import Rotation, attention_scale, rotate
 
 LATENT_NORM_EPS = 1e-6
@@ -46,15 +48,14 @@ class LatentAttention(nn.Module):
         """[N, C] to [N, C]; under `Absorbed`, N is one token of each sequence."""
         config = self.config
         query_NHQ = self._query(x_NC).unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
-        q_nope_NHD, q_rope_NHP = query_NHQ.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-        q_rope_NHP = rotate(q_rope_NHP, rotation)
+        query_NHQ = rotate(query_NHQ, rotation)
         latent_NR, k_rope_NP = self.kv_a_proj_with_mqa(x_NC).split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
-        latent_NR = self.kv_a_layernorm(latent_NR)
+        latent_NR = remade(self.kv_a_layernorm, latent_NR)
         k_rope_NP = rotate(k_rope_NP[:, None], rotation)[:, 0]
         if isinstance(plan, Absorbed):
-            attended = self._absorbed(q_nope_NHD, q_rope_NHP, latent_NR, k_rope_NP, plan)
+            attended = self._absorbed(query_NHQ, latent_NR, k_rope_NP, plan)
         else:
-            attended = self._expanded(q_nope_NHD, q_rope_NHP, latent_NR, k_rope_NP, plan)
+            attended = self._expanded(query_NHQ, latent_NR, k_rope_NP, plan)
         out: Tensor = self.o_proj(attended.flatten(-2))
         return out
 
@@ -63,24 +64,22 @@ class LatentAttention(nn.Module):
             return self.q_proj(x_NC)  # type: ignore[no-any-return]
         return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_NC)))  # type: ignore[no-any-return]
 
-    def _expanded(
-        self, q_nope_NHD: Tensor, q_rope_NHP: Tensor, latent_NR: Tensor, k_rope_NP: Tensor, plan: Expanded
-    ) -> Tensor:
-        config = self.config
+    def _expanded(self, query_NHQ: Tensor, latent_NR: Tensor, k_rope_NP: Tensor, plan: Expanded) -> Tensor:
         if plan.cache is not None:
             assert plan.slot_N is not None
             write_cache(plan.cache[self.layer], plan.slot_N, torch.cat((latent_NR, k_rope_NP), dim=-1))
-        heads = config.num_attention_heads
-        keys_values = self.kv_b_proj(latent_NR).unflatten(-1, (heads, config.qk_nope_head_dim + config.v_head_dim))
-        k_nope_NHD, value_NHV = keys_values.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
-        query_NHQ = torch.cat((q_nope_NHD, q_rope_NHP), dim=-1)
-        key_NHQ = torch.cat((k_nope_NHD, k_rope_NP[:, None].expand(-1, heads, -1)), dim=-1)
+        key_NHQ, value_NHV = remade(self._keys_and_values, latent_NR, k_rope_NP)
         return attend_in_rows(query_NHQ, key_NHQ, value_NHV, plan.rows, self.scale)
 
-    def _absorbed(
-        self, q_nope_BHD: Tensor, q_rope_BHP: Tensor, latent_BR: Tensor, k_rope_BP: Tensor, plan: Absorbed
-    ) -> Tensor:
+    def _keys_and_values(self, latent_NR: Tensor, k_rope_NP: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [N, H, Q] and values [N, H, V] of every head."""
+        config, heads = self.config, self.config.num_attention_heads
+        keys_values = self.kv_b_proj(latent_NR).unflatten(-1, (heads, config.qk_nope_head_dim + config.v_head_dim))
+        return split_keys_values(keys_values, k_rope_NP, config.qk_nope_head_dim)
+
+    def _absorbed(self, query_BHQ: Tensor, latent_BR: Tensor, k_rope_BP: Tensor, plan: Absorbed) -> Tensor:
         config = self.config
+        q_nope_BHD, q_rope_BHP = query_BHQ.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         blocks = plan.cache[self.layer]
         write_cache(blocks, plan.slot_B, torch.cat((latent_BR, k_rope_BP), dim=-1))
         cached_BLW = read_cache(blocks, plan.block_table_BL)

@@ -12,15 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from policy.attention import Expanded
 from policy.balance import RouterSums, RouterWatch
+from policy.head import score_tokens
 from policy.model import Policy, PolicyOutput
 from policy.packing import PackedRows
-
-CHUNK_ELEMENTS = 1 << 26
-"""Logits held at once, in numbers (256 MiB in fp32); more wanted tokens than fit are done in chunks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +27,7 @@ class TokenLogprobs:
     logprobs_N: Tensor
     """Nats, fp32, differentiable."""
     entropy_N: Tensor
-    """Entropy of the distribution the token was drawn from, nats, fp32, without gradient."""
+    """Entropy of the distribution the token was drawn from, nats, fp32, differentiable."""
     output: PolicyOutput
     """Of the trunk, for the MTP modules and the experts' load."""
 
@@ -156,35 +153,14 @@ def ahead_losses(
 
 
 def gather_logprobs(
-    policy: Policy,
-    hidden_WC: Tensor,
-    token_ids_W: Tensor,
-    temperature: float = 1.0,
-    *,
-    chunk_elements: int = CHUNK_ELEMENTS,
-    is_detached: bool = False,
+    policy: Policy, hidden_WC: Tensor, token_ids_W: Tensor, temperature: float = 1.0, *, is_detached: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each token under its hidden state, and the entropy there, both [W] in nats.
+    """Log-probability of each token under its hidden state, and the entropy there, both [W] in nats, differentiable.
 
-    Done in chunks of at most `chunk_elements` logits that are recomputed in the backward pass, so that [W, V] never
-    exists as a whole. With `is_detached` no gradient reaches the head.
+    See `policy.head.score_tokens`. With `is_detached` no gradient reaches the head.
     """
-
-    def one_chunk(hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-        logits = policy.project(hidden, is_detached=is_detached) / temperature
-        log_all = logits.log_softmax(dim=-1)
-        with torch.no_grad():
-            entropy = -(log_all.exp() * log_all).sum(dim=-1)
-        return log_all.gather(1, token_ids[:, None]).squeeze(1), entropy
-
-    rows_at_once = max(1, chunk_elements // policy.config.vocab_size)
-    if len(hidden_WC) <= rows_at_once:
-        return one_chunk(hidden_WC, token_ids_W)
-    pieces = [
-        checkpoint(one_chunk, h, t, use_reentrant=False)
-        for h, t in zip(hidden_WC.split(rows_at_once), token_ids_W.split(rows_at_once), strict=True)
-    ]
-    return torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])
+    head_VC = policy.lm_head.weight
+    return score_tokens(hidden_WC, head_VC.detach() if is_detached else head_VC, token_ids_W, temperature)
 
 
 def _sum_losses(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -20,9 +21,11 @@ from policy.attention import AttentionPlan, Expanded
 from policy.balance import RouterSums, RouterWatch
 from policy.block import Block
 from policy.config import PolicyConfig
+from policy.head import project
 from policy.moe import MixtureOfExperts, Routed
 from policy.mtp import MultiTokenPredictor
 from policy.packing import PackedRows
+from policy.recompute import Recomputation, run_block
 from policy.rope import rotation_of
 
 
@@ -53,6 +56,8 @@ class Policy(nn.Module):
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__()
         self.config = config
+        self.recomputation: Recomputation = "none"
+        """What the trunk's blocks keep for the backward pass."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -106,7 +111,9 @@ class Policy(nn.Module):
         routed: list[Routed] = []
         for index, layer in enumerate(self.layers):
             replay = given_experts_MNK is not None and config.is_moe_layer(index)
-            x_NC, of_layer = layer(x_NC, rotation, plan, given_experts_MNK[len(routed)] if replay else None, watch)
+            given_NK = given_experts_MNK[len(routed)] if replay else None
+            block = partial(layer, rotation=rotation, plan=plan, watch=watch)
+            x_NC, of_layer = run_block(block, x_NC, given_NK, self.recomputation)
             if of_layer is not None:
                 routed.append(of_layer)
         return PolicyOutput.of(self.norm(x_NC), routed)
@@ -162,15 +169,12 @@ class Policy(nn.Module):
         return PolicyOutput.of(hidden_NC, [routed] if routed is not None else [])
 
     def project(self, hidden_NC: Tensor, *, is_detached: bool = False) -> Tensor:
-        """Logits [..., V] of hidden states [..., C], in fp32 whatever the policy's dtype.
+        """Logits [N, V] of hidden states [N, C], in fp32 whatever the policy's dtype: `policy.head.project`.
 
         With `is_detached` no gradient reaches the head.
-
-        Rounding logits to bf16 alone moves log-probabilities by percents (MiniMax-M1, section 3.2), and sampler and
-        trainer round differently.
         """
         head_VC = self.lm_head.weight.detach() if is_detached else self.lm_head.weight
-        return F.linear(hidden_NC.float(), head_VC.float())
+        return project(hidden_NC, head_VC)
 
     def logits(self, token_ids_BS: Tensor) -> Tensor:
         """Next-token logits [B, S, V] in fp32 of whole rows; for checks, since nothing is chunked."""

@@ -8,14 +8,16 @@ Shapes: N tokens, C model width, E routed experts, K experts per token, I expert
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from policy.balance import RouterSums, RouterWatch, sum_up
 from policy.config import PolicyConfig
-from policy.grouped import gather_sorted, scatter_sorted, sort_by_group, swiglu
+from policy.fused import silu_gate
+from policy.grouped import gather_sorted, mix_sorted, sort_by_group, swiglu
+from policy.recompute import remade
 from policy.router import Router
 
 
@@ -30,7 +32,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_NC: Tensor) -> Tensor:
         """[N, C] to [N, C]."""
-        return self.down_proj(F.silu(self.gate_proj(x_NC)) * self.up_proj(x_NC))  # type: ignore[no-any-return]
+        return self.down_proj(remade(silu_gate, self.gate_proj(x_NC), self.up_proj(x_NC)))  # type: ignore[no-any-return]
 
 
 class Experts(nn.Module):
@@ -46,10 +48,9 @@ class Experts(nn.Module):
         """Weighted sum of each token's experts, [N, C]; nothing is dropped."""
         per_token = experts_NK.shape[1]
         order = sort_by_group(experts_NK.flatten(), len(self.down_proj))
-        sorted_TC = gather_sorted(x_NC, order.order_T, per_token)
+        sorted_TC = remade(partial(gather_sorted, per_row=per_token), x_NC, order.order_T)
         out_TC = swiglu(sorted_TC, self.gate_up_proj, self.down_proj, order.ends_E)
-        out_NKC = scatter_sorted(out_TC, order.order_T).unflatten(0, (-1, per_token))
-        return torch.einsum("nkc,nk->nc", out_NKC, weights_NK.to(out_NKC.dtype))
+        return mix_sorted(out_TC, order.order_T, weights_NK)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,6 +5,7 @@ Shapes: B rows, N tokens of all rows together, S the longest row.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ class PackedRows:
     """Position of each token within its row, int64."""
     slot_N: Tensor | None
     """Index of each token in a [B, S] padded layout, flattened; None where all rows are equally long."""
+    bounds: Tensor
+    """Where each row starts and, last, where the last one ends, int32 [B + 1]."""
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> PackedRows:
@@ -37,6 +40,7 @@ class PackedRows:
             lengths=lengths,
             position_ids_N=(slots % longest).to(device),
             slot_N=None if min(lengths) == longest else slots.to(device),
+            bounds=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device),
         )
 
     @property

@@ -3,7 +3,7 @@
 Interleaved, as in DeepSeek-V3's official `inference/model.py` (`apply_rotary_emb`): neighbours are pairs. In halves, as
 in Llama and Qwen: the first half of a head pairs with the second.
 
-Shapes: N tokens, H heads, P rotated width.
+Shapes: N tokens, H heads, P rotated width, Q head width.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from policy.config import PolicyConfig, RopeScaling
+from policy.fused import turn_pairs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,15 +41,9 @@ def rotation_of(position_ids_N: Tensor, config: PolicyConfig) -> Rotation:
     )
 
 
-def rotate(x_NHP: Tensor, rotation: Rotation) -> Tensor:
-    """Turn each pair by its token's angle; fp32 inside, the input's dtype outside."""
-    x = x_NHP.float()
-    cos, sin = rotation.cos[:, None], rotation.sin[:, None]
-    if rotation.is_interleaved:
-        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x_NHP.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_NHP.dtype)
+def rotate(x_NHQ: Tensor, rotation: Rotation) -> Tensor:
+    """Turn each pair of a head's last P numbers by its token's angle; fp32 inside, the input's dtype outside."""
+    return turn_pairs(x_NHQ, rotation.cos, rotation.sin, is_interleaved=rotation.is_interleaved)
 
 
 def attention_scale(config: PolicyConfig) -> float:
@@ -57,7 +52,7 @@ def attention_scale(config: PolicyConfig) -> float:
     As `DeepseekV3Attention.softmax_scale` of the released code: where `mscale` equals `mscale_all_dim`, all of the
     growth is here and none in the rotation.
     """
-    scale, scaling = config.qk_head_dim**-0.5, config.rope_scaling
+    scale, scaling = 1 / math.sqrt(config.qk_head_dim), config.rope_scaling
     if config.family.attention == "latent" and scaling is not None:
         scale *= _mscale(scaling.factor, scaling.mscale_all_dim) ** 2
     return scale

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from policy.config import PolicyConfig
+from policy.head import project
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,9 +108,7 @@ class _LinearFp32(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NC: Tensor, weight_EC: Tensor) -> Tensor:
         ctx.save_for_backward(x_NC, weight_EC)
-        if x_NC.is_cuda and x_NC.dtype == weight_EC.dtype:  # tensor cores, with fp32 sums of exact products
-            return torch.mm(x_NC, weight_EC.T, out_dtype=torch.float32)
-        return F.linear(x_NC.float(), weight_EC.float())
+        return project(x_NC, weight_EC)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -19,6 +19,7 @@ from grpo.checkpoint import (
 )
 from grpo.optimizer import MasterAdamW
 from policy import CheckpointError, Policy
+from policy.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoraConfig, add_adapters
 from policy.tokenizer import Tokenizer, build_word_tokenizer
 from tests.full_disk import files_at_most
 from tests.policies import tiny_policy
@@ -216,3 +217,40 @@ def test_a_checkpoint_of_another_shape_is_refused_untouched(changes: dict, messa
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert all(torch.equal(before[name], tensor) for name, tensor in policy.state_dict().items())
+
+
+def with_adapters(config: LoraConfig | None, seed: int = 0) -> tuple[Policy, MasterAdamW]:
+    policy = tiny_policy()
+    if config is not None:
+        add_adapters(policy, config, seed)
+    return policy, make_optimizer(policy)
+
+
+def test_a_run_of_adapters_goes_on_from_its_checkpoint_which_holds_them_merged_and_apart(tmp_path: Path) -> None:
+    config = LoraConfig(r=2)
+    policy, optimizer = with_adapters(config)
+    take_step(policy, optimizer, seed=1)
+    path = save_checkpoint(tmp_path, 1, policy, make_tokenizer(), optimizer, 9, lora=config, base_model="owner/base")
+    again, other = with_adapters(config, seed=4)
+    load_checkpoint(path, again, other)
+    for one, two in ((policy, optimizer), (again, other)):
+        take_step(one, two, seed=3)
+    for name, weight in policy.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name])
+    assert {f"adapter/{ADAPTER_CONFIG}", f"adapter/{ADAPTER_WEIGHTS}"} <= json.loads(
+        (path / MANIFEST).read_text()
+    ).keys()
+    tear(path / "adapter" / ADAPTER_WEIGHTS)
+    with pytest.raises(CheckpointError, match="adapter"):
+        find_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(("first", "then"), [(LoraConfig(), None), (None, LoraConfig())], ids=["without", "with"])
+def test_a_run_does_not_change_to_or_from_adapters(
+    first: LoraConfig | None, then: LoraConfig | None, tmp_path: Path
+) -> None:
+    policy, optimizer = with_adapters(first)
+    take_step(policy, optimizer, seed=1)
+    path = save_checkpoint(tmp_path, 1, policy, make_tokenizer(), optimizer, 9, lora=first)
+    with pytest.raises(CheckpointError, match=r"trained other weights.*lora"):
+        load_checkpoint(path, *with_adapters(then))

@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel
 
 from grpo.config import Config, ConfigError, load_config
+from policy.lora import LoraConfig
 from tests.recipes import write_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,11 +123,21 @@ def test_the_shape_is_checked_as_the_policy_checks_it(tmp_path: Path) -> None:
         ("dataset.countdown.low=10", "needs low <= high <= max_value, got low=10, high=9, max_value=30"),
         ("dataset.countdown.high=31", "needs low <= high <= max_value, got low=1, high=31, max_value=30"),
         ("dataset.countdown.operators=mod", "dataset.countdown.operators: String should match pattern"),
+        ("activation_recomputation=all", "activation_recomputation: Input should be 'none', 'selective' or 'full'"),
+        ("lora.r=0", "lora.r: Input should be greater than or equal to 1, got 0"),
+        ("lora.dropout=0.1", "unknown key 'lora.dropout'"),
         ("base=null", "the recipe names no `model` to start from and has no `base` section to train one"),
     ],
 )
 def test_bad_values_are_named(override: str, message: str, tmp_path: Path) -> None:
     assert message in refusal(write_recipe(tmp_path), override)
+
+
+@pytest.mark.parametrize("other", ["bias_update_rate=0.001", "mtp_weight=0.1"])
+def test_adapters_leave_nothing_else_to_train(other: str, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    assert load_config(recipe, ["lora={}"]).lora == LoraConfig()
+    assert "bias_update_rate and mtp_weight must be 0 beside it" in refusal(recipe, "lora={}", other)
 
 
 def test_every_fault_is_named_at_once(tmp_path: Path) -> None:

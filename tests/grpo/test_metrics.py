@@ -4,7 +4,9 @@ import math
 
 import pytest
 
+from grpo.auxiliary import AuxiliaryStats
 from grpo.metrics import Graded, graded, rollout_metrics, update_metrics
+from grpo.routers import RouterStats
 from grpo.types import Group
 from grpo.update import UpdateStats
 from rewards import Problem, RewardResult
@@ -35,7 +37,7 @@ def make_group(
     )
 
 
-def make_stats(load_ME: list[list[float]], *, is_skipped: bool = False) -> UpdateStats:
+def make_stats(routers: RouterStats | None, *, is_skipped: bool = False, mtp_loss: float | None = None) -> UpdateStats:
     return UpdateStats(
         loss=0.5,
         kl=0.01,
@@ -45,7 +47,7 @@ def make_stats(load_ME: list[list[float]], *, is_skipped: bool = False) -> Updat
         logp_difference_max=1e-5,
         grad_norm=2.0,
         is_skipped=is_skipped,
-        load_ME=load_ME,
+        auxiliary=AuxiliaryStats(mtp_loss=mtp_loss, routers=routers),
     )
 
 
@@ -95,7 +97,8 @@ def test_what_ranks_exchange_is_plain_data() -> None:
 
 
 def test_update_metrics_and_expert_load() -> None:
-    metrics = update_metrics(make_stats([[0.5, 0.25, 0.25, 0.0], [0.25] * 4]))
+    routers = RouterStats(load_ME=[[0.5, 0.25, 0.25, 0.0], [0.25] * 4], entropy_M=[0.5, 1.5], balance_M=None, z_M=None)
+    metrics = update_metrics(make_stats(routers))
     assert metrics["loss"] == 0.5
     assert metrics["kl"] == 0.01
     assert metrics["entropy"] == 1.5
@@ -106,9 +109,20 @@ def test_update_metrics_and_expert_load() -> None:
     assert metrics["moe/load"] == [[0.5, 0.25, 0.25, 0.0], [0.25] * 4]
     assert metrics["moe/max_load"] == 2.0
     assert metrics["moe/dead_experts"] == 1
+    assert metrics["moe/entropy"] == 1.0
+    assert metrics["moe/layers/max_load"] == [2.0, 1.0]
+    assert metrics["moe/layers/dead_experts"] == [1, 0]
+    assert metrics["moe/layers/entropy"] == [0.5, 1.5]
+    assert not {"moe/balance_loss", "moe/z_loss", "mtp/loss"} & metrics.keys()
+
+
+def test_auxiliary_losses_are_reported_where_they_are_in_use() -> None:
+    routers = RouterStats(load_ME=[[0.5, 0.5]] * 2, entropy_M=[0.5] * 2, balance_M=[1.0, 2.0], z_M=[3.0, 5.0])
+    metrics = update_metrics(make_stats(routers, mtp_loss=2.5))
+    assert (metrics["moe/balance_loss"], metrics["moe/z_loss"], metrics["mtp/loss"]) == (1.5, 4.0, 2.5)
 
 
 def test_a_dense_policy_has_no_expert_load() -> None:
-    metrics = update_metrics(make_stats([], is_skipped=True))
+    metrics = update_metrics(make_stats(None, is_skipped=True))
     assert metrics["update/skipped"] == 1
     assert not any(name.startswith("moe/") for name in metrics)

@@ -70,6 +70,36 @@ def test_what_makes_the_model_is_part_of_its_key_and_nothing_else(tmp_path: Path
         assert train(make_config(tmp_path, override))[0] != folder, override
 
 
+def routers_of(folder: Path) -> list[torch.Tensor]:
+    """Biases of the trunk's one mixture of experts and of the MTP module's."""
+    policy = policies.load(folder)
+    layers = [*policy.moe_layers, *policy.mtp_moe_layers]
+    return [bias for layer in layers if (bias := layer.gate.e_score_correction_bias) is not None]
+
+
+def test_routers_are_balanced_and_their_load_is_reported(tmp_path: Path) -> None:
+    folder, steps = train(make_config(tmp_path))
+    trunk_E, module_E = routers_of(folder)
+    assert trunk_E.abs().max() == pytest.approx(3e-3, rel=1e-4), "three steps the same way"
+    assert not module_E.any()
+    assert [len(step["moe/layers/max_load"]) for step in steps] == [2, 2, 2]
+    assert all(1 <= step["moe/max_load"] <= 2 for step in steps)
+    trunk_E, module_E = routers_of(
+        train(make_config(tmp_path, "base.bias_update_rate=0", "base.mtp_bias_update_rate=0.01"))[0]
+    )
+    assert not trunk_E.any()
+    assert 0.005 < module_E.abs().max() <= 0.0301
+
+
+def test_router_losses_change_the_gradient_and_are_reported(tmp_path: Path) -> None:
+    plain, _ = train(make_config(tmp_path))
+    for key, figure in (("router_aux_loss_coef", "moe/balance_loss"), ("router_z_loss_coef", "moe/z_loss")):
+        folder, steps = train(make_config(tmp_path, f"base.{key}=0.1"))
+        assert all(step[figure] > 0 for step in steps)
+        ours, theirs = (policies.load(each).moe_layers[0].gate.weight for each in (folder, plain))
+        assert (ours - theirs).abs().max() > 1e-6
+
+
 def test_it_learns_to_write_attempts(tmp_path: Path) -> None:
     """From even odds over the vocabulary to well below: 40 steps of a policy of some thousand weights."""
     base = TINY["base"] | {"max_steps": 40, "tokens_per_step": 1024, "learning_rate": 1e-2, "warmup_steps": 5}

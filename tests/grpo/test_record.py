@@ -189,10 +189,10 @@ def test_a_full_disk_at_the_start_is_named(tmp_path: Path) -> None:
 
 def test_metrics_are_a_line_a_step_and_valid_json_whatever_the_numbers(tmp_path: Path) -> None:
     folder = opened(make_config(tmp_path))
-    folder.add_metrics({"step": 1, "loss": float("nan"), "kl": float("inf"), "moe/load": [[0.5, 0.5]]})
+    folder.add_metrics({"step": 1, "loss": float("nan"), "kl": float("inf"), "moe/load": [[0.5, float("nan")]]})
     folder.add_metrics({"step": 2, "loss": 0.25})
     lines = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [{"step": 1, "loss": None, "kl": None, "moe/load": [[0.5, 0.5]]}, {"step": 2, "loss": 0.25}]
+    assert lines == [{"step": 1, "loss": None, "kl": None, "moe/load": [[0.5, None]]}, {"step": 2, "loss": 0.25}]
 
 
 def test_rollouts_hold_every_completion_with_its_reward_and_advantage(tmp_path: Path) -> None:

@@ -54,6 +54,9 @@ RECIPE = {
     "max_tokens_per_micro_batch": 400,
     "num_iterations": 2,
     "beta": 0.01,
+    "bias_update_rate": 0.001,
+    "router_aux_loss_coef": 0.001,
+    "mtp_weight": 0.1,
     "evaluation": {"num_problems": 10, "k": 2, "batch_size": 4},
     "save_steps": 2,
 }  # fmt: skip

@@ -114,8 +114,10 @@ def test_expert_load_is_a_share_of_all_choices() -> None:
     policy = tiny_policy()
     rows = rows_of(make_groups(policy))
     _, stats = gradients(policy, make_batches(rows, 60), count_learned_tokens(rows))
-    assert len(stats.load_ME) == policy.config.num_moe_layers
-    for layer in stats.load_ME:
+    routers = stats.auxiliary.routers
+    assert routers is not None
+    assert len(routers.load_ME) == policy.config.num_moe_layers
+    for layer in routers.load_ME:
         assert sum(layer) == pytest.approx(1)
 
 

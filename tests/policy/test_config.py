@@ -71,6 +71,10 @@ def test_query_rank_0_means_none_as_in_some_checkpoints() -> None:
         ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config \(fp8\).*dequantise"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window: True is not supported"),
         ({"model_type": "llama", "mlp_bias": True}, "mlp_bias: True is not supported"),
+        (
+            {"model_type": "deepseek_v2", "scoring_func": "softmax", "norm_topk_prob": True},
+            "norm_topk_prob: True is not supported for model_type 'deepseek_v2'",
+        ),
     ],
 )
 def test_architectures_that_are_not_supported_are_refused(changes: dict[str, object], message: str) -> None:

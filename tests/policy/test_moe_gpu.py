@@ -25,7 +25,7 @@ pytestmark = [
 SHAPES: dict[str, dict[str, object]] = {
     "v3_groups": {"n_group": 4, "topk_group": 2},
     "v2_groups": {"model_type": "deepseek_v2", "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
-    "softmax_normalised": {"model_type": "deepseek_v2", "norm_topk_prob": True},
+    "v2_greedy": {"model_type": "deepseek_v2", "routed_scaling_factor": 4.0},
     "unaligned": {"hidden_size": 66, "moe_intermediate_size": 30},
 }
 COUNTS = [1, 7, 256, 3000]
@@ -130,4 +130,4 @@ def test_a_decoding_step_can_be_captured_and_replayed(dtype: torch.dtype, shape:
         graph.replay()
         wanted_NC, wanted = moe(x_NC)
         assert torch.equal(routed.experts_NK, wanted.experts_NK)
-        assert torch.equal(out_NC, wanted_NC)
+        assert torch.allclose(out_NC, wanted_NC, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)

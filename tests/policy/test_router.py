@@ -30,10 +30,12 @@ SHAPES: dict[str, dict[str, object]] = {
     "v2_greedy": V2 | {"routed_scaling_factor": 16.0},
     "v2_greedy_whatever_the_group": V2 | {"n_group": 4, "topk_group": 1},
     "v2_groups": V2 | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
-    "v2_groups_normalised": V2 | {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1}
-    | {"norm_topk_prob": True, "routed_scaling_factor": 3.0},
     "qwen3_moe": {"norm_topk_prob": False},
     "qwen3_moe_normalised": {"norm_topk_prob": True},
+    "qwen3_moe_were_it_in_groups": {
+        "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1, "routed_scaling_factor": 3.0,
+        "norm_topk_prob": True,
+    },
 }  # fmt: skip
 
 

@@ -1,0 +1,133 @@
+"""Operations between matrix products that autograd would keep too much of, or a GPU would do in too many passes.
+
+Each is one formula: on the CPU written out in torch, on a GPU a kernel of `policy/gpu_kernels.py` with the same result.
+
+Shapes: N tokens or token-expert pairs, I inner width, H heads, P rotated width, D width before it, Q = D + P, V value
+width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+
+def silu_gate(gate_NI: Tensor, up_NI: Tensor) -> Tensor:
+    """silu(gate) * up, the activation of SwiGLU (Shazeer, 2020), keeping only the two for the backward pass."""
+    if gate_NI.device.type == "cuda" and gate_NI.ndim == 2:
+        out: Tensor = _SiluGate.apply(gate_NI, up_NI)
+        return out
+    return F.silu(gate_NI) * up_NI
+
+
+def silu_gate_halves(gate_up_NI: Tensor) -> Tensor:
+    """The same where gate and up are the halves of one tensor, [N, 2I] to [N, I]."""
+    if gate_up_NI.device.type == "cuda" and gate_up_NI.ndim == 2:
+        out: Tensor = _SiluGateHalves.apply(gate_up_NI)
+        return out
+    return silu_gate(*gate_up_NI.chunk(2, dim=-1))
+
+
+def turn_pairs(x_NHQ: Tensor, cos: Tensor, sin: Tensor, *, is_interleaved: bool) -> Tensor:
+    """Each pair of a head's last P numbers turned by its token's angle ([N, P/2] cosines and sines, fp32), fp32 inside.
+
+    Pairs are neighbours (x[2i], x[2i+1]) where interleaved, else (x[i], x[i + P/2]). Numbers before them are kept.
+    """
+    if x_NHQ.device.type == "cuda":
+        turned: Tensor = _Turn.apply(x_NHQ, cos, sin, is_interleaved)
+        return turned
+    kept, x_NHP = x_NHQ.split([x_NHQ.shape[-1] - 2 * cos.shape[-1], 2 * cos.shape[-1]], dim=-1)
+    x, cos, sin = x_NHP.float(), cos[:, None], sin[:, None]
+    if is_interleaved:
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        out = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x_NHQ.dtype)
+    else:
+        a, b = x.chunk(2, dim=-1)
+        out = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_NHQ.dtype)
+    return torch.cat((kept, out), dim=-1) if kept.shape[-1] else out
+
+
+def split_keys_values(keys_values: Tensor, k_rope_NP: Tensor, own: int) -> tuple[Tensor, Tensor]:
+    """MLA's keys [N, H, D + P] and values [N, H, V], from own keys beside values [N, H, D + V] and the shared part."""
+    if keys_values.device.type == "cuda":
+        key_NHQ, value_NHV = _SplitKeysValues.apply(keys_values, k_rope_NP, own)
+        return key_NHQ, value_NHV
+    k_nope_NHD, value_NHV = keys_values.split([own, keys_values.shape[-1] - own], dim=-1)
+    return torch.cat((k_nope_NHD, k_rope_NP[:, None].expand(-1, keys_values.shape[1], -1)), dim=-1), value_NHV
+
+
+class _SiluGate(Function):
+    @staticmethod
+    def forward(ctx: Any, gate_NI: Tensor, up_NI: Tensor) -> Tensor:
+        from policy import gpu_kernels
+
+        ctx.save_for_backward(gate_NI, up_NI)
+        return gpu_kernels.silu_gate_forward(_packed_rows(gate_NI), _packed_rows(up_NI))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        from policy import gpu_kernels
+
+        gate_NI, up_NI = ctx.saved_tensors
+        both = gpu_kernels.silu_gate_backward(_packed_rows(gate_NI), _packed_rows(up_NI), _packed_rows(grads[0]))
+        gate_grad, up_grad = both.chunk(2, dim=-1)
+        return gate_grad, up_grad
+
+
+class _SiluGateHalves(Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up_NI: Tensor) -> Tensor:
+        from policy import gpu_kernels
+
+        ctx.save_for_backward(gate_up_NI)
+        return gpu_kernels.silu_gate_forward(*_packed_rows(gate_up_NI).chunk(2, dim=-1))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        from policy import gpu_kernels
+
+        [gate_up_NI] = ctx.saved_tensors
+        return gpu_kernels.silu_gate_backward(*_packed_rows(gate_up_NI).chunk(2, dim=-1), _packed_rows(grads[0]))
+
+
+class _SplitKeysValues(Function):
+    @staticmethod
+    def forward(ctx: Any, keys_values: Tensor, k_rope_NP: Tensor, own: int) -> tuple[Tensor, Tensor]:
+        from policy import gpu_kernels
+
+        ctx.own = own
+        return gpu_kernels.join_keys(keys_values[..., :own], _packed_rows(k_rope_NP)), keys_values[..., own:]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        from policy import gpu_kernels
+
+        return *gpu_kernels.part_gradients(*(_packed_rows(grad) for grad in grads), ctx.own), None
+
+
+class _Turn(Function):
+    @staticmethod
+    def forward(ctx: Any, x_NHQ: Tensor, cos: Tensor, sin: Tensor, is_interleaved: bool) -> Tensor:
+        from policy import gpu_kernels
+
+        ctx.save_for_backward(cos, sin)
+        ctx.is_interleaved = is_interleaved
+        return gpu_kernels.turn(_packed_rows(x_NHQ), cos, sin, is_interleaved=is_interleaved)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        from policy import gpu_kernels
+
+        cos, sin = ctx.saved_tensors
+        # A rotation's transpose is the rotation by the opposite angle; a growth in cos and sin stays a factor.
+        back = gpu_kernels.turn(_packed_rows(grads[0]), cos, sin, is_interleaved=ctx.is_interleaved, is_inverse=True)
+        return back, None, None, None
+
+
+def _packed_rows(x: Tensor) -> Tensor:
+    """As it is where the numbers of a row lie side by side, else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
