@@ -30,7 +30,7 @@ test: $(VENV)/.installed-dev  ## the tests; PYTEST_ARGS='-k moe' chooses
 	@$(IN_VENV) pytest $(PYTEST_ARGS)
 
 test-vllm: .venv-vllm/.installed  ## the tests against vLLM, in an environment of their own (GRPO_TEST_MODEL: a real model)
-	@.venv-vllm/bin/python -m pytest -m vllm $(PYTEST_ARGS)
+	@.venv-vllm/bin/python -m pytest -m vllm tests/rollouts $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff: rules and format
 	@$(IN_VENV) ruff check .
