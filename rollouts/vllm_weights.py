@@ -82,7 +82,6 @@ class FolderTransfer:
             if served.worker_extension == EXPERT_RELOAD:
                 client.post("/collective_rpc", {"method": "forget_expert_kernels"})
             client.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
-            return _forget_cache(client)
         except ServerFault as fault:
             try:
                 client.describe()
@@ -92,6 +91,7 @@ class FolderTransfer:
                 f"{fault}; it is up, but did not take the weights from {folder}: engine.vllm_server.weights_dir must "
                 "be the same folder on both machines. Start the server again: its weights may be half replaced"
             ) from None
+        return _forget_cache(client)
 
 
 class NcclTransfer:
@@ -137,10 +137,10 @@ class NcclTransfer:
                 stream.synchronize()
                 received.result()
             client.post("/finish_weight_update")
-            return _forget_cache(client)
         except ServerFault as fault:
             self._groups.pop(client.url, None)
             return fault
+        return _forget_cache(client)
 
     def _group(self, policy: Policy, client: VllmClient, served: ServedModel) -> Any:
         """The communicator with this start of the server; its workers are ranks 1 and up."""
@@ -171,7 +171,10 @@ class NcclTransfer:
 
 def _forget_cache(client: VllmClient) -> ServerFault | None:
     """Cached prefixes are keys and values of the old weights."""
-    answer = client.post("/reset_prefix_cache")  # vLLM 0.22 answers with nothing, newer ones say whether it worked
+    try:
+        answer = client.post("/reset_prefix_cache")  # vLLM 0.22 answers with nothing, newer ones say whether it worked
+    except ServerFault as fault:
+        return fault
     if answer is not None and not answer["success"]:
         return ServerFault(f"{client.url} did not reset its prefix cache; does something else use the server?")
     return None

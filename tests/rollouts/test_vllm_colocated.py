@@ -1,9 +1,12 @@
 """vLLM in this process, for real, on the CPU: `make test-vllm`."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +19,8 @@ from tests.recipes import TINY, write_recipe
 from tests.rollouts.vllm_checks import SERVABLE, check_greedy, check_logprobs, check_seeds, check_truncation
 
 pytestmark = pytest.mark.vllm
+ROOT = Path(__file__).resolve().parent.parent.parent
+LAUNCH = ROOT / "recipes" / "accelerate" / "cpu.yaml"
 CONFIG = EngineConfig(kind="vllm_colocate", max_num_seqs=16, max_num_batched_tokens=256, cache_gib=0.1)
 
 FAMILIES: dict[str, Callable[[int], Policy]] = {
@@ -46,15 +51,34 @@ def test_colocated_engine_is_the_policy(family: str) -> None:
         check_logprobs(engine, other)
 
 
-def test_training_with_a_colocated_engine(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = TINY["base"]
-    shape = base["shape"] | SERVABLE
     engine = {"kind": "vllm_colocate", "max_num_seqs": 16, "max_num_batched_tokens": 256, "cache_gib": 0.1}
-    run(write_recipe(tmp_path, base=base | {"shape": shape}, engine=engine, max_steps=2), [], resume=False)
-    lines = (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()
-    metrics = [json.loads(line) for line in lines]
+    folder = tmp_path_factory.mktemp("recipe")
+    return write_recipe(folder, base=base | {"shape": base["shape"] | SERVABLE}, engine=engine, max_steps=2)
+
+
+def read_metrics(recipe: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (recipe.parent / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_with_a_colocated_engine(recipe: Path) -> None:
+    run(recipe, [], resume=False)
+    metrics = read_metrics(recipe, "tiny")
     assert [step["step"] for step in metrics] == [1, 2]
     assert all(0 < step["sampling/logp_difference_max"] < 1e-4 for step in metrics)
+
+
+@pytest.mark.multi
+def test_two_ranks_with_an_engine_each_train_as_one(recipe: Path) -> None:
+    launch = ["-m", "accelerate.commands.launch", f"--config_file={LAUNCH}", "--num_processes=2"]
+    train = ["-m", "grpo", "train", str(recipe), "name=two"]
+    answer = subprocess.run([sys.executable, *launch, *train], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert answer.returncode == 0, answer.stderr
+    for one, two in zip(read_metrics(recipe, "tiny"), read_metrics(recipe, "two"), strict=True):
+        for key in ("reward", "num_tokens", "completions/mean_length", "loss"):
+            assert two[key] == pytest.approx(one[key], abs=1e-5)
 
 
 def test_sleep_on_a_cpu_is_refused() -> None:
