@@ -25,7 +25,7 @@ CONFIG = EngineConfig(kind="vllm_colocate", max_num_seqs=16, max_num_batched_tok
 
 FAMILIES: dict[str, Callable[[int], Policy]] = {
     "deepseek_v3": lambda seed: tiny_policy(seed, **SERVABLE, num_nextn_predict_layers=1),
-    "qwen2": lambda seed: tiny_llama(seed, model_type="qwen2", head_dim=32, tie_word_embeddings=True),
+    "qwen2": lambda seed: tiny_llama(seed, model_type="qwen2", hidden_size=128, tie_word_embeddings=True),
     "qwen3_moe": lambda seed: tiny_llama(seed, **TINY_QWEN3_MOE | {"head_dim": 32, "moe_intermediate_size": 32}),
 }
 
