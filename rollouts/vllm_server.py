@@ -73,6 +73,8 @@ class VllmServerEngine:
         Of several ranks that share the servers the first sends, while the others wait.
         """
         self.policy, self.policy_version = policy, version
+        for server in self._servers:
+            server.loaded = None
         many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if not many or dist.get_rank() == 0:
             self._retry(lambda: self._update(self._servers))

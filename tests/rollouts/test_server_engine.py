@@ -75,6 +75,8 @@ def test_completions_follow_the_weights_and_carry_their_version(folder: Path) ->
         assert {c.policy_version for group in before for c in group} == {0}
         assert {c.policy_version for group in after for c in group} == {4}
         assert server.num_reloads == 2, "the weights were sent other than once a version"
+        engine.load_weights(perturbed(policy), version=4)
+        assert tokens(engine.generate(PROMPTS, 2, PARAMS)) == tokens(sample_here(policy, 2)) != tokens(after)
 
 
 def test_a_policy_other_than_the_served_one_is_sent_before_the_first_request(folder: Path) -> None:
