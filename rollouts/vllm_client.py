@@ -119,7 +119,7 @@ class VllmClient:
     def _refusal(self, path: str, status: int, text: str) -> EngineError | ServerFault:
         said = " ".join(text.split())[:500]
         route = path.partition("?")[0]
-        if status in (401, 403):
+        if status == 401:
             return EngineError(
                 f"{self.url} wants another API key; set the variable that engine.vllm_server.api_key_env names"
             )

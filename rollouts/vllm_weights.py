@@ -72,7 +72,7 @@ class FolderTransfer:
                     f"the weights cannot be written to {folder} ({error}); set engine.vllm_server.weights_dir"
                 ) from None
             with ThreadPoolExecutor(max_workers=len(targets)) as pool:
-                return list(pool.map(lambda target: self._reload(*target, folder), targets))
+                return list(pool.map(lambda target: self._reload(target[0], target[1], folder), targets))
 
     def close(self) -> None:
         """Nothing is left behind."""
