@@ -21,7 +21,7 @@ import torch.distributed as dist
 from policy import Policy
 from rollouts.engine import EngineConfig
 from rollouts.types import Completion, EngineError, SamplingParams
-from rollouts.vllm_cpu import cpu_arguments, cpu_environment, forget_expert_kernels
+from rollouts.vllm_cpu import after_reload, before_reload, cpu_arguments, cpu_environment
 from rollouts.vllm_requests import check_request, completion_of, prompt_seeds_of, request_params
 from rollouts.vllm_weights import trunk_tensors
 
@@ -55,10 +55,13 @@ class VllmColocateEngine:
         """Copy the weights into vLLM's and forget the prefixes cached under the old ones."""
         self.policy, self.policy_version = policy, version
         self._wake("weights")
+        on_cpu = policy.device.type == "cpu"
         with torch.no_grad():
-            if policy.device.type == "cpu":
-                self._llm.apply_model(forget_expert_kernels)
+            if on_cpu:
+                self._llm.apply_model(before_reload)
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": trunk_tensors(policy)})
+            if on_cpu:
+                self._llm.apply_model(after_reload)
         if not self._llm.reset_prefix_cache():
             raise EngineError("vLLM did not reset its prefix cache; was `generate` interrupted? Make another engine")
 

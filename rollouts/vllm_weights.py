@@ -20,7 +20,7 @@ from policy import Policy, save
 from policy.checkpoint import checkpoint_tensors
 from rollouts.types import EngineError
 from rollouts.vllm_client import ServedModel, ServerFault, VllmClient
-from rollouts.vllm_cpu import EXPERT_RELOAD
+from rollouts.vllm_cpu import RELOAD_EXTENSION
 
 Target = tuple[VllmClient, ServedModel]
 
@@ -78,10 +78,12 @@ class FolderTransfer:
         """Nothing is left behind."""
 
     def _reload(self, client: VllmClient, served: ServedModel, folder: str) -> ServerFault | None:
+        reload: list[dict[str, Any]] = [{"method": "reload_weights", "kwargs": {"weights_path": folder}}]
+        if served.worker_extension == RELOAD_EXTENSION:
+            reload = [{"method": "before_reload"}, *reload, {"method": "after_reload"}]
         try:
-            if served.worker_extension == EXPERT_RELOAD:
-                client.post("/collective_rpc", {"method": "forget_expert_kernels"})
-            client.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
+            for call in reload:
+                client.post("/collective_rpc", call)
         except ServerFault as fault:
             try:
                 client.describe()

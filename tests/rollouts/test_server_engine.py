@@ -169,7 +169,7 @@ def test_logprobs_of_another_distribution_are_refused(folder: Path) -> None:
 
 
 def test_a_server_on_a_cpu_that_would_sample_another_policy_is_refused(folder: Path) -> None:
-    message = r"on a CPU.*--enforce-eager --compilation-config .*-rotary.* --worker-extension-cls rollouts.vllm_cpu.Exp"
+    message = r"on a CPU.*--enforce-eager --compilation-config .*-rotary.* --worker-extension-cls rollouts.vllm_cpu.Rel"
     with serving(folder, device="cpu") as server, pytest.raises(EngineError, match=message):
         connect(load(folder), server.url)
 

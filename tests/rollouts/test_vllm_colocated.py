@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from grpo.run import run
 from policy import Policy
@@ -23,8 +24,16 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 LAUNCH = ROOT / "recipes" / "accelerate" / "cpu.yaml"
 CONFIG = EngineConfig(kind="vllm_colocate", max_num_seqs=16, max_num_batched_tokens=256, cache_gib=0.1)
 
+
+def biased(policy: Policy) -> Policy:
+    """Experts' correction biases as training leaves them, which are what an initial policy has not."""
+    for layer in policy.moe_layers:
+        layer.gate.e_score_correction_bias.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(1))
+    return policy
+
+
 FAMILIES: dict[str, Callable[[int], Policy]] = {
-    "deepseek_v3": lambda seed: tiny_policy(seed, **SERVABLE, num_nextn_predict_layers=1),
+    "deepseek_v3": lambda seed: biased(tiny_policy(seed, **SERVABLE, num_nextn_predict_layers=1)),
     "qwen2": lambda seed: tiny_llama(seed, model_type="qwen2", hidden_size=128, tie_word_embeddings=True),
     "qwen3_moe": lambda seed: tiny_llama(seed, **TINY_QWEN3_MOE | {"head_dim": 32, "moe_intermediate_size": 32}),
 }

@@ -13,14 +13,14 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from rollouts.vllm_cpu import CUSTOM_OPS, EXPERT_RELOAD
+from rollouts.vllm_cpu import CUSTOM_OPS, RELOAD_EXTENSION
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 START_TIMEOUT_S = 400
 OPTIONS = (
     "--dtype=float32", "--enforce-eager", "--tokens-only", "--logprobs-mode=processed_logprobs",
     "--max-num-seqs=16", "--max-num-batched-tokens=256", "--kv-cache-memory-bytes=100000000",
-    f"--worker-extension-cls={EXPERT_RELOAD}", f"--compilation-config={json.dumps({'custom_ops': CUSTOM_OPS})}",
+    f"--worker-extension-cls={RELOAD_EXTENSION}", f"--compilation-config={json.dumps({'custom_ops': CUSTOM_OPS})}",
 )  # fmt: skip
 
 
