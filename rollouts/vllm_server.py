@@ -233,7 +233,8 @@ class Board:
                     self._workers -= 1
                     self._changed.notify_all()
 
-        self._workers += 1
+        with self._changed:
+            self._workers += 1
         threading.Thread(target=run, name="vllm request", daemon=True).start()
 
     def take(self) -> int | None:
