@@ -48,7 +48,11 @@ class VllmColocateEngine:
         self._asleep: set[str] = set()
         self._owns_process_group = not dist.is_initialized()
         _prepare_environment(policy)
-        self._llm, self._params = _start(policy, config, can_sleep=self.sleep_level > 0)
+        try:
+            self._llm, self._params = _start(policy, config, can_sleep=self.sleep_level > 0)
+        except ValueError as error:  # a shape, or a cache that holds no sequence of max_position_embeddings
+            self._leave_groups()
+            raise EngineError(f"vLLM does not start with engine.cache_gib={config.cache_gib}: {error}") from None
         self.load_weights(policy, 0)
 
     def load_weights(self, policy: Policy, version: int) -> None:
@@ -102,15 +106,18 @@ class VllmColocateEngine:
 
     def close(self) -> None:
         """Stop vLLM and give its memory back."""
-        from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
-
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
+        self._leave_groups()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _leave_groups(self) -> None:
+        from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+
         destroy_model_parallel()
         if self._owns_process_group:
             destroy_distributed_environment()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     def _sleep(self) -> None:
         if self.sleep_level:

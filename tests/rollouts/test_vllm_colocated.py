@@ -94,3 +94,11 @@ def test_sleep_on_a_cpu_is_refused() -> None:
     config = CONFIG.model_copy(update={"vllm_colocate": VllmColocateConfig(sleep_level=1)})
     with pytest.raises(EngineError, match="cannot sleep on a CPU: engine.vllm_colocate.sleep_level must be 0, got 1"):
         make_engine(tiny_policy(), config)
+
+
+def test_a_cache_too_small_for_one_sequence_says_how_much_is_needed() -> None:
+    policy = FAMILIES["qwen2"](0)
+    with pytest.raises(EngineError, match=r"engine.cache_gib=0.0001: .*KV cache is needed"):
+        make_engine(policy, CONFIG.model_copy(update={"cache_gib": 1e-4}))
+    with closing(make_engine(policy, CONFIG)) as engine:
+        check_greedy(engine, policy, version=0)
