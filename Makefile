@@ -34,7 +34,7 @@ test-peer: $(PEER_VENV)/.installed  ## loss and gradients beside TRL 1.16's, in 
 	@$(PEER_VENV)/bin/python -m pytest -m peer tests/grpo/test_peer_trl.py
 
 test-vllm: .venv-vllm/.installed  ## the tests against vLLM, in an environment of their own (GRPO_TEST_MODEL: a real model)
-	@.venv-vllm/bin/python -m pytest -m vllm $(PYTEST_ARGS)
+	@.venv-vllm/bin/python -m pytest -m vllm tests/rollouts $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff: rules and format
 	@$(IN_VENV) ruff check .

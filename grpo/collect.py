@@ -13,7 +13,7 @@ from grpo.types import Group
 from policy import Policy
 from policy.tokenizer import Tokenizer
 from rewards import Grader, Problem
-from rollouts import Engine, SamplingParams, make_engine
+from rollouts import Engine, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,14 +75,12 @@ class Collector:
         return Collected(groups=groups, sample_s=sampled - start, grade_s=perf_counter() - sampled)
 
 
-def make_collector(
-    config: Config, policy: Policy, tokenizer: Tokenizer, grader: Grader, engine: Engine | None = None
-) -> Collector:
-    """A collector that samples from `policy`, with an engine of its own where none is given."""
+def make_collector(config: Config, policy: Policy, tokenizer: Tokenizer, grader: Grader, engine: Engine) -> Collector:
+    """A collector of what `engine` samples from `policy`."""
     return Collector(
         config=config,
         tokenizer=tokenizer,
-        engine=make_engine(policy, config.engine) if engine is None else engine,
+        engine=engine,
         grader=grader,
         context=policy.config.max_position_embeddings,
     )

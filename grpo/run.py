@@ -6,7 +6,7 @@ import json
 import shlex
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -32,6 +32,7 @@ from policy.checkpoint import resolve_folder
 from policy.lora import LoraError, add_adapters
 from policy.tokenizer import Tokenizer, load_tokenizer
 from rewards import Grader, Problem
+from rollouts import make_engine
 
 
 def run(recipe: Path, overrides: Sequence[str], *, resume: bool) -> None:
@@ -58,8 +59,9 @@ def evaluate_model(recipe: Path, overrides: Sequence[str], model: Path | None) -
         raise ConfigError("evaluation.num_problems is 0: there is nothing to evaluate")
     with _setting(config) as setting, _grader(config) as grader:
         policy, tokenizer = _load(config, _resolve(model) if model else _last_checkpoint(config), setting.ranks)
-        collector = make_collector(config, policy, tokenizer, grader)
-        evaluation = make_evaluator(collector, setting.ranks, problems).run(str(model or "last checkpoint"))
+        with closing(make_engine(policy, config.engine)) as engine:
+            collector = make_collector(config, policy, tokenizer, grader, engine)
+            evaluation = make_evaluator(collector, setting.ranks, problems).run(str(model or "last checkpoint"))
     if setting.ranks.is_main:
         print(json.dumps(evaluation, indent=2))
 
@@ -71,9 +73,10 @@ def sample_model(recipe: Path, overrides: Sequence[str], model: Path | None, pro
     problems = _held_out(config) if asked is None else [asked]
     if not problems:
         raise ConfigError("evaluation.num_problems is 0, so no problem is held out; give --prompt TEXT")
-    with _setting(config) as setting, _grader(config) as grader:
+    with _setting(config) as setting, _grader(config) as grader, ExitStack() as stack:
         policy, tokenizer = _load(config, _resolve(model) if model else _last_checkpoint(config), setting.ranks)
-        collector = make_collector(config, policy, tokenizer, grader)
+        engine = stack.enter_context(closing(make_engine(policy, config.engine)))
+        collector = make_collector(config, policy, tokenizer, grader, engine)
         prompts, params = collector.render(problems[:1]), sampling_params(config, tokenizer)
         print(tokenizer.decode(prompts[0]))
         if asked is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from time import perf_counter
 from types import FrameType
@@ -32,7 +33,7 @@ from grpo.update import Step, UpdateStats, update
 from policy import Policy
 from policy.tokenizer import Tokenizer
 from rewards import Grader, Problem
-from rollouts import make_engine
+from rollouts import Engine, make_engine
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,8 +66,11 @@ class Trainer:
 
         Stops early, saved, once `stop_requested` is set.
         """
+        with closing(make_engine(self.policy, self.config.engine)) as engine:
+            return self._train(engine)
+
+    def _train(self, engine: Engine) -> int:
         config = self.config
-        engine = make_engine(self.policy, config.engine)
         optimizer = MasterAdamW(
             self.policy,
             betas=(config.adam_beta1, config.adam_beta2),
@@ -104,7 +108,6 @@ class Trainer:
         self.save(optimizer, asker, reference)
         if self.step >= config.max_steps:
             self._evaluate(evaluator, "final")
-        engine.close()
         return self.step
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:

@@ -1,6 +1,6 @@
 """Samplers: groups of completions from prompts, with the log-probability of every token."""
 
 from rollouts.engine import Engine, EngineConfig, make_engine
-from rollouts.types import Completion, SamplingError, SamplingParams
+from rollouts.types import Completion, EngineError, SamplingError, SamplingParams
 
-__all__ = ["Completion", "Engine", "EngineConfig", "SamplingError", "SamplingParams", "make_engine"]
+__all__ = ["Completion", "Engine", "EngineConfig", "EngineError", "SamplingError", "SamplingParams", "make_engine"]

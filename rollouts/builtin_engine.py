@@ -14,14 +14,13 @@ import torch
 
 from policy import Policy
 from rollouts.block_manager import BlockManager
-from rollouts.engine import EngineConfig
+from rollouts.engine import DEFAULT_CACHE_GIB, EngineConfig
 from rollouts.model_runner import ModelRunner
 from rollouts.sampler import mix, sample
 from rollouts.scheduler import Admission, RunningBatch, Scheduler
 from rollouts.sequence import Prefill, Sequence
 from rollouts.types import Completion, FinishReason, SamplingError, SamplingParams
 
-DEFAULT_CACHE_GIB = 1.0
 FREE_SHARE = 0.4
 """Of a GPU's free memory, what the cache may take: the update needs the rest."""
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, Protocol
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from policy import Policy
+from policy import Policy, load
 from rollouts.types import Completion, SamplingParams
 
 
@@ -37,13 +39,65 @@ class Engine(Protocol):
         ...
 
 
+class VllmColocateConfig(BaseModel):
+    """`engine.vllm_colocate`: vLLM inside the trainer's process."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    sleep_level: Literal["auto", 0, 1, 2] = Field(
+        default="auto",
+        description="freed while the policy trains: 0 nothing, 1 the cache (weights move to the host's memory), "
+        "2 cache and weights; auto: 2 on a GPU, 0 on a CPU, where vLLM cannot sleep",
+    )
+    gpu_memory_utilization: float = Field(
+        default=0.3, gt=0, le=1, description="share of the GPU that must be free when vLLM starts"
+    )
+    enforce_eager: bool = Field(default=False, description="neither compile nor capture graphs; always so on a CPU")
+
+
+class VllmServerConfig(BaseModel):
+    """`engine.vllm_server`: clients of `vllm serve`, here or on other machines."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    urls: tuple[str, ...] = Field(default=("http://127.0.0.1:8000",), min_length=1, description="one of each server")
+    model: str | None = Field(default=None, description="the model's name there; none: the first that is served")
+    api_key_env: str = Field(default="VLLM_API_KEY", description="environment variable with the servers' API key")
+    weight_transfer: Literal["folder", "nccl"] = Field(
+        default="folder", description="how new weights get there: a folder that both can read, or between GPUs"
+    )
+    weights_dir: Path | None = Field(
+        default=None, description="where `folder` writes; the same path on every server; default: the system's own"
+    )
+    transfer_host: str = Field(
+        default="127.0.0.1", description="this machine's address as the servers see it, for `nccl`"
+    )
+    request_timeout: float = Field(default=1800.0, gt=0, description="seconds for all completions of one prompt")
+    retry_timeout: float = Field(default=600.0, ge=0, description="seconds that a server which fails is waited for")
+
+    @field_validator("urls")
+    @classmethod
+    def _check_urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        for url in urls:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError(f"engine.vllm_server.urls must be like http://127.0.0.1:8000, got {url!r}")
+        if len(set(urls)) < len(urls):
+            raise ValueError(f"a URL is listed twice in engine.vllm_server.urls: {', '.join(urls)}")
+        return tuple(url.rstrip("/") for url in urls)
+
+
+DEFAULT_CACHE_GIB = 1.0
+"""Of a cache on a CPU, where `engine.cache_gib` does not say."""
+
+
 class EngineConfig(BaseModel):
     """The `engine` section of a recipe."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["builtin"] = Field(default="builtin", description="which sampler")
-    block_size: int = Field(default=16, ge=1, description="tokens of one cache block")
+    kind: Literal["builtin", "vllm_colocate", "vllm_server"] = Field(default="builtin", description="which sampler")
+    block_size: int = Field(default=16, ge=1, description="tokens of one cache block (builtin)")
     max_num_seqs: int = Field(default=256, ge=1, description="sequences decoded at once")
     max_num_batched_tokens: int = Field(default=8192, ge=1, description="prompt tokens prefilled at once")
     cache_gib: float | None = Field(
@@ -52,10 +106,26 @@ class EngineConfig(BaseModel):
         description="most memory of the cache, GiB, taken as needed; default: 1, on a GPU 40% of what is free",
     )
     run_ahead: int = Field(default=8, ge=1, description="tokens a GPU samples before the host looks at them")
+    vllm_colocate: VllmColocateConfig = Field(default_factory=VllmColocateConfig)
+    vllm_server: VllmServerConfig = Field(default_factory=VllmServerConfig)
 
 
-def make_engine(policy: Policy, config: EngineConfig) -> Engine:
-    """The engine that `config.kind` names, sampling from `policy`'s own weights."""
-    from rollouts.builtin_engine import BuiltinEngine
+def make_engine(policy_or_path: Policy | Path | str, config: EngineConfig) -> Engine:
+    """The engine that `config.kind` names, holding the weights of a policy, or of a folder or hub id.
 
-    return BuiltinEngine(policy, config)
+    Raises EngineError where vLLM is needed and absent, or a server does not answer or serves something else.
+    """
+    policy = policy_or_path if isinstance(policy_or_path, Policy) else load(policy_or_path)
+    match config.kind:
+        case "builtin":
+            from rollouts.builtin_engine import BuiltinEngine
+
+            return BuiltinEngine(policy, config)
+        case "vllm_colocate":
+            from rollouts.vllm_colocate import VllmColocateEngine
+
+            return VllmColocateEngine(policy, config)
+        case "vllm_server":
+            from rollouts.vllm_server import VllmServerEngine
+
+            return VllmServerEngine(policy, config.vllm_server)

@@ -14,6 +14,10 @@ class SamplingError(ValueError):
     """A request that cannot be served; the message says what was given and what is allowed."""
 
 
+class EngineError(SamplingError):
+    """An engine that cannot be made or no longer answers; the message says why and what to do."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
     """How completions are drawn; the same for all prompts of a call."""

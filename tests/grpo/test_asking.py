@@ -18,6 +18,7 @@ from grpo.dynamic_sampling import has_signal
 from grpo.evaluate import is_correct
 from policy.tokenizer import build_word_tokenizer
 from rewards import Grader
+from rollouts import make_engine
 from tests.policies import tiny_policy
 from tests.recipes import write_recipe
 
@@ -37,7 +38,11 @@ def asker(tmp_path: Path, **changes: Any) -> Iterator[Asker]:
     policy = tiny_policy(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     problems = read_problems(config.dataset, seed=0, split="train", count=8)
     with Grader(config.rewards, num_workers=0) as grader:
-        yield make_asker(make_collector(config, policy, tokenizer, grader), Ranks(cpu=True), Dataset(problems, 0))
+        yield make_asker(
+            make_collector(config, policy, tokenizer, grader, make_engine(policy, config.engine)),
+            Ranks(cpu=True),
+            Dataset(problems, 0),
+        )
 
 
 def ask(asker: Asker, step: int) -> Asked:

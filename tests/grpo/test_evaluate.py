@@ -17,6 +17,7 @@ from grpo.evaluate import Evaluator, make_evaluator
 from grpo.prompts import PromptError
 from policy.tokenizer import build_word_tokenizer
 from rewards import Grader, Problem
+from rollouts import make_engine
 from tests.policies import tiny_policy
 from tests.recipes import write_recipe
 
@@ -38,7 +39,11 @@ def evaluator(tmp_path: Path, **changes: Any) -> Iterator[Evaluator]:
     policy = tiny_policy(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     problems = read_problems(config.dataset, seed=0, split="held_out", count=config.evaluation.num_problems)
     with Grader(config.rewards, num_workers=0) as grader:
-        yield make_evaluator(make_collector(config, policy, tokenizer, grader), Ranks(cpu=True), problems)
+        yield make_evaluator(
+            make_collector(config, policy, tokenizer, grader, make_engine(policy, config.engine)),
+            Ranks(cpu=True),
+            problems,
+        )
 
 
 @pytest.fixture
@@ -113,6 +118,8 @@ def test_a_problem_that_is_too_long_is_named_before_anything_is_sampled(short: E
     config = load_config(write_recipe(tmp_path))
     policy = tiny_policy(vocab_size=len(short.collector.tokenizer), max_position_embeddings=24)
     problem = Problem(id="1", prompt="Using the numbers 1 2 , make 3 .", source="test.jsonl:4")
-    collector = make_collector(config, policy, short.collector.tokenizer, short.collector.grader)
+    collector = make_collector(
+        config, policy, short.collector.tokenizer, short.collector.grader, make_engine(policy, config.engine)
+    )
     with pytest.raises(PromptError, match=r"^test.jsonl:4: the prompt has 13 tokens"):
         make_evaluator(collector, short.ranks, [problem])

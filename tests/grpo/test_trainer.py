@@ -186,7 +186,8 @@ def test_a_list_reward_of_the_wrong_count_ends_the_run_even_if_evaluation_cannot
 
 
 def test_a_run_of_adapters_moves_these_alone_and_recomputing_changes_nothing(recipe: Path) -> None:
-    shared = [f"output_dir={recipe.parent}", "lora={r: 4}", "bias_update_rate=0", "mtp_weight=0", "sync_ref_model=false", "save_steps=1"]
+    off = ["bias_update_rate=0", "mtp_weight=0", "sync_ref_model=false"]
+    shared = [f"output_dir={recipe.parent}", "lora={r: 4}", "save_steps=1", *off]
     run(recipe, [*shared, "name=adapters", "max_steps=2", "activation_recomputation=full"], resume=False)
     run(recipe, [*shared, "name=adapters_again", "max_steps=1"], resume=False)
     run(recipe, [*shared, "name=adapters_again", "max_steps=2"], resume=True)

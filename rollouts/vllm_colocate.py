@@ -1,0 +1,187 @@
+"""vLLM inside the trainer's process: one engine a rank, on the rank's own device.
+
+The weights go through vLLM's own reloading, tensor by tensor under Hugging Face's names. While the policy trains, vLLM
+sleeps: at level 2 it keeps neither cache nor weights, and takes the policy's again when it wakes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from policy import Policy
+from rollouts.engine import DEFAULT_CACHE_GIB, EngineConfig
+from rollouts.types import Completion, EngineError, SamplingParams
+from rollouts.vllm_cpu import after_reload, before_reload, cpu_arguments, cpu_environment
+from rollouts.vllm_requests import check_request, completion_of, prompt_seeds_of, request_params
+from rollouts.vllm_weights import trunk_tensors
+
+KNOWN_VERSIONS = ("0.22.1", "0.32.0")
+"""Of vLLM: those whose source this file was written against; docs/rollouts.md says which one the tests run."""
+
+
+class VllmColocateEngine:
+    """An `Engine` with a vLLM of its own; the only one in the process."""
+
+    def __init__(self, policy: Policy, config: EngineConfig) -> None:
+        if find_spec("vllm") is None:
+            raise EngineError(
+                "engine.kind: vllm_colocate needs vLLM, which is not installed; install it with: "
+                "pip install 'grpo-reasoning[vllm]'"
+            )
+        on_cpu = policy.device.type == "cpu"
+        level = config.vllm_colocate.sleep_level
+        self.policy, self.policy_version = policy, 0
+        self.sleep_level: int = (0 if on_cpu else 2) if level == "auto" else level
+        """What is freed while the policy trains; see `VllmColocateConfig`."""
+        if on_cpu and self.sleep_level:
+            raise EngineError(f"vLLM cannot sleep on a CPU: engine.vllm_colocate.sleep_level must be 0, got {level}")
+        self._asleep: set[str] = set()
+        self._owns_process_group = not dist.is_initialized()
+        _prepare_environment(policy)
+        try:
+            self._llm, self._params = _start(policy, config, can_sleep=self.sleep_level > 0)
+        except ValueError as error:  # a shape, or a cache that holds no sequence of max_position_embeddings
+            self._leave_groups()
+            raise EngineError(f"vLLM does not start with engine.cache_gib={config.cache_gib}: {error}") from None
+        self.load_weights(policy, 0)
+
+    def load_weights(self, policy: Policy, version: int) -> None:
+        """Copy the weights into vLLM's and forget the prefixes cached under the old ones."""
+        self.policy, self.policy_version = policy, version
+        self._wake("weights")
+        on_cpu = policy.device.type == "cpu"
+        with torch.no_grad():
+            if on_cpu:
+                self._llm.apply_model(before_reload)
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": trunk_tensors(policy)})
+            if on_cpu:
+                self._llm.apply_model(after_reload)
+        if not self._llm.reset_prefix_cache():
+            raise EngineError("vLLM did not reset its prefix cache; was `generate` interrupted? Make another engine")
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_generations: int,
+        params: SamplingParams,
+        prompt_seeds: Sequence[int] | None = None,
+    ) -> list[list[Completion]]:
+        """See `Engine.generate`. Raises SamplingError for an empty or too long prompt."""
+        check_request(prompts, params, self.policy.config.max_position_embeddings)
+        if not prompts or not num_generations:
+            return [[] for _ in prompts]
+        seeds = prompt_seeds_of(params, len(prompts)) if prompt_seeds is None else prompt_seeds
+        wanted = [self._params(**request_params(params, num_generations, seed)) for seed in seeds]
+        if "weights" in self._asleep and self.sleep_level == 2:
+            self.load_weights(self.policy, self.policy_version)
+        self._wake("weights", "kv_cache")
+        answers = self._llm.generate([{"prompt_token_ids": list(p)} for p in prompts], wanted, use_tqdm=False)
+        self._sleep()
+        return [
+            [
+                completion_of(
+                    output.token_ids,
+                    [
+                        of_token[token].logprob
+                        for token, of_token in zip(output.token_ids, output.logprobs, strict=True)
+                    ],
+                    output.finish_reason,
+                    params=params,
+                    version=self.policy_version,
+                )
+                for output in sorted(answer.outputs, key=lambda output: output.index)
+            ]
+            for answer in answers
+        ]
+
+    def close(self) -> None:
+        """Stop vLLM and give its memory back."""
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        self._leave_groups()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _leave_groups(self) -> None:
+        from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+
+        destroy_model_parallel()
+        if self._owns_process_group:
+            destroy_distributed_environment()
+
+    def _sleep(self) -> None:
+        if self.sleep_level:
+            self._llm.sleep(level=self.sleep_level)
+            self._asleep = {"weights", "kv_cache"}
+
+    def _wake(self, *parts: str) -> None:
+        for part in parts:
+            if part in self._asleep:
+                torch.cuda.empty_cache()  # what the trainer's allocator holds in reserve is not free to vLLM
+                self._llm.wake_up(tags=[part])
+                self._asleep.discard(part)
+
+
+def _prepare_environment(policy: Policy) -> None:
+    """What vLLM reads from the environment alone, where the person has not said otherwise."""
+    wanted = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, where the weights are
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
+    if policy.device.type == "cpu":
+        wanted |= cpu_environment(policy.config)
+    for name, value in wanted.items():
+        os.environ.setdefault(name, value)
+    if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
+        raise EngineError("engine.kind: vllm_colocate runs vLLM in this process; unset VLLM_ENABLE_V1_MULTIPROCESSING")
+
+
+def _cache_bytes(policy: Policy, config: EngineConfig) -> int | None:
+    """Of vLLM's cache; None leaves it what `gpu_memory_utilization` says."""
+    if config.cache_gib is None and policy.device.type != "cpu":
+        return None
+    return int((config.cache_gib or DEFAULT_CACHE_GIB) * 2**30)
+
+
+def _start(policy: Policy, config: EngineConfig, *, can_sleep: bool) -> tuple[Any, type[Any]]:
+    """vLLM's engine with the policy's shape and no weights yet, and its class of sampling parameters."""
+    import vllm
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments: dict[str, Any] = {
+        "load_format": "dummy",  # the weights come from the policy
+        "skip_tokenizer_init": True,  # tokens in, tokens out
+        "dtype": str(policy.dtype).removeprefix("torch."),
+        "max_model_len": policy.config.max_position_embeddings,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": max(config.max_num_batched_tokens, config.max_num_seqs),
+        "kv_cache_memory_bytes": _cache_bytes(policy, config),
+        "gpu_memory_utilization": config.vllm_colocate.gpu_memory_utilization,
+        "enable_prefix_caching": True,
+        "enable_sleep_mode": can_sleep,
+        "enforce_eager": config.vllm_colocate.enforce_eager,
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+        **(cpu_arguments() if policy.device.type == "cpu" else {}),
+    }
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        arguments["distributed_executor_backend"] = "external_launcher"  # ranks are the launcher's
+    if missing := sorted(arguments.keys() - {field.name for field in fields(EngineArgs)}):
+        raise EngineError(
+            f"vllm {vllm.__version__} has no {', '.join(missing)}; those that have: {', '.join(KNOWN_VERSIONS)}"
+        )
+    with TemporaryDirectory(prefix="grpo_vllm_") as folder:
+        values = policy.config.to_hf() | {"dtype": arguments["dtype"]}
+        (Path(folder) / "config.json").write_text(json.dumps(values))
+        return vllm.LLM(model=folder, **arguments), vllm.SamplingParams

@@ -1,0 +1,70 @@
+"""What both vLLM engines must do, as checks that their tests call.
+
+Shapes: N packed tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from policy import PackedRows, Policy
+from policy.logprobs import token_logprobs
+from rollouts import Completion, Engine, EngineConfig, SamplingParams, make_engine
+
+SERVABLE: dict[str, object] = {
+    "hidden_size": 32, "moe_intermediate_size": 32, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 16,
+}  # fmt: skip
+"""Widths that vLLM has on a CPU: heads of 32 and more; experts whose widths 32 divides, to be reloaded."""
+PROMPTS = [[5, 9, 11, 3], list(range(3, 20)), [7] * 8, [12, 4], list(range(10, 42))]
+
+
+def tokens(groups: list[list[Completion]]) -> list[list[list[int]]]:
+    return [[list(completion.token_ids) for completion in group] for group in groups]
+
+
+def check_greedy(engine: Engine, policy: Policy, version: int) -> None:
+    """The built-in engine's tokens, under the policy's weights as they are now."""
+    params = SamplingParams(max_completion_length=16, temperature=0)
+    groups = engine.generate(PROMPTS, 1, params)
+    assert tokens(groups) == tokens(make_engine(policy, EngineConfig()).generate(PROMPTS, 1, params))
+    assert {x for group in groups for c in group for x in c.logprobs} == {0.0}
+    assert {c.policy_version for group in groups for c in group} == {version}
+
+
+def check_logprobs(engine: Engine, policy: Policy) -> None:
+    """Those recorded are the trainer's, of the distribution that was sampled, to 1e-4."""
+    params = SamplingParams(max_completion_length=24, temperature=0.8, stop_token_ids=(2, 9), seed=1)
+    groups = engine.generate(PROMPTS, 4, params)
+    rows = [(p, c) for p, group in zip(PROMPTS, groups, strict=True) for c in group]
+    packed = PackedRows.of([len(p) + len(c.token_ids) for p, c in rows])
+    token_ids_N = torch.tensor([t for p, c in rows for t in (*p, *c.token_ids)])
+    wanted_N = torch.tensor([x for p, c in rows for x in [False] * len(p) + [True] * len(c.token_ids)])
+    with torch.no_grad():
+        trained = token_logprobs(policy, token_ids_N, packed, wanted_N, temperature=0.8).logprobs_N[wanted_N]
+    sampled = torch.tensor([x for _, c in rows for x in c.logprobs])
+    assert (trained - sampled).abs().max() < 1e-4
+    for _, c in rows:
+        stopped = [token in params.stop_token_ids for token in c.token_ids]
+        assert stopped == [False] * (len(stopped) - 1) + [c.finish_reason == "stop"]
+        assert c.finish_reason == "stop" or len(stopped) == params.max_completion_length
+    assert {c.finish_reason for _, c in rows} == {"stop", "length"}
+
+
+def check_truncation(engine: Engine) -> None:
+    """top_k, top_p and min_p reach vLLM: whichever leaves one token gives the greedy ones, each with certainty."""
+    greedy = tokens(engine.generate(PROMPTS, 1, SamplingParams(max_completion_length=8, temperature=0)))
+    for alone in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 0.999999}):
+        groups = engine.generate(PROMPTS, 1, SamplingParams(max_completion_length=8, **alone))
+        assert tokens(groups) == greedy
+        assert {x for group in groups for c in group for x in c.logprobs} == {0.0}
+
+
+def check_seeds(engine: Engine) -> None:
+    """One seed, one completion, whatever is sampled beside it; another seed, another; every one of a group its own."""
+    params = SamplingParams(max_completion_length=16, seed=5)
+    seeds = [10, 2**63 + 11, 2**64 - 1, 13, 2**53 + 1]
+    first = tokens(engine.generate(PROMPTS, 3, params, seeds))
+    assert tokens(engine.generate(PROMPTS[::-1], 3, params, seeds[::-1]))[::-1] == first
+    assert tokens(engine.generate(PROMPTS[:1], 3, params, seeds[:1])) == first[:1]
+    assert tokens(engine.generate(PROMPTS, 3, params)) == tokens(engine.generate(PROMPTS, 3, params)) != first
+    assert all(len({tuple(completion) for completion in group}) == 3 for group in first)
