@@ -100,7 +100,7 @@ def test_the_shape_is_checked_as_the_policy_checks_it(tmp_path: Path) -> None:
         ("temperature=.inf", "temperature: Input should be a finite number, got inf"),
         ("reward_weights=[1, .nan]", "reward_weights.1: Input should be a finite number, got nan"),
         ("reward_memory_mb=0", "reward_memory_mb: Input should be greater than or equal to 1, got 0"),
-        ("engine.kind=vlm", "engine.kind: Input should be 'builtin', got 'vlm'"),
+        ("engine.kind=vlm", "engine.kind: Input should be 'builtin', 'vllm_colocate' or 'vllm_server', got 'vlm'"),
         ("engine=builtin", "engine: Input should be a valid dictionary or instance of EngineConfig, got 'builtin'"),
         ("rewards=[1]", "rewards.0: Input should be a valid string, got 1"),
         ("rewards=[]", "rewards: Tuple should have at least 1 item"),
