@@ -191,7 +191,7 @@ def test_a_disk_without_room_for_a_report_says_how_to_write_it(done: Path) -> No
     ("override", "message"),
     [
         ("max_step=3", "unknown key 'max_step'; did you mean 'max_steps'?"),
-        ("engine.kind=vlm", "engine.kind: Input should be 'builtin', got 'vlm'"),
+        ("engine.kind=vlm", "engine.kind: Input should be 'builtin', 'vllm_colocate' or 'vllm_server', got 'vlm'"),
         ("learning_rate=fast", "learning_rate: Input should be a valid number"),
         ("reward_weights=[1]", "reward_weights has 1 numbers for 2 rewards"),
         ("prompt_template=solve", "prompt_template must be r1_zero, chat, or a text with {prompt} in it"),
