@@ -96,9 +96,9 @@ def test_sleep_on_a_cpu_is_refused() -> None:
         make_engine(tiny_policy(), config)
 
 
-def test_a_cache_too_small_for_one_sequence_says_how_much_is_needed() -> None:
-    policy = FAMILIES["qwen2"](0)
-    with pytest.raises(EngineError, match=r"engine.cache_gib=0.0001: .*KV cache is needed"):
-        make_engine(policy, CONFIG.model_copy(update={"cache_gib": 1e-4}))
+def test_a_cache_too_small_for_one_sequence_is_refused() -> None:
+    policy = tiny_llama(model_type="qwen2", hidden_size=128, max_position_embeddings=1024)
+    with pytest.raises(EngineError, match=r"engine.cache_gib=0.0005: To serve at least one request.*is needed"):
+        make_engine(policy, CONFIG.model_copy(update={"cache_gib": 5e-4}))  # of 1.5 MB
     with closing(make_engine(policy, CONFIG)) as engine:
         check_greedy(engine, policy, version=0)
