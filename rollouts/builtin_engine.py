@@ -34,8 +34,8 @@ class BuiltinEngine:
         num_modules, num_drafts = policy.config.num_nextn_predict_layers, config.speculative.num_speculative_tokens
         if num_drafts and not num_modules:
             raise EngineError(
-                f"engine.speculative.num_speculative_tokens is {num_drafts}, but the policy has no MTP modules to draft "
-                "with (its num_nextn_predict_layers is 0); set it to 0 or take a model with such modules"
+                f"engine.speculative.num_speculative_tokens is {num_drafts}, but the policy has no MTP modules to "
+                "draft with (its num_nextn_predict_layers is 0); set it to 0 or take a model with such modules"
             )
         self._num_drafts, self._window = num_drafts, window_of(num_drafts, num_modules)
         self.config, self.policy = config, policy

@@ -16,8 +16,8 @@ A cache row of module j at position i holds the token at i + j + 1; W = K + (mod
 have been written with another token than the true one.
 
 Shapes: B sequences, P prompts, N packed prompt tokens, K drafts of a round, S = K + 1 rows of a sequence in the
-trunk's pass, W positions of the window, D modules in use, C model width, V vocabulary, M blocks of the longest
-sequence, R rows of a pass.
+trunk's pass, W positions of the window, T tokens known and drafted so far, C model width, V vocabulary, M blocks of the
+longest sequence, R rows of a pass.
 """
 
 from __future__ import annotations
@@ -195,9 +195,9 @@ class Speculator:
         self, module: int, hidden_BWC: Tensor, ahead_BW: Tensor, length_B: Tensor, table_BM: Tensor
     ) -> Tensor:
         """A module over the window, [B, W, C]; positions before a sequence's first token are idle rows."""
-        window = self.window
-        position_R = (length_B[:, None] + torch.arange(-window, 0, device=length_B.device)).flatten()
-        table_RM = table_BM.repeat_interleave(window, dim=0).masked_fill(position_R[:, None] < 0, self.runner.num_blocks)
+        position_R = (length_B[:, None] + torch.arange(-self.window, 0, device=length_B.device)).flatten()
+        table_RM = table_BM.repeat_interleave(self.window, dim=0)
+        table_RM = table_RM.masked_fill(position_R[:, None] < 0, self.runner.num_blocks)
         position_R = position_R.clamp(min=0)
         plan = Absorbed.at(self.runner.cache, table_RM, position_R)
         hidden_RC = hidden_BWC.flatten(0, 1)

@@ -67,9 +67,7 @@ def check_equal(got: list[list[Completion]], wanted: list[list[Completion]]) -> 
     [{}, {"temperature": 0.0}, {"temperature": 0.7, "top_k": 20}, {"top_p": 0.8}, {"min_p": 0.1}],
     ids=["plain", "greedy", "top_k", "top_p", "min_p"],
 )
-def test_completions_are_those_of_plain_decoding(
-    changes: dict[str, float], num_drafts: int, num_modules: int
-) -> None:
+def test_completions_are_those_of_plain_decoding(changes: dict[str, float], num_drafts: int, num_modules: int) -> None:
     policy = drafting_policy(num_modules)
     params = SamplingParams(**{"max_completion_length": 30, "stop_token_ids": (2, 9, 17), "seed": 3} | changes)  # type: ignore[arg-type]
     wanted = make_engine(policy, EngineConfig()).generate(PROMPTS, 3, params)
@@ -179,12 +177,10 @@ def test_tokens_are_distributed_as_the_trunk_says() -> None:
     triples = list(itertools.product(range(vocabulary), repeat=3))
     with torch.no_grad():
         log_all = policy.logits(torch.tensor([[1, 3, *triple] for triple in triples])).log_softmax(-1)
-    expected = [
-        count * float(log_all[n, [1, 2, 3], list(triple)].sum().exp()) for n, triple in enumerate(triples)
-    ]
+    expected = [count * float(log_all[n, [1, 2, 3], list(triple)].sum().exp()) for n, triple in enumerate(triples)]
     assert sum(expected) == pytest.approx(count, rel=1e-4)
     assert 0.1 < engine.num_accepted / engine.num_drafted < 0.9
-    seen = {triple: 0 for triple in triples}
+    seen = dict.fromkeys(triples, 0)
     for completion in groups[0]:
         seen[tuple(completion.token_ids)] += 1
     # Triples that are seldom expected are taken together, as the approximation wants.
@@ -206,9 +202,7 @@ def test_drafting_that_does_not_pay_is_given_up() -> None:
         policy.mtp[0].eh_proj.weight.zero_()  # the module says the same whatever it sees
     params = SamplingParams(max_completion_length=60, seed=2)
     engine = engine_of(policy, 2)
-    check_equal(
-        engine.generate(PROMPTS, 10, params), make_engine(policy, EngineConfig()).generate(PROMPTS, 10, params)
-    )
+    check_equal(engine.generate(PROMPTS, 10, params), make_engine(policy, EngineConfig()).generate(PROMPTS, 10, params))
     assert PROBE <= engine.num_drafted / 2 < PROBE + 50
     paying = engine_of(quieten(tiny_policy(num_nextn_predict_layers=1), 0.0), 2)
     paying.generate(PROMPTS, 10, params)
