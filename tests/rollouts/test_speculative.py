@@ -40,16 +40,18 @@ def quieten(policy: Policy, share: float) -> Policy:
     return policy
 
 
-def drafting_policy(num_modules: int = 1, **changes: object) -> Policy:
-    return quieten(tiny_policy(num_nextn_predict_layers=num_modules, **changes), 0.3)
+def drafting_policy(num_modules: int = 1, share: float = 0.3, vocab_size: int = 61) -> Policy:
+    return quieten(tiny_policy(num_nextn_predict_layers=num_modules, vocab_size=vocab_size), share)
 
 
-def engine_of(policy: Policy, num_drafts: int, max_batch: int = 1000, **changes: object) -> BuiltinEngine:
+def engine_of(
+    policy: Policy, num_drafts: int, changes: dict[str, object] | None = None, *, max_batch: int = 1000
+) -> BuiltinEngine:
     speculative = {"num_speculative_tokens": num_drafts, "max_batch": max_batch}
-    return BuiltinEngine(policy, EngineConfig.model_validate({"speculative": speculative} | changes))
+    return BuiltinEngine(policy, EngineConfig.model_validate({"speculative": speculative} | (changes or {})))
 
 
-def cache_of(policy: Policy, num_blocks: int, block_size: int = 4) -> dict[str, float]:
+def cache_of(policy: Policy, num_blocks: int, block_size: int = 4) -> dict[str, object]:
     block_bytes = policy.config.num_cache_layers * block_size * policy.config.cache_width * 4
     return {"block_size": block_size, "cache_gib": num_blocks * block_bytes / 2**30}
 
@@ -83,8 +85,8 @@ def test_settings_that_must_not_matter_do_not(block_size: int, max_batch: int) -
     policy = drafting_policy(2)
     params = SamplingParams(max_completion_length=30, stop_token_ids=(2, 9), seed=4)
     wanted = make_engine(policy, EngineConfig()).generate(PROMPTS, 5, params)
-    config = {"max_num_seqs": 11, "block_size": block_size, "max_num_batched_tokens": 20}
-    engine = engine_of(policy, 3, max_batch, **config)
+    config: dict[str, object] = {"max_num_seqs": 11, "block_size": block_size, "max_num_batched_tokens": 20}
+    engine = engine_of(policy, 3, config, max_batch=max_batch)
     check_equal(engine.generate(PROMPTS, 5, params), wanted)
     assert engine.num_accepted > 0
 
@@ -122,13 +124,13 @@ def test_drafts_are_those_of_the_modules_over_whole_rows(config: str, depth: int
     """So no row of the modules' cache is missing, stale, or another sequence's, whatever happened on the way."""
     policy = drafting_policy(depth)
     params = SamplingParams(max_completion_length=40, stop_token_ids=(2,), seed=5)
-    changes = {
+    changes: dict[str, dict[str, object]] = {
         "plain": {},
         "small_blocks": {"block_size": 1},
         "preemption": cache_of(policy, 24),
         "late": {"max_num_seqs": 8, "block_size": 4},
-    }[config]
-    engine = engine_of(policy, depth, **changes)
+    }
+    engine = engine_of(policy, depth, changes[config])
     groups = engine.generate(PROMPTS, 4, params)
     counts = [
         count_naively(policy, prompt, list(completion.token_ids), int(mix(int(mix(params.seed, p)), g)), depth)
@@ -146,9 +148,9 @@ def test_drafts_are_those_of_the_modules_over_whole_rows(config: str, depth: int
 @pytest.mark.parametrize("depth", [1, 2])
 def test_what_was_decoded_plainly_is_read_again_before_it_is_drafted_for(depth: int) -> None:
     policy = drafting_policy(depth)
-    prompt, seed = PROMPTS[2], 6
+    prompt, seed = PROMPTS[2], 11
     params = SamplingParams(max_completion_length=60, stop_token_ids=(2, 9, 17))
-    engine = engine_of(policy, depth, max_batch=1, block_size=4)
+    engine = engine_of(policy, depth, {"block_size": 4}, max_batch=1)
     group = engine.generate([prompt], 2, params, prompt_seeds=[seed])[0]
     lengths = [len(completion.token_ids) for completion in group]
     last, both = int(np.argmax(lengths)), min(lengths)  # they go together until one of them ends
@@ -160,7 +162,7 @@ def test_what_was_decoded_plainly_is_read_again_before_it_is_drafted_for(depth: 
 
 @pytest.mark.parametrize(("num_drafts", "num_modules"), [(1, 1), (3, 1), (3, 3)])
 def test_a_module_that_says_what_the_trunk_says_is_always_accepted(num_drafts: int, num_modules: int) -> None:
-    policy = quieten(tiny_policy(num_nextn_predict_layers=num_modules), 0.0)
+    policy = drafting_policy(num_modules, share=0.0)
     engine = engine_of(policy, num_drafts)
     params = SamplingParams(max_completion_length=1 + 8 * (num_drafts + 1))
     engine.generate(PROMPTS, 3, params)
@@ -170,9 +172,9 @@ def test_a_module_that_says_what_the_trunk_says_is_always_accepted(num_drafts: i
 
 def test_tokens_are_distributed_as_the_trunk_says() -> None:
     """All triples over a small vocabulary: chi-square against the product of the trunk's own probabilities."""
-    policy = drafting_policy(vocab_size=5, initializer_range=0.4)
+    policy = drafting_policy(vocab_size=5)
     count, vocabulary = 4000, policy.config.vocab_size
-    engine = engine_of(policy, 1, max_batch=count, max_num_seqs=count)
+    engine = engine_of(policy, 1, {"max_num_seqs": count}, max_batch=count)
     groups = engine.generate([[1, 3]], count, SamplingParams(max_completion_length=3, seed=11))
     triples = list(itertools.product(range(vocabulary), repeat=3))
     with torch.no_grad():
@@ -199,12 +201,12 @@ def test_tokens_are_distributed_as_the_trunk_says() -> None:
 def test_drafting_that_does_not_pay_is_given_up() -> None:
     policy = tiny_policy(num_nextn_predict_layers=1)
     with torch.no_grad():
-        policy.mtp[0].eh_proj.weight.zero_()  # the module says the same whatever it sees
+        cast(MultiTokenPredictor, policy.mtp[0]).eh_proj.weight.zero_()  # it says the same whatever it sees
     params = SamplingParams(max_completion_length=60, seed=2)
     engine = engine_of(policy, 2)
     check_equal(engine.generate(PROMPTS, 10, params), make_engine(policy, EngineConfig()).generate(PROMPTS, 10, params))
     assert PROBE <= engine.num_drafted / 2 < PROBE + 50
-    paying = engine_of(quieten(tiny_policy(num_nextn_predict_layers=1), 0.0), 2)
+    paying = engine_of(drafting_policy(share=0.0), 2)
     paying.generate(PROMPTS, 10, params)
     assert paying.num_drafted == 50 * 20 * 2
 
@@ -224,7 +226,7 @@ def test_nan_aborts_the_sequences_it_meets_and_spoils_no_other() -> None:
     wanted = make_engine(policy, EngineConfig()).generate(good, 3, params, prompt_seeds=[1, 2])
     with torch.no_grad():
         policy.embed_tokens.weight[60] = float("nan")
-    engine = engine_of(policy, 2, block_size=4)
+    engine = engine_of(policy, 2, {"block_size": 4})
     for _ in range(2):
         *others, aborted = engine.generate([*good, bad], 3, params, prompt_seeds=[1, 2, 3])
         assert [(c.token_ids, c.finish_reason) for c in aborted] == [([], "abort")] * 3
@@ -241,6 +243,6 @@ def test_a_cache_that_holds_the_least_is_enough_and_one_block_less_is_refused() 
     params = SamplingParams(max_completion_length=7)
     prompt = list(range(3, 8))  # 12 tokens in 3 blocks; the window of 2 reaches into 2 of them
     wanted = make_engine(policy, EngineConfig()).generate([prompt], 3, params)
-    check_equal(engine_of(policy, 1, **cache_of(policy, 5)).generate([prompt], 3, params), wanted)
+    check_equal(engine_of(policy, 1, cache_of(policy, 5)).generate([prompt], 3, params), wanted)
     with pytest.raises(SamplingError, match=r"one sequence of 12 tokens needs"):
-        engine_of(policy, 1, **cache_of(policy, 4)).generate([prompt], 3, params)
+        engine_of(policy, 1, cache_of(policy, 4)).generate([prompt], 3, params)
