@@ -19,7 +19,8 @@ from rollouts.model_runner import ModelRunner
 from rollouts.sampler import mix, sample
 from rollouts.scheduler import Admission, RunningBatch, Scheduler
 from rollouts.sequence import Prefill, Sequence
-from rollouts.types import Completion, FinishReason, SamplingError, SamplingParams
+from rollouts.speculative import Speculator, window_of
+from rollouts.types import Completion, EngineError, FinishReason, SamplingError, SamplingParams
 
 FREE_SHARE = 0.4
 """Of a GPU's free memory, what the cache may take: the update needs the rest."""
@@ -29,10 +30,22 @@ class BuiltinEngine:
     """An `Engine` over a policy in this process."""
 
     def __init__(self, policy: Policy, config: EngineConfig) -> None:
+        """Raises EngineError where it shall speculate and the policy has nothing to draft with."""
+        num_modules, num_drafts = policy.config.num_nextn_predict_layers, config.speculative.num_speculative_tokens
+        if num_drafts and not num_modules:
+            raise EngineError(
+                f"engine.speculative.num_speculative_tokens is {num_drafts}, but the policy has no MTP modules to "
+                "draft with (its num_nextn_predict_layers is 0); set it to 0 or take a model with such modules"
+            )
+        self._num_drafts, self._window = num_drafts, window_of(num_drafts, num_modules)
         self.config, self.policy = config, policy
         self.policy_version = 0
         self.num_preemptions = 0
         """Sequences that stepped back for want of blocks, over the engine's life."""
+        self.num_drafted = 0
+        """Tokens that MTP modules drafted, over the engine's life."""
+        self.num_accepted = 0
+        """Of them, tokens that became part of a completion."""
         self._runner: ModelRunner | None = None
 
     def load_weights(self, policy: Policy, version: int) -> None:
@@ -69,17 +82,28 @@ class BuiltinEngine:
         if not groups or not num_generations:
             return [[] for _ in groups]
         scheduler, runner = self._prepare(groups, num_generations, params)
+        speculator = None
+        if self._num_drafts:
+            capacity = scheduler.max_num_seqs
+            speculator = Speculator(runner, self._num_drafts, self.config.speculative.max_batch, capacity)
         done: dict[int, Completion] = {}
         while scheduler.waiting or len(scheduler.running):
             admission = scheduler.admit()
             if admission.starts:
-                self._start(admission, scheduler, runner, params)
+                self._start(admission, scheduler, runner, speculator, params)
                 self._retire(scheduler, params, done)
             if len(scheduler.running):
-                scheduler.make_room(self._steps, params.max_completion_length)
-                self._decode(scheduler, runner, params)
+                if speculator is not None and self._drafts_now(speculator, scheduler):
+                    self._speculate(scheduler, speculator, params)
+                else:
+                    self._decode(scheduler, runner, params)
+                    if speculator is not None:
+                        speculator.leave(scheduler.running)
                 self._retire(scheduler, params, done)
         self.num_preemptions += scheduler.num_preemptions
+        if speculator is not None:
+            self.num_drafted += speculator.num_drafted
+            self.num_accepted += speculator.num_accepted
         return [[done[p * num_generations + g] for g in range(num_generations)] for p in range(len(groups))]
 
     def _prepare(
@@ -99,28 +123,32 @@ class BuiltinEngine:
                     f"{shape.max_position_embeddings}"
                 )
         per_sequence = -(-longest // config.block_size)
-        block_bytes = shape.num_hidden_layers * config.block_size * shape.cache_width * self.policy.dtype.itemsize
+        num_layers = shape.num_cache_layers if self._num_drafts else shape.num_hidden_layers
+        block_bytes = num_layers * config.block_size * shape.cache_width * self.policy.dtype.itemsize
         cache_gib = self._cache_gib()
         allowed = int(cache_gib * 2**30) // block_bytes
-        if allowed < per_sequence + 1:
+        # While a prompt waits with sequences that have not started, the first has copies of the blocks it writes in.
+        least = per_sequence + 1 + max(self._window + config.block_size - 2, 0) // config.block_size
+        if allowed < least:
             raise SamplingError(
-                f"one sequence of {longest} tokens needs {(per_sequence + 1) * block_bytes / 2**30:.3g} GiB of cache, "
+                f"one sequence of {longest} tokens needs {least * block_bytes / 2**30:.3g} GiB of cache, "
                 f"but engine.cache_gib is {cache_gib:.3g}; raise it or lower max_completion_length"
             )
         rows = min(config.max_num_seqs, len(groups) * num_generations)
-        wanted = min(allowed, (rows + len(groups)) * (per_sequence + 1))
-        max_blocks = -(-(longest + self._steps - 1) // config.block_size)
+        wanted = min(allowed, max(least, (rows + len(groups)) * (per_sequence + 1)))
+        max_blocks = -(-(longest + max(self._steps, self._num_drafts + 1) - 1) // config.block_size)
         runner = self._runner
         if runner is None or not runner.suits(wanted, max_blocks):
             if self._is_gpu:  # some room to spare: another cache would mean other addresses, and graphs captured again
                 wanted, max_blocks = min(allowed, wanted * 5 // 4), 1 << (max_blocks - 1).bit_length()
             runner = self._runner = None  # the old cache goes before the new one comes
-            runner = self._runner = ModelRunner(self.policy, wanted, config.block_size, max_blocks)
+            runner = self._runner = ModelRunner(self.policy, wanted, config.block_size, max_blocks, num_layers)
         scheduler = Scheduler(
             BlockManager(runner.num_blocks, config.block_size),
             RunningBatch(rows, runner.max_blocks, params.max_completion_length),
             max_num_seqs=rows,
             max_prefill_tokens=config.max_num_batched_tokens,
+            private_tail=self._window,
         )
         scheduler.waiting.extend(groups)
         return scheduler, runner
@@ -143,13 +171,28 @@ class BuiltinEngine:
         held = 0 if self._runner is None else self._runner.cache.nbytes
         return FREE_SHARE * (torch.cuda.mem_get_info(self.policy.device)[0] + held) / 2**30
 
-    def _start(self, admission: Admission, scheduler: Scheduler, runner: ModelRunner, params: SamplingParams) -> None:
+    def _start(
+        self,
+        admission: Admission,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        speculator: Speculator | None,
+        params: SamplingParams,
+    ) -> None:
         """Prefill what is new and sample the first token of every sequence that starts."""
         if admission.to_prefill:
             blocks = [prefill.blocks for prefill in admission.to_prefill if prefill.blocks is not None]
-            logits = runner.prefill([prefill.token_ids for prefill in admission.to_prefill], blocks)
+            token_ids = [prefill.token_ids for prefill in admission.to_prefill]
+            if speculator is not None and speculator.takes(len(scheduler.running)):
+                logits, tails = speculator.prefill(token_ids, blocks)
+                for prefill, tail_WC in zip(admission.to_prefill, tails, strict=True):
+                    prefill.tail_WC = tail_WC
+            else:
+                logits = runner.prefill(token_ids, blocks)
             for prefill, logits_V in zip(admission.to_prefill, logits, strict=True):
                 prefill.logits_V = logits_V
+        if speculator is not None:
+            speculator.begin(scheduler.running, admission.starts)
         if admission.copies:
             sources, targets = np.array(admission.copies, dtype=np.int64).T
             runner.copy_blocks(sources, targets)
@@ -171,12 +214,35 @@ class BuiltinEngine:
 
     def _decode(self, scheduler: Scheduler, runner: ModelRunner, params: SamplingParams) -> None:
         """Some more tokens for every running sequence."""
+        scheduler.make_room(self._steps, params.max_completion_length)
         running, size = scheduler.running, len(scheduler.running)
         token_ids_SB, logprobs_SB = runner.decode(running, params, self._steps)
         kept_B = running.push_tokens(
             np.arange(size), token_ids_SB, logprobs_SB, params.stop_token_ids, params.max_completion_length
         )
         running.length[:size] += kept_B
+
+    def _drafts_now(self, speculator: Speculator, scheduler: Scheduler) -> bool:
+        """Sequences that lag behind are read again only once none waits, lest a batch go back and forth."""
+        running = scheduler.running
+        return speculator.takes(len(running)) and not (scheduler.waiting and speculator.has_stale(running))
+
+    def _speculate(self, scheduler: Scheduler, speculator: Speculator, params: SamplingParams) -> None:
+        """One or more tokens for every running sequence."""
+        scheduler.make_room(speculator.steps, params.max_completion_length)
+        running, size = scheduler.running, len(scheduler.running)
+        speculator.refresh(running)
+        drafted = speculator.decode(running, params)
+        kept_B = running.push_tokens(
+            np.arange(size),
+            drafted.token_ids_SB,
+            drafted.logprobs_SB,
+            params.stop_token_ids,
+            params.max_completion_length,
+            drafted.accepted_B + 1,
+        )
+        running.length[:size] += kept_B
+        speculator.count(drafted.accepted_B, kept_B)
 
     def _retire(self, scheduler: Scheduler, params: SamplingParams, done: dict[int, Completion]) -> None:
         """Take finished sequences out of the batch and make their completions."""

@@ -87,6 +87,15 @@ class VllmServerConfig(BaseModel):
         return tuple(url.rstrip("/") for url in urls)
 
 
+class SpeculativeConfig(BaseModel):
+    """`engine.speculative`: the built-in engine drafts with the policy's own MTP modules."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_speculative_tokens: int = Field(default=0, ge=0, description="tokens drafted a round; 0: none")
+    max_batch: int = Field(default=32, ge=1, description="most sequences decoded at once for which it drafts")
+
+
 DEFAULT_CACHE_GIB = 1.0
 """Of a cache on a CPU, where `engine.cache_gib` does not say."""
 
@@ -106,6 +115,7 @@ class EngineConfig(BaseModel):
         description="most memory of the cache, GiB, taken as needed; default: 1, on a GPU 40% of what is free",
     )
     run_ahead: int = Field(default=8, ge=1, description="tokens a GPU samples before the host looks at them")
+    speculative: SpeculativeConfig = Field(default_factory=SpeculativeConfig)
     vllm_colocate: VllmColocateConfig = Field(default_factory=VllmColocateConfig)
     vllm_server: VllmServerConfig = Field(default_factory=VllmServerConfig)
 

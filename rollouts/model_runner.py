@@ -3,13 +3,14 @@
 On a GPU a decoding step is a CUDA graph, captured once for each of a few batch sizes; sampled tokens stay on the device
 and feed the next step, and the host looks only every `run_ahead` steps.
 
-Shapes: B sequences, N packed prompt tokens, P prompts, R rows of a captured batch (B rounded up), S steps,
-V vocabulary, M blocks of the longest sequence.
+Shapes: B sequences (or rows, where one has several), N packed prompt tokens, P prompts, R rows of a captured batch
+(B rounded up), S steps, C model width, V vocabulary, M blocks of the longest sequence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,20 +28,34 @@ CAPTURED_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1
 """Batch sizes that graphs are captured for, as they come up; between them a batch is filled up with idle rows."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptPass:
+    """The trunk's pass over prompts, whose cache rows it wrote."""
+
+    token_ids_N: Tensor
+    """int64."""
+    plan: Expanded
+    """Rows, cache and slots."""
+    hidden_NC: Tensor
+    """After the final norm."""
+
+
 class ModelRunner:
     """Owns the cache, [layers, blocks, block_size, width]; knows nothing of scheduling.
 
     The cache's last block belongs to nobody: idle rows, and steps run past a sequence's end, write there.
     """
 
-    def __init__(self, policy: Policy, num_blocks: int, block_size: int, max_blocks: int) -> None:
+    def __init__(
+        self, policy: Policy, num_blocks: int, block_size: int, max_blocks: int, num_layers: int | None = None
+    ) -> None:
         self.policy, self.num_blocks, self.block_size = policy, num_blocks, block_size
         self.max_blocks = max_blocks
         """M, widest block table of a batch."""
         config = policy.config
         # Zeros, not empty memory: a masked position's weight is 0, and 0 times a stray NaN would still be NaN.
         self.cache = torch.zeros(
-            config.num_hidden_layers,
+            num_layers or config.num_hidden_layers,
             num_blocks + 1,
             block_size,
             config.cache_width,
@@ -57,13 +72,18 @@ class ModelRunner:
 
     def prefill(self, rows: Sequence[Sequence[int]], blocks: Sequence[np.ndarray]) -> Tensor:
         """Write each row of tokens into its blocks; logits after each row's last token, [P, V]."""
+        read = self.read(rows, blocks)
+        return self.policy.project(read.hidden_NC.index_select(0, read.plan.rows.last_N))
+
+    def read(self, rows: Sequence[Sequence[int]], blocks: Sequence[np.ndarray]) -> PromptPass:
+        """Write each row of tokens into its blocks, in the trunk's layers."""
         packed = PackedRows.of([len(row) for row in rows], self.policy.device)
         token_ids_N = torch.tensor([token for row in rows for token in row], device=self.policy.device)
         slots = [self._slots(b, np.arange(len(row))) for row, b in zip(rows, blocks, strict=True)]
         slot_N = torch.from_numpy(np.concatenate(slots)).to(self.policy.device)
         plan = Expanded(rows=packed, cache=self.cache, slot_N=slot_N)
-        output = self.policy(token_ids_N, packed.position_ids_N, plan)
-        return self.policy.project(output.hidden_NC.index_select(0, packed.last_N))
+        hidden_NC = self.policy(token_ids_N, packed.position_ids_N, plan).hidden_NC
+        return PromptPass(token_ids_N=token_ids_N, plan=plan, hidden_NC=hidden_NC)
 
     def decode(self, running: RunningBatch, params: SamplingParams, steps: int) -> tuple[np.ndarray, np.ndarray]:
         """Feed each sequence its last token and sample the next, `steps` times: tokens and log-probabilities [S, B].
@@ -77,10 +97,11 @@ class ModelRunner:
             for array in (running.last_token, running.length, running.count)
         )
         seed_B = torch.from_numpy(running.seed[:size].view(np.int64)).to(device)
-        forward = self._forward_of(running, steps)
+        forward = self.forward_of(self.table(running, steps))
         tokens, logprobs = [], []
         for step in range(steps):
-            sampled = sample(forward(token_B, position_B + step), seed_B, counter_B + step, params)
+            _, logits_BV = forward(token_B, position_B + step)
+            sampled = sample(logits_BV, seed_B, counter_B + step, params)
             token_B = sampled.token_ids_B
             tokens.append(torch.where(sampled.finite_B, token_B, -1))
             logprobs.append(sampled.logprobs_B)
@@ -95,23 +116,31 @@ class ModelRunner:
         slots: np.ndarray = blocks[positions // self.block_size] * self.block_size + positions % self.block_size
         return slots
 
-    def _forward_of(self, running: RunningBatch, steps: int) -> Callable[[Tensor, Tensor], Tensor]:
-        """From tokens and their positions, [B] each, to the logits after them, [B, V], for this many steps."""
+    def table(self, running: RunningBatch, steps: int) -> Tensor:
+        """Block ids [B, M] of the running sequences, wide enough for this many more tokens of each."""
         size, is_gpu = len(running), self.policy.device.type == "cuda"
         reach = (int(running.length[:size].max()) + steps - 1) // self.block_size + 1
         assert reach <= self.max_blocks
         width = self.max_blocks if is_gpu else reach
         is_own = np.arange(width) < running.num_blocks[:size, None]
         table_BM = torch.from_numpy(np.where(is_own, running.block_table[:size, :width], self.num_blocks))
-        if not is_gpu:
+        return table_BM.to(self.policy.device)
+
+    def forward_of(self, table_BM: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """From tokens and their positions, [B] each, to hidden states [B, C] and the logits after them [B, V].
+
+        Several rows may be of one sequence: all are written to the cache before any looks at it.
+        """
+        if self.policy.device.type != "cuda":
             return lambda token_B, position_B: self._step(token_B, position_B, table_BM)
-        graph = self._graph(size)
+        graph = self._graph(len(table_BM))
         graph.take(table_BM)
         return graph.run
 
-    def _step(self, token_B: Tensor, position_B: Tensor, table_BM: Tensor) -> Tensor:
+    def _step(self, token_B: Tensor, position_B: Tensor, table_BM: Tensor) -> tuple[Tensor, Tensor]:
         plan = Absorbed.at(self.cache, table_BM, position_B)
-        return self.policy.project(self.policy(token_B, position_B, plan).hidden_NC)
+        hidden_BC = self.policy(token_B, position_B, plan).hidden_NC
+        return hidden_BC, self.policy.project(hidden_BC)
 
     def _graph(self, size: int) -> _DecodeGraph:
         """The graph of the next captured batch size; captured again when the policy's weights have moved."""
@@ -126,7 +155,8 @@ class ModelRunner:
 
 
 class _DecodeGraph:
-    """One decoding step of R rows, from token, position and block table to logits, at fixed addresses."""
+    """One decoding step of R rows, from token, position and block table to hidden states and logits, at fixed
+    addresses."""
 
     def __init__(self, runner: ModelRunner, rows: int, pool: Any) -> None:
         self.idle_block = runner.num_blocks
@@ -142,7 +172,7 @@ class _DecodeGraph:
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool):
-            self.logits_RV = runner._step(self.token_R, self.position_R, self.table_RM)
+            self.hidden_RC, self.logits_RV = runner._step(self.token_R, self.position_R, self.table_RM)
 
     def take(self, table_BM: Tensor) -> None:
         """The block table for the steps to come; rows beyond it are idle."""
@@ -151,13 +181,13 @@ class _DecodeGraph:
         self.table_RM[size:] = self.idle_block
         self.position_R[size:] = 0
 
-    def run(self, token_B: Tensor, position_B: Tensor) -> Tensor:
-        """Logits [B, V], valid until the next step of any graph."""
+    def run(self, token_B: Tensor, position_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states [B, C] and logits [B, V], valid until the next step of any graph."""
         size = len(token_B)
         self.token_R[:size].copy_(token_B)
         self.position_R[:size].copy_(position_B)
         self.graph.replay()
-        return self.logits_RV[:size]
+        return self.hidden_RC[:size], self.logits_RV[:size]
 
 
 def _addresses(policy: Policy) -> tuple[int, ...]:

@@ -30,6 +30,8 @@ class RunningBatch:
         self.count = np.zeros(capacity, dtype=np.int64)
         """Tokens sampled so far."""
         self.seed = np.zeros(capacity, dtype=np.uint64)
+        self.slot = np.arange(capacity)
+        """A number below the capacity that stays with a sequence while rows close up: where others keep its state."""
         self.num_blocks = np.zeros(capacity, dtype=np.int64)
         self.block_table = np.zeros((capacity, max_blocks), dtype=np.int64)
         self.token_ids = np.zeros((capacity, max_new), dtype=np.int64)
@@ -61,15 +63,19 @@ class RunningBatch:
         logprobs_SB: np.ndarray,
         stop_token_ids: SequenceOf[int],
         most: int,
+        valid_B: np.ndarray | None = None,
     ) -> np.ndarray:
         """Record the tokens sampled for these rows in S steps, up to each one's end; gives how many it kept, [B].
 
-        An end is a stop token, a fault (a token below 0), or having `most` tokens.
+        An end is a stop token, a fault (a token below 0), or having `most` tokens. Of a row's S tokens the first
+        `valid_B` (at least 1; without it all) are its own.
         """
         steps = len(token_ids_SB)
         is_end_SB = np.isin(token_ids_SB, stop_token_ids) | (token_ids_SB < 0)
         until_end_B = np.where(is_end_SB.any(axis=0), is_end_SB.argmax(axis=0) + 1, steps)
         kept_B: np.ndarray = np.minimum(until_end_B, most - self.count[rows])
+        if valid_B is not None:
+            kept_B = np.minimum(kept_B, valid_B)
         for step in range(steps):
             goes_on = kept_B > step
             at = rows[goes_on], self.count[rows[goes_on]] + step
@@ -87,6 +93,7 @@ class RunningBatch:
             self.block_table, self.token_ids, self.logprobs,
         ):  # fmt: skip
             array[:kept] = array[: len(mask)][mask]
+        self.slot[: len(mask)] = np.concatenate((self.slot[: len(mask)][mask], self.slot[: len(mask)][~mask]))
         self.sequences = [sequence for sequence, stays in zip(self.sequences, mask, strict=True) if stays]
 
 
@@ -99,16 +106,26 @@ class Admission:
     starts: list[tuple[int, Prefill]]
     """Rows that were added, each with the prompt it continues."""
     copies: list[tuple[int, int]]
-    """(source, target) blocks to copy once the prompts are computed: each sequence gets its own last, partly filled
-    one."""
+    """(source, target) blocks to copy once the prompts are computed: each sequence gets its own of those it will write
+    in, mostly the last, partly filled one."""
 
 
 class Scheduler:
     """First come, first served; the last to start is the first to step back."""
 
-    def __init__(self, blocks: BlockManager, running: RunningBatch, *, max_num_seqs: int, max_prefill_tokens: int):
+    def __init__(
+        self,
+        blocks: BlockManager,
+        running: RunningBatch,
+        *,
+        max_num_seqs: int,
+        max_prefill_tokens: int,
+        private_tail: int = 0,
+    ) -> None:
         self.blocks, self.running = blocks, running
         self.max_num_seqs, self.max_prefill_tokens = max_num_seqs, max_prefill_tokens
+        self.private_tail = private_tail
+        """Last tokens of a prompt that every sequence writes again, in some layer: their blocks are not shared."""
         self.waiting: deque[Prefill] = deque()
         self.num_preemptions = 0
 
@@ -164,30 +181,35 @@ class Scheduler:
     def _fits(self, prefill: Prefill) -> bool:
         # One block beyond the prompt for each running sequence and for this one, so that what starts does not step
         # right back.
-        needed = self.blocks.blocks_for(len(prefill.token_ids)) + 1
-        if needed + len(self.running) <= self.blocks.num_free:
+        needed = self.blocks.blocks_for(len(prefill.token_ids))
+        spare = max(1, needed - self._num_shared(prefill))
+        if needed + spare + len(self.running) <= self.blocks.num_free:
             return True
         if len(self.running):
             return False
         self._drop_idle_prefills()
-        return needed - 1 <= self.blocks.num_free
+        return needed <= self.blocks.num_free
+
+    def _num_shared(self, prefill: Prefill) -> int:
+        """Blocks of a prompt, from its start, that its sequences only read."""
+        return max(len(prefill.token_ids) - self.private_tail, 0) // self.blocks.block_size
 
     def _start(self, prefill: Prefill, admission: Admission) -> bool:
         """One sequence of a prompt becomes a row; False where there is no block for it."""
         assert prefill.blocks is not None
-        filled = len(prefill.token_ids) // self.blocks.block_size
+        shared, to_copy = np.split(prefill.blocks, [self._num_shared(prefill)])
         if len(prefill.sequences) == 1:
             own = prefill.blocks
-        elif filled == len(prefill.blocks):
+        elif not len(to_copy):
             own = prefill.blocks
             self.blocks.share(own)
         else:
-            if self.blocks.num_free <= len(self.running):
+            if self.blocks.num_free < len(self.running) + len(to_copy):
                 return False
-            target = self.blocks.allocate(1)
-            self.blocks.share(prefill.blocks[:filled])
-            own = np.concatenate((prefill.blocks[:filled], target))
-            admission.copies.append((int(prefill.blocks[-1]), int(target[0])))
+            targets = self.blocks.allocate(len(to_copy))
+            self.blocks.share(shared)
+            own = np.concatenate((shared, targets))
+            admission.copies.extend(zip(to_copy.tolist(), targets.tolist(), strict=True))
         row = self.running.add(prefill.sequences.pop(0), len(prefill.token_ids), own)
         admission.starts.append((row, prefill))
         return True
@@ -208,5 +230,5 @@ class Scheduler:
         for prefill in idle:
             assert prefill.blocks is not None
             self.blocks.release(prefill.blocks)
-            prefill.blocks, prefill.logits_V = None, None
+            prefill.blocks, prefill.logits_V, prefill.tail_WC = None, None, None
         return bool(idle)

@@ -36,3 +36,5 @@ class Prefill:
     """Cache blocks holding these tokens, once they are computed."""
     logits_V: Tensor | None = None
     """Next-token logits after the last token, once computed."""
+    tail_WC: Tensor | None = None
+    """The trunk's hidden states at the last W tokens, where they were computed for speculation."""
