@@ -162,6 +162,7 @@ def _errors_in_one_line() -> Iterator[None]:
     from grpo.prompts import PromptError
     from grpo.record import RunFolderError
     from grpo.replay import NonFiniteError, ReplayError
+    from grpo.trainer import PreemptedError
     from policy import CheckpointError, ShapeError
     from policy.tokenizer import TokenizerError
     from rewards.grader_pool import GraderError
@@ -190,6 +191,9 @@ def _errors_in_one_line() -> Iterator[None]:
     ) as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from None
+    except PreemptedError as error:  # a scheduler's wish is no failure
+        typer.echo(f"{error}; what was saved stays, and the same command with --resume goes on", err=True)
+        raise typer.Exit(0) from None
     except KeyboardInterrupt:
         typer.echo("interrupted; what was saved before stays, and the same command with --resume goes on", err=True)
         raise typer.Exit(130) from None

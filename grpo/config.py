@@ -166,6 +166,9 @@ class Config(AlgorithmConfig):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     save_steps: int = Field(default=50, ge=0, description="checkpoint every so many steps; 0: at the end only")
     save_total_limit: int = Field(default=2, ge=1, description="checkpoints kept")
+    stop_timeout: float = Field(
+        default=20.0, gt=0, description="seconds after SIGTERM until a step that is still sampling is given up"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
