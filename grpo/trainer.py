@@ -31,6 +31,7 @@ from grpo.reference import Reference
 from grpo.replay import NonFiniteError, save_fault
 from grpo.types import Group
 from grpo.update import Step, UpdateStats, update
+from grpo.watchdog import Watchdog
 from policy import Policy
 from policy.tokenizer import Tokenizer
 from rewards import Grader, Problem
@@ -73,10 +74,11 @@ class Trainer:
 
         Stops early, saved, once `stop_requested` is set.
         """
-        with closing(make_engine(self.policy, self.config.engine)) as engine:
-            return self._train(engine)
+        watchdog = Watchdog(self.folder.path, self.ranks.rank, self.display.note)
+        with closing(watchdog), closing(make_engine(self.policy, self.config.engine)) as engine:
+            return self._train(engine, watchdog)
 
-    def _train(self, engine: Engine) -> int:
+    def _train(self, engine: Engine, watchdog: Watchdog) -> int:
         config = self.config
         optimizer = MasterAdamW(
             self.policy,
@@ -95,6 +97,7 @@ class Trainer:
                 self._evaluate(evaluator, "base")
         self.display.stage("GRPO", config.max_steps, done=self.step)
         while self.step < config.max_steps and not self.ranks.any(self.stop_requested):
+            watchdog.begin(self.step + 1)
             started = perf_counter()
             with self._can_be_given_up(optimizer, asker, reference):
                 asked = asker.ask(self.step)
@@ -104,6 +107,7 @@ class Trainer:
             self.step += 1
             engine.load_weights(self.policy, self.step)
             self._record(asked, advantages, stats, update_s, started)
+            watchdog.end()
             if config.evaluation.eval_steps and self.step % config.evaluation.eval_steps == 0:
                 with self._can_be_given_up(optimizer, asker, reference):
                     self._evaluate(evaluator, self.step)
