@@ -159,6 +159,7 @@ def _errors_in_one_line() -> Iterator[None]:
     from grpo.config import ConfigError
     from grpo.countdown import CountdownError
     from grpo.data import DatasetError
+    from grpo.memory import DeviceMemoryError
     from grpo.prompts import PromptError
     from grpo.record import RunFolderError
     from grpo.replay import NonFiniteError, ReplayError
@@ -177,6 +178,7 @@ def _errors_in_one_line() -> Iterator[None]:
         ConfigError,
         CountdownError,
         DatasetError,
+        DeviceMemoryError,
         GraderError,
         NonFiniteError,
         PromptError,

@@ -63,11 +63,14 @@ class Trainer:
     """Where the adaptive entropy bonus stands."""
     skipped: int = 0
     """Optimizer steps not taken because they were not finite."""
+    max_tokens: int = field(init=False)
+    """Padded tokens of one micro-batch on this rank; fewer than the recipe says once memory has run out."""
     is_asking: bool = False
     """Whether nothing but the questions has moved since the last step, so that the step in hand can be given up."""
 
     def __post_init__(self) -> None:
         self.entropy = EntropyState(coefficient=self.config.entropy_coef)
+        self.max_tokens = self.config.max_tokens_per_micro_batch
 
     def train(self) -> int:
         """Evaluate, train, save, evaluate; gives the number of the last step done.
@@ -232,7 +235,7 @@ class Trainer:
         stats = update(
             self.policy,
             optimizer,
-            make_minibatches(rows, config.num_minibatches, config.max_tokens_per_micro_batch, self.ranks),
+            make_minibatches(rows, config.num_minibatches, self.max_tokens, self.ranks),
             learning_rate=self._learning_rate(),
             config=config,
             ranks=self.ranks,
@@ -240,6 +243,12 @@ class Trainer:
             entropy_coef=applied_coefficient(self.entropy, config),
             on_fault=self._keep_fault,
         )
+        if stats.num_halvings:
+            self.max_tokens = max(1, self.max_tokens >> stats.num_halvings)
+            self.display.note(
+                f"step {self.step + 1}: out of memory; done again in smaller micro-batches, of at most "
+                f"{self.max_tokens} tokens from now on (max_tokens_per_micro_batch)"
+            )
         self.skipped += stats.num_skipped
         self.entropy = adapted(self.entropy, stats.entropy_kept, config)
         if reference is not None and config.sync_ref_model and (self.step + 1) % config.ref_model_sync_steps == 0:
