@@ -159,6 +159,7 @@ def _errors_in_one_line() -> Iterator[None]:
     from grpo.config import ConfigError
     from grpo.countdown import CountdownError
     from grpo.data import DatasetError
+    from grpo.distributed import RankLostError
     from grpo.memory import DeviceMemoryError
     from grpo.prompts import PromptError
     from grpo.record import RunFolderError
@@ -182,6 +183,7 @@ def _errors_in_one_line() -> Iterator[None]:
         GraderError,
         NonFiniteError,
         PromptError,
+        RankLostError,
         ReplayError,
         RewardNotFoundError,
         RewardSignatureError,
