@@ -184,6 +184,7 @@ def _grader(config: Config) -> Grader:
         num_workers=config.reward_workers,
         timeout_s=config.reward_timeout,
         memory_mb=config.reward_memory_mb,
+        pass_env=config.reward_env,
     )
 
 

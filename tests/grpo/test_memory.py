@@ -35,7 +35,7 @@ CHOICES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("in_backward", [False, True])
 @pytest.mark.parametrize("choices", CHOICES, ids=str)
 def test_halves_give_the_gradient_of_the_whole(choices: dict[str, Any], in_backward: bool) -> None:
-    policy = tiny_policy()
+    policy = tiny_policy(num_nextn_predict_layers=1)
     rows = rows_of(make_groups(policy), tiny_config(**choices))
     reference = tiny_policy(seed=1) if "beta" in choices else None
     whole, before = gradients(policy, minibatches_of(rows, 10**6, 2), reference, **choices)
