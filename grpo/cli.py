@@ -89,7 +89,9 @@ def report(run_dir: Annotated[Path, typer.Argument(help="a run's folder")]) -> N
 
 
 @app.command()
-def replay(file: Annotated[Path, typer.Argument(help="an update that was skipped: runs/NAME/skipped/*.pt")]) -> None:
+def replay(
+    file: Annotated[Path, typer.Argument(help="a skipped update: runs/NAME/skipped/*.safetensors")],
+) -> None:
     """Do a skipped update again and say which row and token is at fault."""
     from grpo.replay import replay as replay_update
 

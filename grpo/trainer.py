@@ -258,7 +258,7 @@ class Trainer:
     def _keep_fault(self, step: Step) -> None:
         """Say that an update was skipped, and keep what it would take to do it again."""
         name = f"step {self.step + 1}: loss or gradient is not finite; the update was skipped"
-        file = self.folder.skipped / f"step_{self.step + 1:06d}_rank{self.ranks.rank}.pt"
+        file = self.folder.skipped / f"step_{self.step + 1:06d}_rank{self.ranks.rank}.safetensors"
         try:
             save_fault(file, policy=self.policy, step=step, config=self.config, number=self.step + 1)
             self.display.note(f"{name}; grpo replay {file} says why")

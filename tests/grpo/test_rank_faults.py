@@ -20,18 +20,6 @@ import signal
 from pathlib import Path
 
 
-class Broken(BaseException):
-    pass
-
-
-def on_second_rank(fail, calls):
-    calls.append(None)
-    if os.environ["RANK"] == "1" and len(calls) > 40:
-        Path(__file__).with_name("failed").touch()
-        fail()
-    return 0.5
-
-
 def raises(problem, completion):
     if os.environ["RANK"] == "1":
         Path(__file__).with_name("failed").touch()
@@ -39,16 +27,14 @@ def raises(problem, completion):
     return 0.5
 
 
-def breaks(problem, completion, calls=[]):
-    def fail():
-        raise Broken("what nobody foresaw")
-
-    return on_second_rank(fail, calls)
-
-
 def dies(problem, completion, calls=[]):
-    return on_second_rank(lambda: os.kill(os.getpid(), signal.SIGKILL), calls)
+    calls.append(None)
+    if os.environ["RANK"] == "1" and len(calls) > 20:
+        Path(__file__).with_name("failed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 0.5
 """
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CPU), "-m", "grpo", "train"]
 
 
 @pytest.fixture(scope="module")
@@ -63,41 +49,46 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.mark.multi
-@pytest.mark.parametrize(
-    ("function", "words"),
-    [
-        ("raises", "no verdict here"),
-        ("breaks", "Broken: what nobody foresaw"),
-        ("dies", "SIGKILL"),
-    ],
-)
-def test_all_ranks_end_within_a_minute_of_one_that_fails(function: str, words: str, recipe: Path) -> None:
-    plugin, failed = recipe.parent / "mine.py", recipe.parent / "failed"
-    failed.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CPU), "-m", "grpo", "train"]
+def output_of(*arguments: str, failed: Path | None = None) -> str:
+    """Of a run of two ranks that fails; within a minute of the moment when `failed` appears."""
     process = subprocess.Popen(
-        [*command, str(recipe), f"name={function}", f"rewards=['{plugin}:{function}']"],
+        [*LAUNCH, *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    until = time.monotonic() + 120
-    while not failed.exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < until, "too slow"
-        time.sleep(0.05)
-    output, _ = process.communicate(timeout=60)
+    try:
+        until = time.monotonic() + 180
+        while failed is not None and not failed.exists() and process.poll() is None:
+            assert time.monotonic() < until, "too slow"
+            time.sleep(0.05)
+        output, _ = process.communicate(timeout=180 if failed is None else 60)
+    finally:
+        process.terminate()  # which the launcher passes on
     assert process.returncode != 0
-    assert words in output
+    return output
 
 
 @pytest.mark.multi
-def test_a_folder_that_the_first_rank_refuses_ends_the_others_too(recipe: Path) -> None:
+@pytest.mark.parametrize(("function", "words"), [("raises", "no verdict here"), ("dies", "SIGKILL")])
+def test_all_ranks_end_within_a_minute_of_one_that_fails(function: str, words: str, recipe: Path) -> None:
+    failed = recipe.parent / "failed"
+    failed.unlink(missing_ok=True)
+    rewards = f"rewards=['{recipe.parent / 'mine.py'}:{function}']"
+    assert words in output_of(str(recipe), f"name={function}", rewards, failed=failed)
+    assert failed.exists()
+
+
+@pytest.mark.multi
+def test_a_prompt_that_only_one_rank_cannot_ask_ends_both(recipe: Path) -> None:
+    data = recipe.parent / "data.jsonl"
+    data.write_text('{"prompt": "make 3 ."}\n{"prompt": "%s"}\n' % ("make " * 60))
+    output = output_of(str(recipe), "name=prompt", f"dataset={{path: {data}}}", "rewards=[format]")
+    assert output.count("error: ") == 2
+    assert "data.jsonl:2: the prompt has 64 tokens" in output
+    assert "stops: another rank ended" in output
+
+
+@pytest.mark.multi
+def test_a_folder_that_the_first_rank_refuses_ends_the_other_too(recipe: Path) -> None:
     folder = recipe.parent / "runs" / "taken"
     (folder / "rollouts").mkdir(parents=True)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CPU), "-m", "grpo", "train"]
-    done = subprocess.run(
-        [*command, str(recipe), "name=taken"],
-        capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert f"error: {folder} already holds a run" in done.stderr
+    assert f"error: {folder} already holds a run" in output_of(str(recipe), "name=taken")
