@@ -178,9 +178,9 @@ def test_cache_too_small_for_one_sequence_says_how_much_is_needed() -> None:
         engine.generate([[1, 2]], 1, SamplingParams(max_completion_length=100))
 
 
-@pytest.mark.parametrize("room", [40, 9])
+@pytest.mark.parametrize("room", [30, 9])
 def test_where_memory_runs_out_fewer_are_sampled_at_once_and_nothing_else_changes(room: int) -> None:
-    """Less room than one prefill takes, and less than one decoding step of all."""
+    """Less room than a decoding step of all 40 takes, and less than a prefill of all five."""
     policy, params = tiny_policy(), SamplingParams(max_completion_length=12, seed=3)
     config = EngineConfig(max_num_seqs=64, max_num_batched_tokens=64)
     prompts = [prompt[:5] for prompt in PROMPTS]
