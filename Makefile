@@ -59,7 +59,7 @@ audit: $(VENV)/.installed  ## known holes in the installed packages; without a n
 	trap 'rm -f "$$report"' EXIT
 	# It ends with 1 both where it finds something and where it reaches nobody; only then it leaves no report.
 	.venv-audit/bin/pip-audit --progress-spinner off --timeout 15 --format columns --output "$$report" \
-	  --path "$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" && found=0 || found=$$?
+	  --path "$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" 2> >(tail -n 1 >&2) && found=0 || found=$$?
 	if [ ! -s "$$report" ] && [ $$found != 0 ]; then echo "not audited: the advisory database cannot be reached"; exit 0; fi
 	cat "$$report"
 	exit $$found

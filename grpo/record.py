@@ -103,7 +103,18 @@ class RunFolder:
             self._lock = None
 
     def forget_after(self, step: int) -> None:
-        """Drop metrics, rollouts, evaluations and checkpoints of steps after `step`: they will be made again."""
+        """Drop metrics, rollouts, evaluations and checkpoints of steps after `step`: they will be made again.
+
+        Raises RunFolderError where the disk refuses: lines of both runs would stand side by side.
+        """
+        try:
+            self._forget_after(step)
+        except OSError as error:
+            raise RunFolderError(
+                f"{self.path} cannot be written: {error.strerror}; free space, then --resume again"
+            ) from None
+
+    def _forget_after(self, step: int) -> None:
         forget_checkpoints_after(self.checkpoints, step)
         metrics = self.path / "metrics.jsonl"
         if metrics.exists():

@@ -262,7 +262,14 @@ def wall_clocks(tree: ast.Module) -> Iterator[int]:
         match node:
             case ast.Call(func=function):
                 asked = ast.unparse(function).removeprefix("datetime.")
-                if asked in {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "date.today", "time.clock"}:
+                if asked in {
+                    "time.time",
+                    "time.time_ns",
+                    "datetime.now",
+                    "datetime.utcnow",
+                    "date.today",
+                    "time.clock",
+                }:
                     yield node.lineno
             case ast.ImportFrom(module="time", names=names):
                 if {"time", "time_ns"} & {alias.name for alias in names}:
