@@ -6,7 +6,7 @@ SHELL := bash
 .ONESHELL:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help zero setup test test-peer test-vllm lint types bench clean
+.PHONY: help zero setup test test-peer test-vllm lint types bench audit clean
 
 VENV ?= .venv
 PEER_VENV ?= .venv-peer
@@ -51,8 +51,21 @@ bench: $(VENV)/.installed-dev  ## every benchmark: a table here, JSON in runs/be
 	done
 	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
+audit: $(VENV)/.installed  ## known holes in the installed packages; without a network it says so and is no failure
+	@[ -x .venv-audit/bin/pip-audit ] || { $(PYTHON) -m venv --clear .venv-audit \
+	  && .venv-audit/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.9,<3' $(PIP_ARGS); } \
+	  || { rm -rf .venv-audit; echo "not audited: pip-audit cannot be installed here"; exit 0; }
+	report=$$(mktemp)
+	trap 'rm -f "$$report"' EXIT
+	# It ends with 1 both where it finds something and where it reaches nobody; only then it leaves no report.
+	.venv-audit/bin/pip-audit --progress-spinner off --timeout 15 --format columns --output "$$report" \
+	  --path "$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" 2> >(tail -n 1 >&2) && found=0 || found=$$?
+	if [ ! -s "$$report" ] && [ $$found != 0 ]; then echo "not audited: the advisory database cannot be reached"; exit 0; fi
+	cat "$$report"
+	exit $$found
+
 clean:  ## remove the environment and caches; runs/ and cache/ stay
-	@rm -rf $(VENV) $(PEER_VENV) .venv-vllm build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@rm -rf $(VENV) $(PEER_VENV) .venv-vllm .venv-audit build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml constraints.txt

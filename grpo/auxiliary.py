@@ -41,12 +41,17 @@ class Auxiliary:
         self._policy, self._config, self._ranks = policy, config, ranks
         self._num_tokens = max(1, num_tokens)
         self._with_router_losses = config.router_aux_loss_coef > 0 or config.router_z_loss_coef > 0
-        self._totals = RouterTotals(policy, with_mtp=config.mtp_weight > 0, with_losses=self._with_router_losses)
-        self._mtp_loss = torch.zeros((), dtype=torch.float64, device=policy.device)
+        self.restart()
         self._num_rows = self._num_routed = 1
         if self._with_router_losses:
             self._num_rows = int(ranks.sum_number(sum(len(batch.rows.lengths) for batch in batches)))
             self._num_routed = int(ranks.sum_number(sum(len(batch.token_ids_N) for batch in batches)))
+
+    def restart(self) -> None:
+        """Forget the micro-batches so far: they will be done again."""
+        policy, config = self._policy, self._config
+        self._totals = RouterTotals(policy, with_mtp=config.mtp_weight > 0, with_losses=self._with_router_losses)
+        self._mtp_loss = torch.zeros((), dtype=torch.float64, device=policy.device)
 
     def watch(self, batch: Batch) -> RouterWatch:
         """What the pass over a micro-batch is to sum up of the routers."""

@@ -89,7 +89,9 @@ def report(run_dir: Annotated[Path, typer.Argument(help="a run's folder")]) -> N
 
 
 @app.command()
-def replay(file: Annotated[Path, typer.Argument(help="an update that was skipped: runs/NAME/skipped/*.pt")]) -> None:
+def replay(
+    file: Annotated[Path, typer.Argument(help="a skipped update: runs/NAME/skipped/*.safetensors")],
+) -> None:
     """Do a skipped update again and say which row and token is at fault."""
     from grpo.replay import replay as replay_update
 
@@ -159,9 +161,12 @@ def _errors_in_one_line() -> Iterator[None]:
     from grpo.config import ConfigError
     from grpo.countdown import CountdownError
     from grpo.data import DatasetError
+    from grpo.distributed import RankLostError
+    from grpo.memory import DeviceMemoryError
     from grpo.prompts import PromptError
     from grpo.record import RunFolderError
     from grpo.replay import NonFiniteError, ReplayError
+    from grpo.trainer import PreemptedError
     from policy import CheckpointError, ShapeError
     from policy.tokenizer import TokenizerError
     from rewards.grader_pool import GraderError
@@ -176,9 +181,11 @@ def _errors_in_one_line() -> Iterator[None]:
         ConfigError,
         CountdownError,
         DatasetError,
+        DeviceMemoryError,
         GraderError,
         NonFiniteError,
         PromptError,
+        RankLostError,
         ReplayError,
         RewardNotFoundError,
         RewardSignatureError,
@@ -190,6 +197,9 @@ def _errors_in_one_line() -> Iterator[None]:
     ) as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from None
+    except PreemptedError as error:  # a scheduler's wish is no failure
+        typer.echo(f"{error}; what was saved stays, and the same command with --resume goes on", err=True)
+        raise typer.Exit(0) from None
     except KeyboardInterrupt:
         typer.echo("interrupted; what was saved before stays, and the same command with --resume goes on", err=True)
         raise typer.Exit(130) from None

@@ -24,6 +24,7 @@ from policy import PolicyConfig
 from policy.lora import LoraConfig
 from policy.recompute import Recomputation
 from rewards.registry import reward_name
+from rewards.secrets import is_secret
 from rollouts import EngineConfig
 
 DEFAULT_CONTEXT = 512
@@ -123,6 +124,9 @@ class Config(AlgorithmConfig):
     reward_workers: int = Field(default=1, ge=0, description="grading processes; 0 grades in the trainer, unprotected")
     reward_timeout: float = Field(default=10.0, gt=0, description="seconds for one completion")
     reward_memory_mb: int | None = Field(default=2048, ge=1, description="most memory of a grading process, MiB")
+    reward_env: tuple[str, ...] = Field(
+        default=(), description="environment variables that grading processes get although they look like secrets"
+    )
     shuffle_rewards: bool = Field(default=False, description="control: deal each step's rewards out at random")
 
     prompts_per_step: int = Field(default=32, ge=1)
@@ -166,6 +170,9 @@ class Config(AlgorithmConfig):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     save_steps: int = Field(default=50, ge=0, description="checkpoint every so many steps; 0: at the end only")
     save_total_limit: int = Field(default=2, ge=1, description="checkpoints kept")
+    stop_timeout: float = Field(
+        default=20.0, gt=0, description="seconds after SIGTERM until a step that is still sampling is given up"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -241,10 +248,23 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path} must hold keys and values, got {type(values).__name__}")
     for override in overrides:
         _apply(values, override)
+    _refuse_secrets(values, str(path))
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{path}: {explain(error, Config)}") from None
+
+
+def _refuse_secrets(value: Any, path: str, key: str = "") -> None:
+    """Before anything could repeat it: a recipe is saved with the run, and shown in its report."""
+    if isinstance(value, str) and is_secret(value):
+        raise ConfigError(
+            f"{path}: {key} looks like a secret, and a recipe is saved and shown; put it into an environment variable "
+            "(engine.vllm_server.api_key_env names the one for vLLM, reward_env those that rewards get)"
+        )
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, part in parts:
+        _refuse_secrets(part, path, f"{key}.{name}" if key else str(name))
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:

@@ -6,7 +6,8 @@ divided by the global number of tokens, and ranks may hold different numbers of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 Item = TypeVar("Item")
+
+LOST = ("closed by peer", "reset by peer", "Broken pipe")
+"""What gloo's error says when a peer is gone; it has no type of its own."""
+
+
+class RankLostError(RuntimeError):
+    """Another rank ended in the middle of the run; why stands in its own output."""
 
 
 class Ranks:
@@ -45,7 +53,8 @@ class Ranks:
             by_dtype.setdefault(tensor.dtype, []).append(tensor)
         for group in by_dtype.values():
             flat = torch.cat([tensor.reshape(-1) for tensor in group])
-            dist.all_reduce(flat)
+            with self._peers():
+                dist.all_reduce(flat)
             pieces = flat.split([tensor.numel() for tensor in group])
             for tensor, piece in zip(group, pieces, strict=True):
                 tensor.copy_(piece.view_as(tensor))
@@ -69,12 +78,27 @@ class Ranks:
         if self.size == 1:
             return items
         parts: list[Any] = [None] * self.size
-        dist.all_gather_object(parts, items)
+        with self._peers():
+            dist.all_gather_object(parts, items)
         return [item for part in parts for item in part]
 
     def wait(self) -> None:
         """Until every rank is here."""
-        self._accelerator.wait_for_everyone()
+        with self._peers():
+            self._accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _peers(self) -> Iterator[None]:
+        """Around what needs all ranks: one that is gone is said in one line, under which its own error can be seen."""
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, dist.DistBackendError) or any(sign in str(error) for sign in LOST):
+                raise RankLostError(
+                    f"rank {self.rank} of {self.size} stops: another rank ended (see its own output); "
+                    "--resume goes on from the last checkpoint"
+                ) from error
+            raise
 
     def close(self) -> None:
         """Leave the process group."""

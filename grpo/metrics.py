@@ -81,6 +81,7 @@ def update_metrics(stats: UpdateStats) -> dict[str, Any]:
         "sampling/off_policy_masked": stats.dropped,
         "grad_norm": stats.grad_norm,
         "update/skipped": stats.num_skipped,
+        "update/halvings": stats.num_halvings,
     }
     if stats.auxiliary.mtp_loss is not None:
         metrics["mtp/loss"] = stats.auxiliary.mtp_loss

@@ -22,8 +22,8 @@ from grpo.config import Config
 from grpo.types import Answer
 
 FREE_TO_CHANGE = (
-    *("name", "output_dir", "num_threads", "reward_workers", "reward_timeout"),
-    *("max_steps", "max_skipped_steps", "save_steps", "save_total_limit"),
+    *("name", "output_dir", "num_threads", "reward_workers", "reward_timeout", "reward_env"),
+    *("max_steps", "max_skipped_steps", "save_steps", "save_total_limit", "stop_timeout"),
 )
 """Keys that a resumed run may change; any other change would make it another run."""
 
@@ -103,7 +103,18 @@ class RunFolder:
             self._lock = None
 
     def forget_after(self, step: int) -> None:
-        """Drop metrics, rollouts, evaluations and checkpoints of steps after `step`: they will be made again."""
+        """Drop metrics, rollouts, evaluations and checkpoints of steps after `step`: they will be made again.
+
+        Raises RunFolderError where the disk refuses: lines of both runs would stand side by side.
+        """
+        try:
+            self._forget_after(step)
+        except OSError as error:
+            raise RunFolderError(
+                f"{self.path} cannot be written: {error.strerror}; free space, then --resume again"
+            ) from None
+
+    def _forget_after(self, step: int) -> None:
         forget_checkpoints_after(self.checkpoints, step)
         metrics = self.path / "metrics.jsonl"
         if metrics.exists():

@@ -5,15 +5,17 @@ Shapes: N packed tokens, B rows.
 
 from __future__ import annotations
 
+import json
 import os
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from grpo.aggregation import Counts
@@ -25,7 +27,7 @@ from grpo.types import Batch, Origin
 from grpo.update import Step, backward
 from policy import PackedRows, Policy, PolicyConfig
 
-FORMAT = 1
+FORMAT = "grpo update 2"
 
 
 class NonFiniteError(RuntimeError):
@@ -63,24 +65,36 @@ class Replay:
 
 
 def save_fault(file: Path, *, policy: Policy, step: Step, config: Config, number: int) -> None:
-    """Write one update with the policy as it was before it. Raises OSError where the disk refuses."""
+    """Write one update with the policy as it was before it: as safetensors, what is no tensor as JSON in the header.
+
+    Raises OSError where the disk refuses.
+    """
+    tensors = {f"weights.{name}": weight.detach() for name, weight in policy.state_dict().items()}
+    batches = []
+    for index, batch in enumerate(step.minibatch.batches):
+        tensors |= {f"batches.{index}.{name}": tensor for name, tensor in _tensors_of(batch).items()}
+        origins = [[origin.problem, origin.completion] for origin in batch.origins]
+        batches.append({"rows": list(batch.rows.lengths), "origins": origins})
     content = {
-        "format": FORMAT,
         "number": number,
         "config": config.to_yaml(),
         "shape": policy.config.model_dump(mode="json"),
         "dtype": str(policy.dtype).removeprefix("torch."),
-        "weights": {name: weight.detach().cpu() for name, weight in policy.state_dict().items()},
         "counts": asdict(step.minibatch.counts),
         "num_kept": step.num_kept,
         "entropy_coef": step.entropy_coef,
-        "batches": [_as_plain(batch) for batch in step.minibatch.batches],
+        "batches": batches,
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     try:
-        torch.save(content, partial)
-    except RuntimeError as error:  # torch's word for a disk that is full
+        # Cloned: tied weights share memory, which the format refuses.
+        save_file(
+            {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()},
+            partial,
+            metadata={"format": FORMAT, "update": json.dumps(content)},
+        )
+    except SafetensorError as error:  # its word for a disk that is full
         partial.unlink(missing_ok=True)
         raise OSError(str(error)) from error
     os.replace(partial, file)
@@ -88,20 +102,23 @@ def save_fault(file: Path, *, policy: Policy, step: Step, config: Config, number
 
 def load_fault(file: Path) -> tuple[int, Policy, Step, Config]:
     """Step number, policy, update and recipe of a file of `save_fault`. Raises ReplayError."""
-    if not zipfile.is_zipfile(file):
-        raise ReplayError(f"{file} cannot be read as a skipped update; they are under skipped/ in a run's folder")
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError) as error:
-        raise ReplayError(f"{file} cannot be read as a skipped update: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ReplayError(
+            f"{file} cannot be read as a skipped update ({' '.join(str(error).split())[:200]}); "
+            "they are under skipped/ in a run's folder"
+        ) from None
+    if metadata.get("format") != FORMAT:
         raise ReplayError(f"{file} is no skipped update of this version; they are under skipped/ in a run's folder")
+    content = json.loads(metadata["update"])
     policy = Policy(PolicyConfig.model_validate(content["shape"])).to(getattr(torch, content["dtype"]))
-    policy.load_state_dict(content["weights"])
+    policy.load_state_dict(_below("weights.", tensors))
+    batches = [_to_batch(plain, _below(f"batches.{index}.", tensors)) for index, plain in enumerate(content["batches"])]
     step = Step(
-        minibatch=Minibatch(
-            batches=[_from_plain(batch) for batch in content["batches"]], counts=Counts(**content["counts"])
-        ),
+        minibatch=Minibatch(batches=batches, counts=Counts(**content["counts"])),
         num_kept=content["num_kept"],
         entropy_coef=content["entropy_coef"],
     )
@@ -183,24 +200,23 @@ def _quantities(policy: Policy, batch: Batch, step: Step, config: Config) -> Ite
             yield f"gradient of {name}", weight.grad
 
 
-def _as_plain(batch: Batch) -> dict[str, Any]:
-    """Tensors, numbers and text only, which `torch.load` reads without unpickling anything else."""
-    plain: dict[str, Any] = {}
-    for field in fields(batch):
-        value = getattr(batch, field.name)
-        plain[field.name] = value.cpu() if isinstance(value, Tensor) else value
-    plain["rows"] = list(batch.rows.lengths)
-    plain["origins"] = [[origin.problem, origin.completion] for origin in batch.origins]
+def _tensors_of(batch: Batch) -> dict[str, Tensor]:
+    """By field; those of the support under its own fields' names."""
+    found = {field.name: getattr(batch, field.name) for field in fields(batch)}
     if batch.support is not None:
-        plain["support"] = [batch.support.token_ids_K.cpu(), batch.support.counts_W.cpu()]
-    return plain
+        found |= {field.name: getattr(batch.support, field.name) for field in fields(batch.support)}
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
-def _from_plain(plain: dict[str, Any]) -> Batch:
-    support = plain["support"]
+def _to_batch(plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Batch:
+    support = {field.name: tensors[field.name] for field in fields(Support) if field.name in tensors}
     return Batch(
-        **{name: value for name, value in plain.items() if name not in ("rows", "origins", "support")},
+        **{name: tensor for name, tensor in tensors.items() if name not in support},  # type: ignore[arg-type]
         rows=PackedRows.of(plain["rows"]),
         origins=tuple(Origin(problem=problem, completion=completion) for problem, completion in plain["origins"]),
-        support=None if support is None else Support(token_ids_K=support[0], counts_W=support[1]),
+        support=Support(**support) if support else None,
     )
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from grpo.evaluate import make_evaluator
 from grpo.pretrain import base_model
 from grpo.record import RunFolder
 from grpo.report import write_report
-from grpo.trainer import Trainer
+from grpo.trainer import PreemptedError, Trainer
 from policy import CheckpointError, Policy
 from policy.checkpoint import resolve_folder
 from policy.lora import LoraError, add_adapters
@@ -34,11 +34,14 @@ from policy.tokenizer import Tokenizer, load_tokenizer
 from rewards import Grader, Problem
 from rollouts import make_engine
 
+PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1)
+"""What a scheduler sends to a job that has to leave: before a kill, and ahead of the end of its time (Slurm)."""
+
 
 def run(recipe: Path, overrides: Sequence[str], *, resume: bool) -> None:
     """Train by a recipe, and leave the run's folder with everything in it."""
     config = load_config(recipe, overrides)
-    with _setting(config) as setting:
+    with _signals(_leave, PREEMPTIONS), _setting(config) as setting:
         folder = RunFolder(config.run_dir, setting.display.note)
         if setting.ranks.is_main:
             folder.open(config, resume=resume)
@@ -137,7 +140,7 @@ def _train(config: Config, setting: _Setting, folder: RunFolder) -> int:
             folder=folder,
             display=display,
         )
-        with _signals(trainer.request_stop):
+        with _signals(trainer.request_stop, (signal.SIGINT, signal.SIGALRM, *PREEMPTIONS)):
             return trainer.train()
 
 
@@ -181,6 +184,7 @@ def _grader(config: Config) -> Grader:
         num_workers=config.reward_workers,
         timeout_s=config.reward_timeout,
         memory_mb=config.reward_memory_mb,
+        pass_env=config.reward_env,
     )
 
 
@@ -210,10 +214,17 @@ def _close(config: Config, display: Display, folder: RunFolder, last: int, argum
 
 
 @contextmanager
-def _signals(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+def _signals(handler: Callable[[int, FrameType | None], Any], numbers: Iterable[signal.Signals]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
+        if signal.SIGALRM in before:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, previous in before.items():
             signal.signal(number, previous)
+
+
+def _leave(signum: int, frame: FrameType | None) -> None:
+    """Before the first step, and after the last, there is nothing to finish."""
+    raise PreemptedError(f"{signal.Signals(signum).name}: leaving")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -30,10 +31,15 @@ from grpo.reference import Reference
 from grpo.replay import NonFiniteError, save_fault
 from grpo.types import Group
 from grpo.update import Step, UpdateStats, update
+from grpo.watchdog import Watchdog
 from policy import Policy
 from policy.tokenizer import Tokenizer
 from rewards import Grader, Problem
 from rollouts import Engine, make_engine
+
+
+class PreemptedError(KeyboardInterrupt):
+    """Asked to leave before the step in hand could be done; like an interrupt, it may come at any line."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -57,19 +63,25 @@ class Trainer:
     """Where the adaptive entropy bonus stands."""
     skipped: int = 0
     """Optimizer steps not taken because they were not finite."""
+    max_tokens: int = field(init=False)
+    """Padded tokens of one micro-batch on this rank; fewer than the recipe says once memory has run out."""
+    is_asking: bool = False
+    """Whether nothing but the questions has moved since the last step, so that the step in hand can be given up."""
 
     def __post_init__(self) -> None:
         self.entropy = EntropyState(coefficient=self.config.entropy_coef)
+        self.max_tokens = self.config.max_tokens_per_micro_batch
 
     def train(self) -> int:
         """Evaluate, train, save, evaluate; gives the number of the last step done.
 
         Stops early, saved, once `stop_requested` is set.
         """
-        with closing(make_engine(self.policy, self.config.engine)) as engine:
-            return self._train(engine)
+        watchdog = Watchdog(self.folder.path, self.ranks.rank, self.display.note)
+        with closing(watchdog), closing(make_engine(self.policy, self.config.engine)) as engine:
+            return self._train(engine, watchdog)
 
-    def _train(self, engine: Engine) -> int:
+    def _train(self, engine: Engine, watchdog: Watchdog) -> int:
         config = self.config
         optimizer = MasterAdamW(
             self.policy,
@@ -84,19 +96,24 @@ class Trainer:
         engine.load_weights(self.policy, self.step)
         evaluator = make_evaluator(collector, self.ranks, self.held_out)
         if self.step == 0:
-            self._evaluate(evaluator, "base")
+            with self._can_be_given_up(optimizer, asker, reference):
+                self._evaluate(evaluator, "base")
         self.display.stage("GRPO", config.max_steps, done=self.step)
         while self.step < config.max_steps and not self.ranks.any(self.stop_requested):
+            watchdog.begin(self.step + 1)
             started = perf_counter()
-            asked = asker.ask(self.step)
+            with self._can_be_given_up(optimizer, asker, reference):
+                asked = asker.ask(self.step)
             first, groups = self.ranks.share([answer.group for answer in asked.filled.trained])
             advantages = self._advantages(groups, reference)
             stats, update_s = self._update(groups, advantages, first, optimizer, reference)
             self.step += 1
             engine.load_weights(self.policy, self.step)
             self._record(asked, advantages, stats, update_s, started)
+            watchdog.end()
             if config.evaluation.eval_steps and self.step % config.evaluation.eval_steps == 0:
-                self._evaluate(evaluator, self.step)
+                with self._can_be_given_up(optimizer, asker, reference):
+                    self._evaluate(evaluator, self.step)
             if config.save_steps and self.step % config.save_steps == 0 and self.step < config.max_steps:
                 self.save(optimizer, asker, reference)
             if self.skipped >= config.max_skipped_steps:
@@ -111,15 +128,47 @@ class Trainer:
         return self.step
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
-        """A signal handler: finish the step, save, leave. A second signal kills as usual."""
+        """A signal handler: finish the step, save, leave.
+
+        After SIGTERM, which a kill follows, a step still sampling when `stop_timeout` is over is given up. A second
+        SIGINT interrupts at once; the others may come twice, from a scheduler and from a launcher.
+        """
+        name = signal.Signals(signum).name
+        if signum == signal.SIGALRM:
+            if self.is_asking:
+                raise PreemptedError(f"step {self.step + 1} was given up, {self.config.stop_timeout:g} s after SIGTERM")
+            return
+        again = " (again to quit at once)" if signum == signal.SIGINT else ""
+        if not self.stop_requested:
+            self.display.note(f"{name}: finishing step {self.step + 1}, then saving{again}")
         self.stop_requested = True
-        self.display.note(
-            f"{signal.Signals(signum).name}: finishing step {self.step + 1}, then saving (again to quit at once)"
-        )
-        signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+        if signum == signal.SIGINT:
+            signal.signal(signum, signal.default_int_handler)
+        if signum == signal.SIGTERM and signal.getitimer(signal.ITIMER_REAL)[0] == 0:
+            # Again every second: the step may be past its sampling now and at the next one's by then.
+            signal.setitimer(signal.ITIMER_REAL, self.config.stop_timeout, 1.0)
+
+    @contextmanager
+    def _can_be_given_up(self, optimizer: MasterAdamW, asker: Asker, reference: Reference | None) -> Iterator[None]:
+        """Around what changes nothing but the questions asked: given up, the state before it is saved."""
+        before = asker.state()
+        self.is_asking = True
+        try:
+            yield
+        except PreemptedError as error:
+            self.is_asking = False
+            self.display.note(f"{error}; saving what was before it")
+            self._write_checkpoint(optimizer, before, reference)
+            raise
+        finally:
+            self.is_asking = False
 
     def save(self, optimizer: MasterAdamW, asker: Asker, reference: Reference | None = None) -> None:
         """Write a checkpoint; a disk that refuses is said, and the last good one stays."""
+        self._write_checkpoint(optimizer, asker.state(), reference)
+        self.ranks.wait()
+
+    def _write_checkpoint(self, optimizer: MasterAdamW, data: dict[str, Any], reference: Reference | None) -> None:
         if self.ranks.is_main and not (self.folder.checkpoints / f"step_{self.step:06d}").is_dir():
             try:
                 save_checkpoint(
@@ -137,13 +186,12 @@ class Trainer:
                     reference=reference.policy if reference is not None and self.config.sync_ref_model else None,
                     lora=self.config.lora,
                     base_model=self.config.model,
-                    data=asker.state(),
+                    data=data,
                 )
             except OSError as error:
                 self.display.note(
                     f"checkpoint of step {self.step} not written ({error}); the run goes on, the last one stays"
                 )
-        self.ranks.wait()
 
     def _resume(self, optimizer: MasterAdamW, asker: Asker, reference: Reference | None) -> None:
         found = find_checkpoint(self.folder.checkpoints)
@@ -187,7 +235,7 @@ class Trainer:
         stats = update(
             self.policy,
             optimizer,
-            make_minibatches(rows, config.num_minibatches, config.max_tokens_per_micro_batch, self.ranks),
+            make_minibatches(rows, config.num_minibatches, self.max_tokens, self.ranks),
             learning_rate=self._learning_rate(),
             config=config,
             ranks=self.ranks,
@@ -195,6 +243,12 @@ class Trainer:
             entropy_coef=applied_coefficient(self.entropy, config),
             on_fault=self._keep_fault,
         )
+        if stats.num_halvings:
+            self.max_tokens = max(1, self.max_tokens >> stats.num_halvings)
+            self.display.note(
+                f"step {self.step + 1}: out of memory; done again in smaller micro-batches, of at most "
+                f"{self.max_tokens} tokens from now on (max_tokens_per_micro_batch)"
+            )
         self.skipped += stats.num_skipped
         self.entropy = adapted(self.entropy, stats.entropy_kept, config)
         if reference is not None and config.sync_ref_model and (self.step + 1) % config.ref_model_sync_steps == 0:
@@ -204,7 +258,7 @@ class Trainer:
     def _keep_fault(self, step: Step) -> None:
         """Say that an update was skipped, and keep what it would take to do it again."""
         name = f"step {self.step + 1}: loss or gradient is not finite; the update was skipped"
-        file = self.folder.skipped / f"step_{self.step + 1:06d}_rank{self.ranks.rank}.pt"
+        file = self.folder.skipped / f"step_{self.step + 1:06d}_rank{self.ranks.rank}.safetensors"
         try:
             save_fault(file, policy=self.policy, step=step, config=self.config, number=self.step + 1)
             self.display.note(f"{name}; grpo replay {file} says why")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +20,7 @@ from grpo.distributed import Ranks
 from grpo.entropy import entropy_threshold
 from grpo.importance import effective_sample_size
 from grpo.loss import LossTerms, batch_loss
+from grpo.memory import do_in_memory
 from grpo.optimizer import MasterAdamW
 from grpo.reference import Reference
 from grpo.scoring import drawn_with, score
@@ -58,6 +60,8 @@ class UpdateStats:
     """Before clipping; the largest of the pass."""
     num_skipped: int
     """Optimizer steps that were not taken because loss or gradient was not finite."""
+    num_halvings: int
+    """Times that this rank's micro-batches were halved for want of memory; the most of any optimizer step."""
     auxiliary: AuxiliaryStats
     """Of the MTP modules and the routers, in the last step."""
 
@@ -71,6 +75,8 @@ class Step:
     """Tokens of all ranks that are uncertain enough to be learned from."""
     entropy_coef: float
     """Weight of the entropy bonus."""
+    num_halvings: int = 0
+    """Times that this rank's micro-batches were halved for want of memory."""
 
 
 def update(
@@ -90,20 +96,18 @@ def update(
     The old policy of the ratio is the one at the start: with one step that is the current one, with more its
     log-probabilities are computed once beforehand (the sampler's would mix in how sampler and trainer differ).
     A step whose loss or gradient is not finite on any rank is not taken on any; `on_fault` sees it, the weights as they
-    were.
+    were. A step for which memory runs out is done again in smaller micro-batches, which also the passes after it keep.
     """
     steps = prepare(policy, minibatches, config, ranks, reference, entropy_coef)
     grad_norm, num_skipped = 0.0, 0
     for _ in range(config.num_iterations):
         sums, norms = _Sums(policy), list[float]()
-        for step in steps:
-            loss = torch.zeros((), dtype=torch.float64, device=policy.device)
+        for index, given in enumerate(steps):
             auxiliary = Auxiliary(
-                policy, step.minibatch.batches, num_tokens=step.minibatch.counts.tokens, config=config, ranks=ranks
+                policy, given.minibatch.batches, num_tokens=given.minibatch.counts.tokens, config=config, ranks=ranks
             )
-            for batch in step.minibatch.batches:
-                loss += backward(policy, batch, step, config, sums, auxiliary).loss.detach()
-                optimizer.gather_gradients()
+            loss, sums, step = _accumulate(policy, optimizer, given, config, sums, auxiliary)
+            steps[index] = step
             ranks.sum_([*optimizer.gather_gradients(), loss])
             if loss.isfinite():
                 norms.append(optimizer.step(learning_rate, config.max_grad_norm))
@@ -119,6 +123,31 @@ def update(
     return sums.mean(steps, ranks, grad_norm=grad_norm, num_skipped=num_skipped, auxiliary=auxiliary_stats)
 
 
+def _accumulate(
+    policy: Policy, optimizer: MasterAdamW, step: Step, config: Config, before: _Sums, auxiliary: Auxiliary
+) -> tuple[Tensor, _Sums, Step]:
+    """The gradient of one optimizer step on the masters; its loss, the sums with it, and the step as it fitted."""
+
+    def attempt(batches: Sequence[Batch]) -> tuple[Tensor, _Sums]:
+        loss, sums = torch.zeros((), dtype=torch.float64, device=policy.device), before.copy()
+        policy.zero_grad(set_to_none=True)
+        optimizer.inner.zero_grad(set_to_none=True)
+        auxiliary.restart()
+        for batch in batches:
+            loss += backward(policy, batch, step, config, sums, auxiliary).loss.detach()
+            optimizer.gather_gradients()
+        return loss, sums
+
+    (loss, sums), batches, num_halvings = do_in_memory(attempt, step.minibatch.batches)
+    if num_halvings:
+        step = replace(
+            step,
+            minibatch=replace(step.minibatch, batches=batches),
+            num_halvings=step.num_halvings + num_halvings,
+        )
+    return loss, sums, step
+
+
 def prepare(
     policy: Policy,
     minibatches: Sequence[Minibatch],
@@ -131,11 +160,10 @@ def prepare(
     params = drawn_with(config)
     is_masked = config.top_entropy_quantile < 1
     needs_a_pass = config.takes_several_steps or is_masked or (reference is not None and is_truncated(params))
-    steps = []
-    for minibatch in minibatches:
+
+    def look(given: Sequence[Batch]) -> tuple[list[Batch], list[Tensor]]:
         batches, entropies = list[Batch](), list[Tensor]()
-        for given in minibatch.batches:
-            batch = given
+        for batch in given:
             if needs_a_pass:
                 with torch.no_grad():
                     batch, values = score(policy, batch, params)
@@ -145,6 +173,11 @@ def prepare(
             if reference is not None:
                 batch = replace(batch, ref_logprobs_N=reference.score(batch, params).logprobs_N)
             batches.append(batch)
+        return batches, entropies
+
+    steps = []
+    for minibatch in minibatches:
+        (batches, entropies), _, num_halvings = do_in_memory(look, minibatch.batches)
         num_kept = minibatch.counts.tokens
         if is_masked:
             learned = [e[batch.completion_mask_N] for e, batch in zip(entropies, batches, strict=True)]
@@ -156,6 +189,7 @@ def prepare(
                 minibatch=Minibatch(batches=batches, counts=minibatch.counts),
                 num_kept=num_kept,
                 entropy_coef=entropy_coef,
+                num_halvings=num_halvings,
             )
         )
     return steps
@@ -198,6 +232,12 @@ class _Sums:
         self._zero = torch.zeros((), dtype=torch.float64, device=policy.device)
         self.totals: dict[str, Tensor] = {}
         self.difference_max, self.ratio_max, self.ratio_min_negated = 0.0, -math.inf, -math.inf
+
+    def copy(self) -> _Sums:
+        """The same sums, to go on from; the totals are replaced, never changed in place."""
+        other = copy(self)
+        other.totals = dict(self.totals)
+        return other
 
     def add(self, terms: LossTerms, values: TokenLogprobs, batch: Batch) -> None:
         mask_N, entropy_N, ratio_X = batch.completion_mask_N, values.entropy_N.detach(), terms.sampler_ratio_X
@@ -259,5 +299,6 @@ class _Sums:
             effective_sample_size=effective_sample_size(total["ratio"], total["ratio_squared"], int(total["ratios"])),
             grad_norm=grad_norm,
             num_skipped=num_skipped,
+            num_halvings=max((step.num_halvings for step in steps), default=0),
             auxiliary=auxiliary,
         )

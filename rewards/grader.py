@@ -51,6 +51,7 @@ class Grader:
         timeout_s: float = 10.0,
         memory_mb: int | None = 2048,
         startup_timeout_s: float = 120.0,
+        pass_env: Sequence[str] = (),
         strict: bool = True,
     ) -> None:
         """Starts the workers and imports the rewards in each.
@@ -63,6 +64,7 @@ class Grader:
             one to blame loses its score.
         memory_mb: MiB that a worker may map beyond what its imports took, None: no limit.
         startup_timeout_s: seconds for a worker to start and import the rewards.
+        pass_env: names of environment variables that the workers get although they look like secrets.
         strict: whether `grade` raises RewardError for a function that raised, or returned no score, on every completion
             of the first batch that it saw.
 
@@ -108,6 +110,7 @@ class Grader:
                 timeout_s=timeout_s,
                 startup_timeout_s=startup_timeout_s,
                 memory_mb=memory_mb,
+                pass_env=pass_env,
             )
         else:
             self._pool = InProcess()

@@ -14,7 +14,7 @@ import selectors
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -54,10 +54,19 @@ class _Slot:
 class WorkerPool:
     """A fixed number of workers that all have loaded the same rewards."""
 
-    def __init__(self, *, num_workers: int, timeout_s: float, startup_timeout_s: float, memory_mb: int | None) -> None:
+    def __init__(
+        self,
+        *,
+        num_workers: int,
+        timeout_s: float,
+        startup_timeout_s: float,
+        memory_mb: int | None,
+        pass_env: Collection[str] = (),
+    ) -> None:
         self._timeout_s = timeout_s
         self._startup_timeout_s = startup_timeout_s
         self._memory_mb = memory_mb
+        self._pass_env = tuple(pass_env)
         self._cwd = os.getcwd()
         self._names: list[str] = []
         self._slots = [_Slot() for _ in range(num_workers)]
@@ -126,7 +135,7 @@ class WorkerPool:
             self._end(slot)
             self.restarts += 1
         if slot.process is None:
-            slot.process = WorkerProcess(self._cwd)
+            slot.process = WorkerProcess(self._cwd, self._pass_env)
             for descriptor in slot.process.descriptors:
                 self._selector.register(descriptor, selectors.EVENT_READ)
         message = {"load": self._names, "path": [str(entry) for entry in sys.path], "memory_mb": self._memory_mb}

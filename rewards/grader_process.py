@@ -11,10 +11,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final
 
 from rewards.grader_worker import ENVIRONMENT_MARK, HEADER, pack
+from rewards.secrets import without_secrets
 
 MAX_REPLY: Final = 1 << 26
 """Longest reply that is believed, in bytes; anything longer is a channel that a reward wrote into."""
@@ -25,7 +27,7 @@ _READS: Final = 64
 class WorkerProcess:
     """One running `python -m rewards.grader_worker`, its socket and its output."""
 
-    def __init__(self, cwd: str) -> None:
+    def __init__(self, cwd: str, pass_env: Collection[str] = ()) -> None:
         with contextlib.ExitStack() as for_worker, contextlib.ExitStack() as on_error:
             self._channel, theirs = socket.socketpair()
             for_worker.enter_context(theirs)
@@ -45,7 +47,7 @@ class WorkerProcess:
                 pass_fds=(theirs.fileno(), lifeline),
                 start_new_session=True,
                 cwd=cwd,
-                env=_make_environment(),
+                env=_make_environment(pass_env),
             )
             on_error.pop_all()
         self._channel.setblocking(False)
@@ -161,8 +163,8 @@ class WorkerProcess:
         return f"the worker {how}" + (f"; it printed last: {last_words[-1][:200]}" if last_words else "")
 
 
-def _make_environment() -> dict[str, str]:
-    environment = {**os.environ, ENVIRONMENT_MARK: "1"}
+def _make_environment(pass_env: Collection[str]) -> dict[str, str]:
+    environment = {**without_secrets(os.environ, pass_env), ENVIRONMENT_MARK: "1"}
     root = str(Path(__file__).resolve().parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     # The workers are the parallelism; a thread, and an arena of malloc, for each of 100 cores would use up memory_mb.

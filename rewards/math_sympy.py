@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rewards.math_ast import Add, Fn, Mul, Node, Num, Pow, Sym, render
+from rewards.secrets import without_secrets
 
 Proof = Literal["equal", "unproven", "timeout", "error"]
 
@@ -52,7 +53,7 @@ class Worker:
 
     def __init__(self, memory_mb: int) -> None:
         root = str(Path(__file__).resolve().parent.parent)
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, sys.path)])}
+        environment = without_secrets(os.environ) | {"PYTHONPATH": os.pathsep.join([root, *filter(None, sys.path)])}
         self.memory_mb = memory_mb
         self.questions = 0
         # -P: the package's own folder must not shadow the standard library (rewards/types.py).

@@ -7,6 +7,7 @@ of a matrix product.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
@@ -21,6 +22,8 @@ from rollouts.scheduler import Admission, RunningBatch, Scheduler
 from rollouts.sequence import Prefill, Sequence
 from rollouts.speculative import Speculator, window_of
 from rollouts.types import Completion, EngineError, FinishReason, SamplingError, SamplingParams
+
+_LOGGER = logging.getLogger(__name__)
 
 FREE_SHARE = 0.4
 """Of a GPU's free memory, what the cache may take: the update needs the rest."""
@@ -46,6 +49,8 @@ class BuiltinEngine:
         """Tokens that MTP modules drafted, over the engine's life."""
         self.num_accepted = 0
         """Of them, tokens that became part of a completion."""
+        self.max_num_seqs = config.max_num_seqs
+        """Sequences decoded at once; fewer than the configuration says once memory has run out."""
         self._runner: ModelRunner | None = None
 
     def load_weights(self, policy: Policy, version: int) -> None:
@@ -66,7 +71,35 @@ class BuiltinEngine:
         params: SamplingParams,
         prompt_seeds: SequenceOf[int] | None = None,
     ) -> list[list[Completion]]:
-        """See `Engine.generate`. Raises SamplingError for an empty or too long prompt, or a cache too small for one."""
+        """See `Engine.generate`. Raises SamplingError for an empty or too long prompt, or a cache too small for one.
+
+        Where memory runs out, all is done again with half as many sequences at once: a completion does not depend on
+        who shares its batch.
+        """
+        most = min(self.max_num_seqs, max(1, len(prompts) * num_generations))
+        while True:
+            try:
+                return self._generate(prompts, num_generations, params, prompt_seeds)
+            except torch.OutOfMemoryError as error:
+                reason = str(error).partition("\n")[0]
+            # After the handler: until then the error's frames hold what the attempt had computed.
+            if most == 1:
+                raise SamplingError(
+                    f"out of memory with one sequence ({reason}); lower max_completion_length or engine.cache_gib"
+                )
+            self._runner = None
+            if self._is_gpu:
+                torch.cuda.empty_cache()
+            most = self.max_num_seqs = most // 2
+            _LOGGER.warning("out of memory while sampling; engine.max_num_seqs is %d from now on", most)
+
+    def _generate(
+        self,
+        prompts: SequenceOf[SequenceOf[int]],
+        num_generations: int,
+        params: SamplingParams,
+        prompt_seeds: SequenceOf[int] | None,
+    ) -> list[list[Completion]]:
         # Not as one array: numpy makes floats of whole numbers on both sides of 2^63.
         seeds = mix(params.seed, np.arange(len(prompts))).tolist() if prompt_seeds is None else prompt_seeds
         groups = [
@@ -134,7 +167,7 @@ class BuiltinEngine:
                 f"one sequence of {longest} tokens needs {least * block_bytes / 2**30:.3g} GiB of cache, "
                 f"but engine.cache_gib is {cache_gib:.3g}; raise it or lower max_completion_length"
             )
-        rows = min(config.max_num_seqs, len(groups) * num_generations)
+        rows = min(self.max_num_seqs, len(groups) * num_generations)
         wanted = min(allowed, max(least, (rows + len(groups)) * (per_sequence + 1)))
         max_blocks = -(-(longest + max(self._steps, self._num_drafts + 1) - 1) // config.block_size)
         runner = self._runner

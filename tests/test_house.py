@@ -245,8 +245,8 @@ def unsafe_calls(tree: ast.Module) -> Iterator[tuple[int, str]]:
         is_builtin = isinstance(node.func, ast.Name) and name in {"eval", "exec"}
         if is_builtin or name in {"parse_expr", "sympify", "read_pickle", "unsafe_load"}:
             yield node.lineno, f"calls {name}"
-        elif is_torch and name == "load" and not is_true(keywords.get("weights_only")):
-            yield node.lineno, "calls torch.load without weights_only=True"
+        elif is_torch and name in {"load", "save"}:
+            yield node.lineno, f"calls torch.{name}, which is pickle's"
         for keyword in ("trust_remote_code", "allow_pickle"):
             if is_true(keywords.get(keyword)):
                 yield node.lineno, f"sets {keyword}=True"
@@ -254,6 +254,46 @@ def unsafe_calls(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 def is_true(value: ast.expr | None) -> bool:
     return isinstance(value, ast.Constant) and value.value is True
+
+
+def wall_clocks(tree: ast.Module) -> Iterator[int]:
+    """Lines that ask what time it is; that clock jumps, so no duration or deadline may come from it."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=function):
+                asked = ast.unparse(function).removeprefix("datetime.")
+                if asked in {
+                    "time.time",
+                    "time.time_ns",
+                    "datetime.now",
+                    "datetime.utcnow",
+                    "date.today",
+                    "time.clock",
+                }:
+                    yield node.lineno
+            case ast.ImportFrom(module="time", names=names):
+                if {"time", "time_ns"} & {alias.name for alias in names}:
+                    yield node.lineno
+
+
+def test_durations_and_deadlines_are_of_the_monotonic_clock() -> None:
+    trees = python_files(*PACKAGES)
+    expect_none(f"{path}:{line}" for path in trees for line in wall_clocks(trees[path]))
+
+
+@pytest.mark.parametrize(
+    ("source", "is_refused"),
+    [
+        ("time.time()", True),
+        ("from time import time", True),
+        ("datetime.datetime.now()", True),
+        ("time.monotonic()", False),
+        ("from time import perf_counter, monotonic", False),
+        ("datetime.date(2020, 1, 2)", False),
+    ],
+)
+def test_wall_clocks_are_recognised(source: str, is_refused: bool) -> None:
+    assert bool(list(wall_clocks(ast.parse(source)))) is is_refused
 
 
 def broad_excepts(tree: ast.Module) -> Iterator[int]:
@@ -305,7 +345,8 @@ def test_no_error_is_swallowed_unseen() -> None:
         ("spec.loader.exec_module(module)", False),
         ("torch.load(path)", True),
         ("torch.load(path, weights_only=False)", True),
-        ("torch.load(path, weights_only=True)", False),
+        ("torch.load(path, weights_only=True)", True),
+        ("torch.save(weights, path)", True),
         ("sympy.parsing.sympy_parser.parse_expr(text)", True),
         ("numpy.load(path, allow_pickle=True)", True),
         ("AutoTokenizer.from_pretrained(path, trust_remote_code=True)", True),

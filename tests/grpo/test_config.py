@@ -227,3 +227,24 @@ def test_sections_of_what_is_asked_say_what_is_allowed(override: str, message: s
     with pytest.raises(ConfigError) as caught:
         load_config(recipe, [override])
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("engine.vllm_server.urls=[http://me:hidden-word@host:8000]", "engine.vllm_server.urls.0"),
+        ("engine.vllm_server.api_key_env=sk-hidden-word-0123456789", "engine.vllm_server.api_key_env"),
+        ("model=hf_hiddenword0123456789", "model"),
+        ("no_such_key=hf_hiddenword0123456789", "no_such_key"),
+    ],
+)
+def test_a_secret_in_a_recipe_is_refused_and_not_repeated(override: str, key: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{key} looks like a secret") as caught:
+        load_config(write_recipe(tmp_path), [override])
+    assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../out", "a/b", "/etc/x", ".hidden", "..", "a\n", "a\x00b", ""])
+def test_a_run_cannot_be_named_out_of_its_folder(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="name: "):
+        load_config(write_recipe(tmp_path, name=name))

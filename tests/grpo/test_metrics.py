@@ -54,6 +54,7 @@ def make_stats(routers: RouterStats | None, *, num_skipped: int = 0, mtp_loss: f
         effective_sample_size=0.9,
         grad_norm=2.0,
         num_skipped=num_skipped,
+        num_halvings=0,
         auxiliary=AuxiliaryStats(mtp_loss=mtp_loss, routers=routers),
     )
 

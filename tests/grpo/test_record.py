@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -268,3 +269,26 @@ def test_forgetting_where_nothing_was_written_is_fine(tmp_path: Path) -> None:
     before = contents(folder.path)
     folder.forget_after(0)
     assert contents(folder.path) == before
+
+
+def test_a_full_disk_on_the_way_back_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
+    folder = opened(make_config(tmp_path))
+    for step in (1, 2, 3):
+        folder.add_metrics({"step": step})
+    before = contents(folder.path)
+    with files_at_most(20), pytest.raises(RunFolderError, match="cannot be written: File too large; free space, then"):
+        folder.forget_after(2)
+    assert contents(folder.path) == before
+    folder.forget_after(2)
+    assert (folder.path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_names_that_a_dataset_gives_are_no_paths(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    folder = opened(config)
+    before = set(tmp_path.rglob("*"))
+    problem = Problem(id="../../outside", prompt="?", source="/etc/outside")
+    given = answer(1.0)
+    folder.add_rollouts(1, [replace(given, group=replace(given.group, problem=problem))], [[0.0]])
+    made = set(tmp_path.rglob("*")) - before
+    assert made == {config.run_dir / "rollouts", config.run_dir / "rollouts" / "step_000001.jsonl"}

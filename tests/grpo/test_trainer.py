@@ -80,10 +80,14 @@ def metrics_of(folder: Path) -> list[dict]:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
+    assert (one / "evaluation.json").read_text() == (other / "evaluation.json").read_text()
+    assert_same_steps(one, other)
+
+
+def assert_same_steps(one: Path, other: Path) -> None:
     assert metrics_of(one) == metrics_of(other)
     for a, b in zip(sorted((one / "rollouts").iterdir()), sorted((other / "rollouts").iterdir()), strict=True):
         assert a.read_text() == b.read_text()
-    assert (one / "evaluation.json").read_text() == (other / "evaluation.json").read_text()
     data = "checkpoints/step_000006/data.json"
     assert (one / data).read_text() == (other / data).read_text()
     for name in ("model.safetensors", "trainer.safetensors"):
@@ -216,7 +220,7 @@ def test_a_killed_run_resumes_as_if_it_had_not_been(processes: int, recipe: Path
 
 
 @pytest.mark.multi
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_says_how_to_go_on(recipe: Path, number: signal.Signals) -> None:
     name = f"signal{number.value}"
     folder = recipe.parent / name
@@ -238,8 +242,9 @@ def test_a_signal_saves_and_says_how_to_go_on(recipe: Path, number: signal.Signa
 
 
 @pytest.mark.multi
-def test_an_interrupt_before_the_first_step_says_how_to_go_on(recipe: Path) -> None:
-    settings = [f"output_dir={recipe.parent}", "name=early", "base.max_steps=100000", "seed=7"]
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGUSR1, 0)])
+def test_a_signal_before_the_first_step_says_how_to_go_on(recipe: Path, number: signal.Signals, code: int) -> None:
+    settings = [f"output_dir={recipe.parent}", f"name=early{number.value}", "base.max_steps=100000", "seed=7"]
     process = subprocess.Popen(
         [sys.executable, "-m", "grpo", "train", str(recipe), *settings],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -248,11 +253,48 @@ def test_an_interrupt_before_the_first_step_says_how_to_go_on(recipe: Path) -> N
     for line in process.stdout:
         if line.startswith("base model"):
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
+    assert process.returncode == code, output
     assert "Traceback" not in output
     assert "--resume" in output.splitlines()[-1]
+
+
+SLOW = """
+import time
+from pathlib import Path
+
+def slow(problem, completion):
+    if Path(__file__).with_name("wait").exists():
+        Path(__file__).with_name("waiting").touch()
+        time.sleep(30)
+    return float(len(completion) % 3)
+"""
+
+
+@pytest.mark.multi
+def test_a_step_that_would_miss_the_deadline_is_given_up_and_asked_again(recipe: Path, tmp_path: Path) -> None:
+    """SIGTERM while a reward hangs: the steps before are saved, not the questions of the one in hand."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    settings = [f"output_dir={tmp_path}", f"rewards=[{tmp_path / 'slow.py'}:slow]", "evaluation.num_problems=0"]
+    settings += ["save_steps=0", "reward_timeout=60", "stop_timeout=0.2", *STATEFUL]
+    run(recipe, [*settings, "name=whole"], resume=False)
+    run(recipe, [*settings, "name=pieces", "max_steps=2"], resume=False)
+    (tmp_path / "wait").touch()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "grpo", "train", str(recipe), *settings, "name=pieces", "--resume"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    for _ in wait_for(tmp_path / "waiting", process):
+        pass
+    (tmp_path / "wait").unlink()
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=25)
+    assert process.returncode == 0, output
+    assert "step 3 was given up, 0.2 s after SIGTERM; saving what was before it" in output
+    assert "--resume" in output.splitlines()[-1]
+    run(recipe, [*settings, "name=pieces"], resume=True)
+    assert_same_steps(tmp_path / "whole", tmp_path / "pieces")
 
 
 def wait_for(file: Path, process: subprocess.Popen, seconds: float = 90) -> Iterator[None]:

@@ -14,6 +14,7 @@ from rollouts import EngineConfig, SamplingError, SamplingParams, make_engine
 from rollouts.builtin_engine import BuiltinEngine
 from rollouts.sampler import mix, truncate, uniforms
 from tests.policies import TINY_QWEN3_MOE, tiny_llama, tiny_policy
+from tests.small_memory import room_for
 
 PROMPTS = [[5, 9, 11, 3], list(range(3, 20)), [7] * 8, [40, 41], list(range(20, 52))]
 
@@ -175,3 +176,25 @@ def test_cache_too_small_for_one_sequence_says_how_much_is_needed() -> None:
     engine = make_engine(tiny_policy(), EngineConfig(cache_gib=1e-6))
     with pytest.raises(SamplingError, match=r"needs .* GiB of cache, but engine.cache_gib is 1e-06"):
         engine.generate([[1, 2]], 1, SamplingParams(max_completion_length=100))
+
+
+@pytest.mark.parametrize("room", [30, 9])
+def test_where_memory_runs_out_fewer_are_sampled_at_once_and_nothing_else_changes(room: int) -> None:
+    """Less room than a decoding step of all 40 takes, and less than a prefill of all five."""
+    policy, params = tiny_policy(), SamplingParams(max_completion_length=12, seed=3)
+    config = EngineConfig(max_num_seqs=64, max_num_batched_tokens=64)
+    prompts = [prompt[:5] for prompt in PROMPTS]
+    expected = BuiltinEngine(policy, config).generate(prompts, 8, params)
+    engine = BuiltinEngine(policy, config)
+    with room_for(policy, room) as refused:
+        for _ in range(2):
+            found = engine.generate(prompts, 8, params)
+            assert [[c.token_ids for c in group] for group in found] == [[c.token_ids for c in g] for g in expected]
+    assert 0 < len(refused) <= 4
+    assert engine.max_num_seqs <= max(room, 20)
+
+
+def test_one_sequence_that_does_not_fit_is_an_error() -> None:
+    policy = tiny_policy()
+    with room_for(policy, 2), pytest.raises(SamplingError, match=r"out of memory with one sequence \(CUDA out of"):
+        make_engine(policy, EngineConfig()).generate([[5, 9, 11]], 2, SamplingParams(max_completion_length=4))

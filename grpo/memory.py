@@ -1,0 +1,80 @@
+"""What to do when a device has no memory left: the same work in smaller pieces.
+
+Which rows share a micro-batch changes a gradient only by rounding, so a step that did not fit is done again on halves.
+
+Shapes: N packed tokens, B rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from grpo.support import Support
+from grpo.types import Batch
+from policy import PackedRows
+
+T = TypeVar("T")
+
+
+class DeviceMemoryError(RuntimeError):
+    """One row alone does not fit; the message says which keys to change."""
+
+
+def do_in_memory(attempt: Callable[[Sequence[Batch]], T], batches: Sequence[Batch]) -> tuple[T, list[Batch], int]:
+    """What `attempt` gives, on batches cut in halves until it fits; with these batches and how often they were halved.
+
+    `attempt` is called from the start each time, so it has to undo what a call before may have left. It is this rank's
+    own affair: it must not wait for other ranks. Raises DeviceMemoryError where each batch is one row already.
+    """
+    given, num_halvings = list(batches), 0
+    while True:
+        try:
+            return attempt(given), given, num_halvings
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition("\n")[0]
+        # After the handler: until then the error's frames hold what the attempt had computed.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        halves = [half for batch in given for half in halve(batch)]
+        if len(halves) == len(given):
+            longest = max(batch.rows.longest for batch in given)
+            raise DeviceMemoryError(
+                f"out of memory on one row of at most {longest} tokens ({reason}); set activation_recomputation: full, "
+                "lower max_completion_length or engine.cache_gib, or train adapters only (lora)"
+            )
+        given, num_halvings = halves, num_halvings + 1
+
+
+def halve(batch: Batch) -> list[Batch]:
+    """The batch as two with about half of the rows each; one of a single row as it is."""
+    num_rows = len(batch.rows.lengths)
+    return [batch] if num_rows < 2 else [_take(batch, 0, num_rows // 2), _take(batch, num_rows // 2, num_rows)]
+
+
+def _take(batch: Batch, first: int, last: int) -> Batch:
+    """Rows `first` to `last`, the last not included."""
+    starts = [*batch.rows.starts, len(batch.token_ids_N)]
+    place = slice(starts[first], starts[last])
+    taken: dict[str, Tensor] = {}
+    for field in fields(batch):
+        if isinstance(value := getattr(batch, field.name), Tensor):
+            taken[field.name] = value[place] if field.name.endswith("_N") else value[first:last]
+    support = batch.support
+    if support is not None:
+        before, own = (int(batch.completion_mask_N[part].sum()) for part in (slice(place.start), place))
+        edges = [int(support.counts_W[:count].sum()) for count in (before, before + own)]
+        support = Support(
+            token_ids_K=support.token_ids_K[slice(*edges)], counts_W=support.counts_W[before : before + own]
+        )
+    return replace(
+        batch,
+        **taken,  # type: ignore[arg-type]
+        rows=PackedRows.of(batch.rows.lengths[first:last], batch.token_ids_N.device),
+        origins=batch.origins[first:last],
+        support=support,
+    )
