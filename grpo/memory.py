@@ -73,7 +73,7 @@ def _take(batch: Batch, first: int, last: int) -> Batch:
         )
     return replace(
         batch,
-        **taken,  # type: ignore[arg-type]
+        **taken,
         rows=PackedRows.of(batch.rows.lengths[first:last], batch.token_ids_N.device),
         origins=batch.origins[first:last],
         support=support,

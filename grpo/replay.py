@@ -211,7 +211,7 @@ def _tensors_of(batch: Batch) -> dict[str, Tensor]:
 def _to_batch(plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Batch:
     support = {field.name: tensors[field.name] for field in fields(Support) if field.name in tensors}
     return Batch(
-        **{name: tensor for name, tensor in tensors.items() if name not in support},  # type: ignore[arg-type]
+        **{name: tensor for name, tensor in tensors.items() if name not in support},
         rows=PackedRows.of(plain["rows"]),
         origins=tuple(Origin(problem=problem, completion=completion) for problem, completion in plain["origins"]),
         support=Support(**support) if support else None,
