@@ -17,11 +17,11 @@ from policy import Policy
 from rollouts.block_manager import BlockManager
 from rollouts.engine import DEFAULT_CACHE_GIB, EngineConfig
 from rollouts.model_runner import ModelRunner
-from rollouts.sampler import mix, sample
+from rollouts.sampler import mix, prompt_seeds_of, sample
 from rollouts.scheduler import Admission, RunningBatch, Scheduler
 from rollouts.sequence import Prefill, Sequence
 from rollouts.speculative import Speculator, window_of
-from rollouts.types import Completion, EngineError, FinishReason, SamplingError, SamplingParams
+from rollouts.types import Completion, EngineError, FinishReason, SamplingError, SamplingParams, check_prompts
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -100,8 +100,7 @@ class BuiltinEngine:
         params: SamplingParams,
         prompt_seeds: SequenceOf[int] | None,
     ) -> list[list[Completion]]:
-        # Not as one array: numpy makes floats of whole numbers on both sides of 2^63.
-        seeds = mix(params.seed, np.arange(len(prompts))).tolist() if prompt_seeds is None else prompt_seeds
+        seeds = prompt_seeds_of(params, len(prompts)) if prompt_seeds is None else prompt_seeds
         groups = [
             Prefill(
                 token_ids=list(prompt),
@@ -144,17 +143,9 @@ class BuiltinEngine:
     ) -> tuple[Scheduler, ModelRunner]:
         """Check the request, and have a cache that holds as much of it at once as the configuration allows."""
         config, shape = self.config, self.policy.config
-        longest = 0
-        for place, group in enumerate(groups):
-            if not group.token_ids:
-                raise SamplingError(f"prompt {place} is empty")
-            longest = max(longest, len(group.token_ids) + params.max_completion_length)
-            if longest > shape.max_position_embeddings:
-                raise SamplingError(
-                    f"prompt {place} has {len(group.token_ids)} tokens; with max_completion_length="
-                    f"{params.max_completion_length} that exceeds the model's context of "
-                    f"{shape.max_position_embeddings}"
-                )
+        prompts = [group.token_ids for group in groups]
+        check_prompts(prompts, params, shape.max_position_embeddings)
+        longest = max(map(len, prompts)) + params.max_completion_length
         per_sequence = -(-longest // config.block_size)
         num_layers = shape.num_cache_layers if self._num_drafts else shape.num_hidden_layers
         block_bytes = num_layers * config.block_size * shape.cache_width * self.policy.dtype.itemsize
@@ -239,8 +230,7 @@ class BuiltinEngine:
             for array in (running.seed[rows].view(np.int64), running.count[rows])
         )
         sampled = sample(logits_RV, seeds_B, counters_B, params, row_of_B)
-        # A sequence whose logits are not numbers gets the impossible token -1, by which `_retire` aborts it.
-        token_ids_B = torch.where(sampled.finite_B, sampled.token_ids_B, -1).cpu().numpy()
+        token_ids_B = sampled.said_B.cpu().numpy()
         logprobs_B = sampled.logprobs_B.cpu().numpy()
         most = params.max_completion_length
         running.push_tokens(rows, token_ids_B[None], logprobs_B[None], params.stop_token_ids, most)

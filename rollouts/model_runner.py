@@ -103,7 +103,7 @@ class ModelRunner:
             _, logits_BV = forward(token_B, position_B + step)
             sampled = sample(logits_BV, seed_B, counter_B + step, params)
             token_B = sampled.token_ids_B
-            tokens.append(torch.where(sampled.finite_B, token_B, -1))
+            tokens.append(sampled.said_B)
             logprobs.append(sampled.logprobs_B)
         return torch.stack(tokens).cpu().numpy(), torch.stack(logprobs).cpu().numpy()
 

@@ -30,6 +30,11 @@ class Sampled:
     finite_B: Tensor
     """False where the logits were not all numbers; the token there means nothing."""
 
+    @property
+    def said_B(self) -> Tensor:
+        """The tokens, and where there is none the impossible -1, by which an engine aborts the sequence."""
+        return torch.where(self.finite_B, self.token_ids_B, -1)
+
 
 def sample(
     logits_RV: Tensor, seeds_B: Tensor, counters_B: Tensor, params: SamplingParams, row_of_B: Tensor | None = None
@@ -107,6 +112,13 @@ def uniforms(seeds_B: np.ndarray, counters_B: np.ndarray) -> np.ndarray:
     """Uniform numbers in [0, 1), float64: SplitMix64's output function at (seed, counter) (Steele et al., 2014)."""
     mixed = mix(seeds_B, counters_B)
     return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def prompt_seeds_of(params: SamplingParams, count: int) -> list[int]:
+    """The seed of each prompt of a call that names none, [count]."""
+    # Not as an array: numpy makes floats of whole numbers on both sides of 2^63.
+    seeds: list[int] = mix(params.seed, np.arange(count)).tolist()
+    return seeds
 
 
 def mix(seed: np.ndarray | int, index: np.ndarray | int) -> np.ndarray:

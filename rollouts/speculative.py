@@ -162,7 +162,7 @@ class Speculator:
         hidden_RC, logits_RV = forward(fed_BS.flatten(), (length_B[:, None] + ahead_S).flatten())
         counter_R = (count_B[:, None] + ahead_S).flatten()
         sampled = sample(logits_RV, seed_B.repeat_interleave(steps), counter_R, params)
-        said_BS = torch.where(sampled.finite_B, sampled.token_ids_B, -1).view(size, steps)
+        said_BS = sampled.said_B.view(size, steps)
         accepted_B = (said_BS[:, :-1] == fed_BS[:, 1:]).int().cumprod(dim=1).sum(dim=1)
 
         # The window moves on by what was accepted and the token that was fed first.

@@ -50,6 +50,20 @@ class SamplingParams:
             raise SamplingError(f"min_p must be at least 0 and below 1, got {self.min_p}")
 
 
+def check_prompts(
+    prompts: Sequence[Sequence[int]], params: SamplingParams, context: int, limit: str = "the model's context"
+) -> None:
+    """Raise SamplingError for a prompt without tokens, or one that leaves too little of `context`, in tokens."""
+    for place, prompt in enumerate(prompts):
+        if not prompt:
+            raise SamplingError(f"prompt {place} is empty")
+        if len(prompt) + params.max_completion_length > context:
+            raise SamplingError(
+                f"prompt {place} has {len(prompt)} tokens; with max_completion_length={params.max_completion_length} "
+                f"that exceeds {limit} of {context}"
+            )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
     """What was sampled after one prompt."""

@@ -20,9 +20,10 @@ import torch.distributed as dist
 
 from policy import Policy
 from rollouts.engine import DEFAULT_CACHE_GIB, EngineConfig
+from rollouts.sampler import prompt_seeds_of
 from rollouts.types import Completion, EngineError, SamplingParams
 from rollouts.vllm_cpu import after_reload, before_reload, cpu_arguments, cpu_environment
-from rollouts.vllm_requests import check_request, completion_of, prompt_seeds_of, request_params
+from rollouts.vllm_requests import check_request, completion_of, request_params
 from rollouts.vllm_weights import trunk_tensors
 
 KNOWN_VERSIONS = ("0.22.1", "0.32.0")

@@ -6,10 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from rollouts.sampler import mix
-from rollouts.types import Completion, FinishReason, SamplingError, SamplingParams
+from rollouts.types import Completion, FinishReason, SamplingError, SamplingParams, check_prompts
 
 LEAST_TEMPERATURE = 0.01
 """vLLM raises any temperature between 0 and this to it (`_MAX_TEMP` in vllm/sampling_params.py)."""
@@ -23,14 +21,7 @@ def check_request(prompts: Sequence[Sequence[int]], params: SamplingParams, cont
         raise SamplingError(
             f"vLLM samples at a temperature of 0 (greedy) or from {LEAST_TEMPERATURE} on, got {params.temperature}"
         )
-    for place, prompt in enumerate(prompts):
-        if not prompt:
-            raise SamplingError(f"prompt {place} is empty")
-        if len(prompt) + params.max_completion_length > context:
-            raise SamplingError(
-                f"prompt {place} has {len(prompt)} tokens; with max_completion_length={params.max_completion_length} "
-                f"that exceeds the context of {context}"
-            )
+    check_prompts(prompts, params, context, limit="the context")  # a server's may be shorter than the model's
 
 
 def request_params(params: SamplingParams, num_generations: int, prompt_seed: int) -> dict[str, Any]:
@@ -52,11 +43,6 @@ def request_params(params: SamplingParams, num_generations: int, prompt_seed: in
         "logprobs": 0,  # of the sampled token alone
         "detokenize": False,
     }
-
-
-def prompt_seeds_of(params: SamplingParams, count: int) -> list[int]:
-    """The seed of each prompt of a call that names none, [count]: as the built-in engine derives them."""
-    return [int(seed) for seed in mix(params.seed, np.arange(count))]
 
 
 def completion_of(

@@ -19,10 +19,11 @@ import torch.distributed as dist
 
 from policy import Policy
 from rollouts.engine import VllmServerConfig
+from rollouts.sampler import prompt_seeds_of
 from rollouts.types import Completion, EngineError, SamplingError, SamplingParams
 from rollouts.vllm_client import ServedModel, ServerFault, VllmClient, mismatches
 from rollouts.vllm_cpu import missing_options
-from rollouts.vllm_requests import check_request, completion_of, prompt_seeds_of, request_params
+from rollouts.vllm_requests import check_request, completion_of, request_params
 from rollouts.vllm_weights import FolderTransfer, NcclTransfer, WeightTransfer
 
 LONGEST_PAUSE_S = 30.0

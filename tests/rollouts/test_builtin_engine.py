@@ -9,11 +9,11 @@ import torch
 
 from policy import PackedRows, Policy
 from policy.attention import Expanded
-from policy.logprobs import token_logprobs
 from rollouts import EngineConfig, SamplingError, SamplingParams, make_engine
 from rollouts.builtin_engine import BuiltinEngine
 from rollouts.sampler import mix, truncate, uniforms
 from tests.policies import TINY_QWEN3_MOE, tiny_llama, tiny_policy
+from tests.rollouts.agreement import recorded_and_trained
 from tests.small_memory import room_for
 
 PROMPTS = [[5, 9, 11, 3], list(range(3, 20)), [7] * 8, [40, 41], list(range(20, 52))]
@@ -122,13 +122,7 @@ def test_recorded_logprobs_equal_the_trainers() -> None:
     policy = tiny_policy()
     params = SamplingParams(max_completion_length=40, temperature=0.8, stop_token_ids=(2,))
     groups = make_engine(policy, EngineConfig()).generate(PROMPTS, 3, params)
-    rows = [(p, c) for p, group in zip(PROMPTS, groups, strict=True) for c in group]
-    packed = PackedRows.of([len(p) + len(c.token_ids) for p, c in rows])
-    token_ids_N = torch.tensor([t for p, c in rows for t in (*p, *c.token_ids)])
-    wanted_N = torch.tensor([x for p, c in rows for x in [False] * len(p) + [True] * len(c.token_ids)])
-    with torch.no_grad():
-        trained = token_logprobs(policy, token_ids_N, packed, wanted_N, temperature=0.8).logprobs_N[wanted_N]
-    sampled = torch.tensor([x for _, c in rows for x in c.logprobs])
+    sampled, trained = recorded_and_trained(policy, PROMPTS, groups, temperature=0.8)
     assert (trained - sampled).abs().max() < 1e-5
 
 

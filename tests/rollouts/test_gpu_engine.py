@@ -1,6 +1,6 @@
 """The built-in engine on a GPU: graphs that run ahead, against the same engine on the CPU and against the trainer.
 
-Shapes: B sequences, N packed tokens.
+Shapes: B sequences.
 """
 
 import copy
@@ -8,11 +8,11 @@ import copy
 import pytest
 import torch
 
-from policy import PackedRows, Policy, cast_weights
-from policy.logprobs import token_logprobs
+from policy import Policy, cast_weights
 from rollouts import Completion, EngineConfig, SamplingParams
 from rollouts.builtin_engine import BuiltinEngine
 from tests.policies import TINY_QWEN3_MOE, tiny_llama, tiny_policy
+from tests.rollouts.agreement import recorded_and_trained
 
 pytestmark = [
     pytest.mark.gpu,
@@ -70,13 +70,7 @@ def test_recorded_logprobs_equal_the_trainers_and_follow_the_weights(family: str
     params = SamplingParams(max_completion_length=20)
     for version in range(2):
         groups = engine.generate(PROMPTS, 4, params)
-        pairs = [(p, c) for p, group in zip(PROMPTS, groups, strict=True) for c in group]
-        rows = PackedRows.of([len(p) + len(c.token_ids) for p, c in pairs], "cuda")
-        token_ids_N = torch.tensor([t for p, c in pairs for t in (*p, *c.token_ids)], device="cuda")
-        mask_N = torch.tensor([i >= len(p) for p, c in pairs for i in range(len(p) + len(c.token_ids))], device="cuda")
-        with torch.no_grad():
-            theirs = token_logprobs(policy, token_ids_N, rows, mask_N).logprobs_N[mask_N]
-        ours = torch.tensor([x for _, c in pairs for x in c.logprobs], device="cuda")
+        ours, theirs = recorded_and_trained(policy, PROMPTS, groups)
         difference = (ours - theirs).abs()
         assert difference.max() < 1e-4 if dtype == torch.float32 else difference.mean() < 5e-2
         with torch.no_grad():  # in place, as the optimizer does: the captured graphs must see it

@@ -12,7 +12,8 @@ import torch
 from policy import Policy, load, save
 from rollouts import Completion, EngineConfig, EngineError, SamplingError, SamplingParams, make_engine
 from rollouts.engine import VllmServerConfig
-from rollouts.vllm_requests import completion_of, prompt_seeds_of, request_params
+from rollouts.sampler import prompt_seeds_of
+from rollouts.vllm_requests import completion_of, request_params
 from rollouts.vllm_server import Board, VllmServerEngine, pauses
 from tests.policies import tiny_policy
 from tests.rollouts.policy_server import serving

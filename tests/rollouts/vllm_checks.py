@@ -1,15 +1,10 @@
-"""What both vLLM engines must do, as checks that their tests call.
-
-Shapes: N packed tokens.
-"""
+"""What both vLLM engines must do, as checks that their tests call."""
 
 from __future__ import annotations
 
-import torch
-
-from policy import PackedRows, Policy
-from policy.logprobs import token_logprobs
+from policy import Policy
 from rollouts import Completion, Engine, EngineConfig, SamplingParams, make_engine
+from tests.rollouts.agreement import recorded_and_trained
 
 SERVABLE: dict[str, object] = {
     "hidden_size": 32, "moe_intermediate_size": 32, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 16,
@@ -35,19 +30,13 @@ def check_logprobs(engine: Engine, policy: Policy) -> None:
     """Those recorded are the trainer's, of the distribution that was sampled, to 1e-4."""
     params = SamplingParams(max_completion_length=24, temperature=0.8, stop_token_ids=(2, 9), seed=1)
     groups = engine.generate(PROMPTS, 4, params)
-    rows = [(p, c) for p, group in zip(PROMPTS, groups, strict=True) for c in group]
-    packed = PackedRows.of([len(p) + len(c.token_ids) for p, c in rows])
-    token_ids_N = torch.tensor([t for p, c in rows for t in (*p, *c.token_ids)])
-    wanted_N = torch.tensor([x for p, c in rows for x in [False] * len(p) + [True] * len(c.token_ids)])
-    with torch.no_grad():
-        trained = token_logprobs(policy, token_ids_N, packed, wanted_N, temperature=0.8).logprobs_N[wanted_N]
-    sampled = torch.tensor([x for _, c in rows for x in c.logprobs])
+    sampled, trained = recorded_and_trained(policy, PROMPTS, groups, temperature=0.8)
     assert (trained - sampled).abs().max() < 1e-4
-    for _, c in rows:
+    for c in (completion for group in groups for completion in group):
         stopped = [token in params.stop_token_ids for token in c.token_ids]
         assert stopped == [False] * (len(stopped) - 1) + [c.finish_reason == "stop"]
         assert c.finish_reason == "stop" or len(stopped) == params.max_completion_length
-    assert {c.finish_reason for _, c in rows} == {"stop", "length"}
+    assert {c.finish_reason for group in groups for c in group} == {"stop", "length"}
 
 
 def check_truncation(engine: Engine) -> None:
