@@ -52,6 +52,7 @@ class BuiltinEngine:
         self.max_num_seqs = config.max_num_seqs
         """Sequences decoded at once; fewer than the configuration says once memory has run out."""
         self._runner: ModelRunner | None = None
+        self._speculator: Speculator | None = None
 
     def load_weights(self, policy: Policy, version: int) -> None:
         """Only the version is taken: the weights are shared."""
@@ -61,7 +62,7 @@ class BuiltinEngine:
 
     def close(self) -> None:
         """Free the cache."""
-        self._runner = None
+        self._runner = self._speculator = None
 
     @torch.inference_mode()
     def generate(
@@ -87,7 +88,7 @@ class BuiltinEngine:
                 raise SamplingError(
                     f"out of memory with one sequence ({reason}); lower max_completion_length or engine.cache_gib"
                 )
-            self._runner = None
+            self._runner = self._speculator = None
             if self._is_gpu:
                 torch.cuda.empty_cache()
             most = self.max_num_seqs = most // 2
@@ -114,10 +115,11 @@ class BuiltinEngine:
         if not groups or not num_generations:
             return [[] for _ in groups]
         scheduler, runner = self._prepare(groups, num_generations, params)
-        speculator = None
-        if self._num_drafts:
-            capacity = scheduler.max_num_seqs
-            speculator = Speculator(runner, self._num_drafts, self.config.speculative.max_batch, capacity)
+        speculator = self._speculator
+        drafted_before = (0, 0)
+        if speculator is not None:
+            speculator.begin_call()
+            drafted_before = speculator.num_drafted, speculator.num_accepted
         done: dict[int, Completion] = {}
         while scheduler.waiting or len(scheduler.running):
             admission = scheduler.admit()
@@ -134,8 +136,8 @@ class BuiltinEngine:
                 self._retire(scheduler, params, done)
         self.num_preemptions += scheduler.num_preemptions
         if speculator is not None:
-            self.num_drafted += speculator.num_drafted
-            self.num_accepted += speculator.num_accepted
+            self.num_drafted += speculator.num_drafted - drafted_before[0]
+            self.num_accepted += speculator.num_accepted - drafted_before[1]
         return [[done[p * num_generations + g] for g in range(num_generations)] for p in range(len(groups))]
 
     def _prepare(
@@ -160,13 +162,16 @@ class BuiltinEngine:
             )
         rows = min(self.max_num_seqs, len(groups) * num_generations)
         wanted = min(allowed, max(least, (rows + len(groups)) * (per_sequence + 1)))
-        max_blocks = -(-(longest + max(self._steps, self._num_drafts + 1) - 1) // config.block_size)
+        ahead = max(self._steps, self._num_rounds * (self._num_drafts + 1))
+        max_blocks = -(-(longest + ahead - 1) // config.block_size)
         runner = self._runner
         if runner is None or not runner.suits(wanted, max_blocks):
             if self._is_gpu:  # some room to spare: another cache would mean other addresses, and graphs captured again
                 wanted, max_blocks = min(allowed, wanted * 5 // 4), 1 << (max_blocks - 1).bit_length()
-            runner = self._runner = None  # the old cache goes before the new one comes
+            runner = self._runner = self._speculator = None  # the old cache goes before the new one comes
             runner = self._runner = ModelRunner(self.policy, wanted, config.block_size, max_blocks, num_layers)
+        if self._num_drafts and (self._speculator is None or self._speculator.capacity < rows):
+            self._speculator = Speculator(runner, self._num_drafts, config.speculative.max_batch, rows)
         scheduler = Scheduler(
             BlockManager(runner.num_blocks, config.block_size),
             RunningBatch(rows, runner.max_blocks, params.max_completion_length),
@@ -185,6 +190,11 @@ class BuiltinEngine:
     def _steps(self) -> int:
         """Tokens decoded before the host looks at them; a CPU gains nothing by more than one."""
         return self.config.run_ahead if self._is_gpu else 1
+
+    @property
+    def _num_rounds(self) -> int:
+        """Rounds of drafts before the host looks at them."""
+        return max(1, self._steps // (self._num_drafts + 1))
 
     def _cache_gib(self) -> float:
         """Most memory that the cache may take, GiB."""
@@ -252,27 +262,25 @@ class BuiltinEngine:
 
     def _speculate(self, scheduler: Scheduler, speculator: Speculator, params: SamplingParams) -> None:
         """One or more tokens for every running sequence."""
-        scheduler.make_room(speculator.steps, params.max_completion_length)
-        running, size = scheduler.running, len(scheduler.running)
+        most = params.max_completion_length
+        scheduler.make_room(self._num_rounds * speculator.steps, most)
+        running = scheduler.running
         speculator.refresh(running)
-        drafted = speculator.decode(running, params)
-        kept_B = running.push_tokens(
-            np.arange(size),
-            drafted.token_ids_SB,
-            drafted.logprobs_SB,
-            params.stop_token_ids,
-            params.max_completion_length,
-            drafted.accepted_B + 1,
-        )
-        running.length[:size] += kept_B
-        speculator.count(drafted.accepted_B, kept_B)
+        rows = np.arange(len(running))
+        for drafted in speculator.decode(running, params, self._num_rounds):
+            tokens_SR, logprobs_SR = drafted.token_ids_SB[:, rows], drafted.logprobs_SB[:, rows]
+            accepted_R = drafted.accepted_B[rows]
+            kept_R = running.push_tokens(rows, tokens_SR, logprobs_SR, params.stop_token_ids, most, accepted_R + 1)
+            running.length[rows] += kept_R
+            speculator.count(accepted_R, kept_R)
+            rows = rows[~_has_ended(running, params)[rows]]
 
     def _retire(self, scheduler: Scheduler, params: SamplingParams, done: dict[int, Completion]) -> None:
         """Take finished sequences out of the batch and make their completions."""
         running, size = scheduler.running, len(scheduler.running)
         last, count = running.last_token[:size], running.count[:size]
         stopped, aborted = np.isin(last, params.stop_token_ids), last < 0
-        finished = stopped | aborted | (count >= params.max_completion_length)
+        finished = _has_ended(running, params)
         if not finished.any():
             return
         for row in np.flatnonzero(finished):
@@ -285,3 +293,10 @@ class BuiltinEngine:
                 policy_version=self.policy_version,
             )
         scheduler.retire(finished)
+
+
+def _has_ended(running: RunningBatch, params: SamplingParams) -> np.ndarray:
+    """Whether each sequence is at its stop token, a fault, or its limit, [B]."""
+    last, count = running.last_token[: len(running)], running.count[: len(running)]
+    ended: np.ndarray = np.isin(last, params.stop_token_ids) | (last < 0) | (count >= params.max_completion_length)
+    return ended

@@ -63,7 +63,7 @@ class ModelRunner:
             device=policy.device,
         )
         self._graphs: dict[int, _DecodeGraph] = {}
-        self._weights = _addresses(policy)
+        self._weights = addresses_of(policy)
 
     def suits(self, num_blocks: int, max_blocks: int) -> bool:
         """Whether it can serve a batch that wants so many blocks, in tables of so many."""
@@ -100,7 +100,7 @@ class ModelRunner:
         forward = self.forward_of(self.table(running, steps))
         tokens, logprobs = [], []
         for step in range(steps):
-            _, logits_BV = forward(token_B, position_B + step)
+            logits_BV = forward(token_B, position_B + step)
             sampled = sample(logits_BV, seed_B, counter_B + step, params)
             token_B = sampled.token_ids_B
             tokens.append(sampled.said_B)
@@ -126,25 +126,26 @@ class ModelRunner:
         table_BM = torch.from_numpy(np.where(is_own, running.block_table[:size, :width], self.num_blocks))
         return table_BM.to(self.policy.device)
 
-    def forward_of(self, table_BM: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """From tokens and their positions, [B] each, to hidden states [B, C] and the logits after them [B, V].
-
-        Several rows may be of one sequence: all are written to the cache before any looks at it.
-        """
+    def forward_of(self, table_BM: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """From tokens and their positions, [B] each, to the logits after them [B, V]."""
         if self.policy.device.type != "cuda":
-            return lambda token_B, position_B: self._step(token_B, position_B, table_BM)
+            return lambda token_B, position_B: self.step(token_B, position_B, table_BM)[1]
         graph = self._graph(len(table_BM))
         graph.take(table_BM)
         return graph.run
 
-    def _step(self, token_B: Tensor, position_B: Tensor, table_BM: Tensor) -> tuple[Tensor, Tensor]:
-        plan = Absorbed.at(self.cache, table_BM, position_B)
-        hidden_BC = self.policy(token_B, position_B, plan).hidden_NC
-        return hidden_BC, self.policy.project(hidden_BC)
+    def step(self, token_R: Tensor, position_R: Tensor, table_RM: Tensor) -> tuple[Tensor, Tensor]:
+        """One pass over the cache, without a graph: hidden states [R, C] and logits [R, V].
+
+        Several rows may be of one sequence: all are written to the cache before any looks at it.
+        """
+        plan = Absorbed.at(self.cache, table_RM, position_R)
+        hidden_RC = self.policy(token_R, position_R, plan).hidden_NC
+        return hidden_RC, self.policy.project(hidden_RC)
 
     def _graph(self, size: int) -> _DecodeGraph:
         """The graph of the next captured batch size; captured again when the policy's weights have moved."""
-        if (weights := _addresses(self.policy)) != self._weights:
+        if (weights := addresses_of(self.policy)) != self._weights:
             self._graphs.clear()
             self._weights = weights
         rows = next((rows for rows in CAPTURED_ROWS if rows >= size), size)
@@ -155,8 +156,7 @@ class ModelRunner:
 
 
 class _DecodeGraph:
-    """One decoding step of R rows, from token, position and block table to hidden states and logits, at fixed
-    addresses."""
+    """One decoding step of R rows, from token, position and block table to logits, at fixed addresses."""
 
     def __init__(self, runner: ModelRunner, rows: int, pool: Any) -> None:
         self.idle_block = runner.num_blocks
@@ -168,11 +168,11 @@ class _DecodeGraph:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            runner._step(self.token_R, self.position_R, self.table_RM)
+            runner.step(self.token_R, self.position_R, self.table_RM)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool):
-            self.hidden_RC, self.logits_RV = runner._step(self.token_R, self.position_R, self.table_RM)
+            _, self.logits_RV = runner.step(self.token_R, self.position_R, self.table_RM)
 
     def take(self, table_BM: Tensor) -> None:
         """The block table for the steps to come; rows beyond it are idle."""
@@ -181,15 +181,15 @@ class _DecodeGraph:
         self.table_RM[size:] = self.idle_block
         self.position_R[size:] = 0
 
-    def run(self, token_B: Tensor, position_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states [B, C] and logits [B, V], valid until the next step of any graph."""
+    def run(self, token_B: Tensor, position_B: Tensor) -> Tensor:
+        """Logits [B, V], valid until the next step of any graph."""
         size = len(token_B)
         self.token_R[:size].copy_(token_B)
         self.position_R[:size].copy_(position_B)
         self.graph.replay()
-        return self.hidden_RC[:size], self.logits_RV[:size]
+        return self.logits_RV[:size]
 
 
-def _addresses(policy: Policy) -> tuple[int, ...]:
+def addresses_of(policy: Policy) -> tuple[int, ...]:
     """Where the weights lie; a graph reads these addresses."""
     return tuple(weight.data_ptr() for weight in policy.parameters())

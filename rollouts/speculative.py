@@ -15,22 +15,25 @@ With L tokens of a sequence cached and token L sampled but not yet fed, a round
 A cache row of module j at position i holds the token at i + j + 1; W = K + (modules in use) reaches every row that may
 have been written with another token than the true one.
 
-Shapes: B sequences, P prompts, N packed prompt tokens, K drafts of a round, S = K + 1 rows of a sequence in the
-trunk's pass, W positions of the window, T tokens known and drafted so far, C model width, V vocabulary, M blocks of the
-longest sequence, R rows of a pass.
+On a GPU a round is one CUDA graph, drafts, check and sampling, and some rounds run before the host looks at them.
+
+Shapes: B sequences (A with the idle rows of a captured batch), P prompts, N packed prompt tokens, K drafts of a round,
+S = K + 1 rows of a sequence in the trunk's pass, W positions of the window, T tokens known and drafted so far, C model
+width, V vocabulary, M blocks of the longest sequence, R rows of a pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from policy.paged_attention import Absorbed
-from rollouts.model_runner import ModelRunner
+from rollouts.model_runner import CAPTURED_ROWS, ModelRunner, addresses_of
 from rollouts.sampler import sample
 from rollouts.scheduler import RunningBatch
 from rollouts.sequence import Prefill
@@ -52,30 +55,56 @@ class Round:
     """Drafts up to the first that the trunk did not say; the first accepted + 1 of the S tokens are the sequence's."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _State:
+    """Where each sequence stands, int64 [A] each: what a round reads and, in place, moves on."""
+
+    slot: Tensor
+    """Of the window; the last one is nobody's."""
+    seed: Tensor
+    last: Tensor
+    """Token sampled but not yet in the cache."""
+    length: Tensor
+    """Tokens in the cache."""
+    count: Tensor
+    """Tokens sampled."""
+
+    @classmethod
+    def of(cls, numbers: Tensor) -> _State:
+        """From its fields as rows, [5, A]."""
+        slot, seed, last, length, count = numbers
+        return cls(slot=slot, seed=seed, last=last, length=length, count=count)
+
+
 def window_of(num_drafts: int, num_modules: int) -> int:
     """W, last positions of a sequence whose module rows a round writes again."""
     return num_drafts + min(num_drafts, num_modules)
 
 
 class Speculator:
-    """Drafts and checks for the running sequences of one call; keeps the window of each under its `slot`."""
+    """Drafts and checks for running sequences; keeps the window of each under its `slot`."""
 
     def __init__(self, runner: ModelRunner, num_drafts: int, max_batch: int, capacity: int) -> None:
         policy, config = runner.policy, runner.policy.config
         self.runner, self.num_drafts, self.max_batch = runner, num_drafts, max_batch
         self.num_modules = min(num_drafts, config.num_nextn_predict_layers)
         self.window = window_of(num_drafts, config.num_nextn_predict_layers)
+        self.capacity = capacity
+        """Sequences whose windows it can keep."""
         self.num_drafted = 0
-        """Tokens drafted in this call."""
+        """Tokens drafted, over its life."""
         self.num_accepted = 0
         """Of them, tokens that became part of a completion."""
         self._num_rounds = self._num_kept = 0
+        self._graphs: dict[int, _RoundGraph] = {}
+        self._captured: object = None
         head = policy.lm_head.weight.numel()
         drafting = num_drafts * (_size(policy.mtp) // len(policy.mtp) + head)
         self._break_even = 1 + drafting / (_size(policy.layers) + head)
-        self._hidden = torch.zeros(capacity, self.window, config.hidden_size, dtype=policy.dtype, device=policy.device)
-        """The trunk's hidden states at each window's positions, oldest first, by slot."""
-        self._tokens = torch.zeros(capacity, self.window, dtype=torch.int64, device=policy.device)
+        shape = (capacity + 1, self.window)
+        self._hidden = torch.zeros(*shape, config.hidden_size, dtype=policy.dtype, device=policy.device)
+        """The trunk's hidden states at each window's positions, oldest first, by slot; the last is for idle rows."""
+        self._tokens = torch.zeros(shape, dtype=torch.int64, device=policy.device)
         """The tokens there."""
         self._is_stale = np.zeros(capacity, dtype=bool)
         """Whether a slot's window and module rows lag behind, because it was decoded plainly."""
@@ -93,6 +122,10 @@ class Speculator:
         repeat.
         """
         return self._num_rounds < PROBE or self._num_kept > self._break_even * self._num_rounds
+
+    def begin_call(self) -> None:
+        """Nothing is known of what comes: drafts may pay again."""
+        self._num_rounds = self._num_kept = 0
 
     def takes(self, size: int) -> bool:
         """Whether a batch of this size is drafted for."""
@@ -135,46 +168,78 @@ class Speculator:
             _, tails = self.prefill([token_ids], [running.blocks_of(row)])
             self._begin(int(running.slot[row]), token_ids, tails[0])
 
-    def decode(self, running: RunningBatch, params: SamplingParams) -> Round:
-        """One round for every running sequence; they must hold blocks for as many of S tokens as they may keep."""
-        size, steps, device = len(running), self.steps, self.runner.policy.device
-        slot_B, last_B, length_B, count_B = (
-            torch.from_numpy(array[:size].copy()).to(device)
-            for array in (running.slot, running.last_token, running.length, running.count)
-        )
-        seed_B = torch.from_numpy(running.seed[:size].view(np.int64)).to(device)
-        table_BM = self.runner.table(running, steps)
-        hidden_BWC, token_BW = self._hidden[slot_B], self._tokens[slot_B]
-        known_BT = torch.cat((token_BW, last_B[:, None]), dim=1)
+    def decode(self, running: RunningBatch, params: SamplingParams, num_rounds: int = 1) -> list[Round]:
+        """Rounds for every running sequence; they must hold blocks for as many tokens of these as they may keep."""
+        size, device = len(running), self.runner.policy.device
+        given = (running.slot, running.seed.view(np.int64), running.last_token, running.length, running.count)
+        numbers_5B = torch.from_numpy(np.stack([array[:size] for array in given])).to(device)
+        table_BM = self.runner.table(running, num_rounds * self.steps)
+        if device.type == "cuda":
+            graph = self._graph(size, params)
+            graph.take(numbers_5B, table_BM)
+            drafted = [graph.run(size) for _ in range(num_rounds)]
+        else:
+            state = _State.of(numbers_5B)
+            drafted = [self._round(state, table_BM, params) for _ in range(num_rounds)]
+        return [
+            Round(
+                token_ids_SB=said_BS.T.cpu().numpy(),
+                logprobs_SB=logprobs_BS.T.cpu().numpy(),
+                accepted_B=accepted_B.cpu().numpy(),
+            )
+            for said_BS, logprobs_BS, accepted_B in drafted
+        ]
+
+    def _round(self, state: _State, table_AM: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
+        """What the trunk says [A, S], its log-probabilities, and the accepted drafts [A]; state and windows move on."""
+        runner, steps = self.runner, self.steps
+        hidden_AWC, token_AW = self._hidden[state.slot], self._tokens[state.slot]
+        known_AT = torch.cat((token_AW, state.last[:, None]), dim=1)
+        drafted_AWC = hidden_AWC
         for step in range(self.num_drafts):
             if step < self.num_modules:
-                hidden_BWC = self._over_window(step, hidden_BWC, known_BT[:, -self.window :], length_B, table_BM)
-                hidden_BC = hidden_BWC[:, -1]
+                ahead_AW = known_AT[:, -self.window :]
+                drafted_AWC = self._over_window(step, drafted_AWC, ahead_AW, state.length, table_AM)
+                hidden_AC = drafted_AWC[:, -1]
             else:
-                hidden_BC = self._beyond(hidden_BC, known_BT[:, -1], length_B + step - self.num_modules, table_BM)
-            logits_BV = self.runner.policy.project(hidden_BC)
-            draft_B = sample(logits_BV, seed_B, count_B + step, params).token_ids_B
-            known_BT = torch.cat((known_BT, draft_B[:, None]), dim=1)
+                position_A = state.length + step - self.num_modules
+                hidden_AC = self._beyond(hidden_AC, known_AT[:, -1], position_A, table_AM)
+            logits_AV = runner.policy.project(hidden_AC)
+            draft_A = sample(logits_AV, state.seed, state.count + step, params).token_ids_B
+            known_AT = torch.cat((known_AT, draft_A[:, None]), dim=1)
 
-        ahead_S = torch.arange(steps, device=device)
-        fed_BS = known_BT[:, self.window :]
-        forward = self.runner.forward_of(table_BM.repeat_interleave(steps, dim=0))
-        hidden_RC, logits_RV = forward(fed_BS.flatten(), (length_B[:, None] + ahead_S).flatten())
-        counter_R = (count_B[:, None] + ahead_S).flatten()
-        sampled = sample(logits_RV, seed_B.repeat_interleave(steps), counter_R, params)
-        said_BS = sampled.said_B.view(size, steps)
-        accepted_B = (said_BS[:, :-1] == fed_BS[:, 1:]).int().cumprod(dim=1).sum(dim=1)
+        ahead_S = torch.arange(steps, device=table_AM.device)
+        fed_AS = known_AT[:, self.window :]
+        table_RM = table_AM.repeat_interleave(steps, dim=0)
+        hidden_RC, logits_RV = runner.step(fed_AS.flatten(), (state.length[:, None] + ahead_S).flatten(), table_RM)
+        counter_R = (state.count[:, None] + ahead_S).flatten()
+        sampled = sample(logits_RV, state.seed.repeat_interleave(steps), counter_R, params)
+        said_AS = sampled.said_B.view(-1, steps)
+        accepted_A = (said_AS[:, :-1] == fed_AS[:, 1:]).int().cumprod(dim=1).sum(dim=1)
 
         # The window moves on by what was accepted and the token that was fed first.
-        moved_BW = accepted_B[:, None] + 1 + torch.arange(self.window, device=device)
-        self._tokens[slot_B] = known_BT.gather(1, moved_BW)
-        both_BTC = torch.cat((self._hidden[slot_B], hidden_RC.view(size, steps, -1)), dim=1)
-        self._hidden[slot_B] = both_BTC[torch.arange(size, device=device)[:, None], moved_BW]
-        return Round(
-            token_ids_SB=said_BS.T.cpu().numpy(),
-            logprobs_SB=sampled.logprobs_B.view(size, steps).T.cpu().numpy(),
-            accepted_B=accepted_B.cpu().numpy(),
-        )
+        moved_AW = accepted_A[:, None] + 1 + torch.arange(self.window, device=table_AM.device)
+        both_ATC = torch.cat((hidden_AWC, hidden_RC.view(len(said_AS), steps, -1)), dim=1)
+        self._tokens[state.slot] = known_AT.gather(1, moved_AW)
+        self._hidden[state.slot] = both_ATC.gather(1, moved_AW[..., None].expand(-1, -1, both_ATC.shape[2]))
+        # A row of NaN goes on from any token: the host takes nothing of it from here on.
+        state.last.copy_(said_AS.gather(1, accepted_A[:, None]).squeeze(1).clamp(min=0))
+        state.length.add_(accepted_A + 1)
+        state.count.add_(accepted_A + 1)
+        return said_AS, sampled.logprobs_B.view(-1, steps), accepted_A
+
+    def _graph(self, size: int, params: SamplingParams) -> _RoundGraph:
+        """The graph of the next captured batch size, for one way of drawing."""
+        drawing = (params.temperature, params.top_k, params.top_p, params.min_p)
+        now = (drawing, addresses_of(self.runner.policy))
+        if self._captured != now:
+            self._graphs.clear()
+            self._captured = now
+        rows = next((rows for rows in CAPTURED_ROWS if rows >= size), size)
+        if rows not in self._graphs:
+            pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
+            self._graphs[rows] = _RoundGraph(self, rows, params, pool)
+        return self._graphs[rows]
 
     def count(self, accepted_B: np.ndarray, kept_B: np.ndarray) -> None:
         """Take note of a round of which each sequence kept `kept_B` tokens."""
@@ -209,6 +274,43 @@ class Speculator:
         plan = Absorbed.at(self.runner.cache, table_BM, position_B)
         module = self.num_modules - 1
         return self.runner.policy.draft(hidden_BC, token_B, position_B, plan, module=module).hidden_NC
+
+
+class _RoundGraph:
+    """One round of A sequences at fixed addresses; replayed, it goes on from where the last one ended."""
+
+    def __init__(self, speculator: Speculator, rows: int, params: SamplingParams, pool: Any) -> None:
+        runner, device = speculator.runner, speculator.runner.policy.device
+        self.idle_slot, self.idle_block = speculator.capacity, runner.num_blocks
+        self.numbers_5A = torch.zeros(5, rows, dtype=torch.int64, device=device)
+        self.state = _State.of(self.numbers_5A)
+        self.table_AM = torch.zeros(rows, runner.max_blocks, dtype=torch.int64, device=device)
+        nobody = torch.zeros(0, dtype=torch.int64, device=device)
+        self.take(nobody.view(5, 0), nobody.view(0, runner.max_blocks))
+        # Once outside, so that kernels are compiled and handles made before anything is captured.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            speculator._round(self.state, self.table_AM, params)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.drafted = speculator._round(self.state, self.table_AM, params)
+
+    def take(self, numbers_5B: Tensor, table_BM: Tensor) -> None:
+        """Where the sequences stand; rows beyond them are idle."""
+        size = len(table_BM)
+        self.numbers_5A[:, :size].copy_(numbers_5B)
+        self.numbers_5A[:, size:] = 0
+        self.state.slot[size:] = self.idle_slot
+        self.table_AM[:size].copy_(table_BM)
+        self.table_AM[size:] = self.idle_block
+
+    def run(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What the next round says of the first `size` rows."""
+        self.graph.replay()
+        said_AS, logprobs_AS, accepted_A = self.drafted
+        return said_AS[:size].clone(), logprobs_AS[:size].clone(), accepted_A[:size].clone()
 
 
 def _size(module: nn.Module) -> int:

@@ -13,6 +13,7 @@ from rollouts import Completion, EngineConfig, SamplingParams
 from rollouts.builtin_engine import BuiltinEngine
 from tests.policies import TINY_QWEN3_MOE, tiny_llama, tiny_policy
 from tests.rollouts.agreement import recorded_and_trained
+from tests.rollouts.test_speculative import drafting_policy
 
 pytestmark = [
     pytest.mark.gpu,
@@ -100,3 +101,23 @@ def test_a_sequence_of_nan_aborts_alone() -> None:
     groups = generate(policy, SamplingParams(max_completion_length=8), count=2)
     assert {c.finish_reason for c in groups[0]} == {"abort"}
     assert all(c.finish_reason != "abort" for c in groups[3] if 11 not in c.token_ids)
+
+
+@pytest.mark.parametrize("changes", [{"temperature": 0.0}, {}, {"top_p": 0.8}], ids=str)
+@pytest.mark.parametrize(("num_drafts", "num_modules"), [(1, 1), (3, 1), (2, 2)])
+def test_speculation_gives_the_completions_of_plain_decoding(
+    num_drafts: int, num_modules: int, changes: dict[str, float]
+) -> None:
+    """In fp32; rounds replayed as graphs, one after another or a look of the host between them."""
+    policy = drafting_policy(num_modules).to("cuda")
+    params = SamplingParams(max_completion_length=30, stop_token_ids=(2, 9), **changes)  # type: ignore[arg-type]
+    wanted = [[c.token_ids for c in group] for group in generate(policy, params)]
+    speculative = {"num_speculative_tokens": num_drafts, "max_batch": 1000}
+    for settings in ({}, {"run_ahead": 1}, {"run_ahead": 16}, {"max_num_seqs": 3}):
+        config = {"block_size": 4, "cache_gib": 0.1, "speculative": speculative} | settings
+        engine = BuiltinEngine(policy, EngineConfig.model_validate(config))
+        for _ in range(2):  # the second call finds its graphs
+            got = [[c.token_ids for c in group] for group in engine.generate(PROMPTS, 3, params)]
+            same = [a == b for x, y in zip(got, wanted, strict=True) for a, b in zip(x, y, strict=True)]
+            assert sum(same) >= len(same) - 1, settings
+        assert engine.num_accepted > engine.num_drafted / 4
