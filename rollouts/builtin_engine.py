@@ -170,6 +170,7 @@ class BuiltinEngine:
                 wanted, max_blocks = min(allowed, wanted * 5 // 4), 1 << (max_blocks - 1).bit_length()
             runner = self._runner = self._speculator = None  # the old cache goes before the new one comes
             runner = self._runner = ModelRunner(self.policy, wanted, config.block_size, max_blocks, num_layers)
+        runner.follow_weights()
         if self._num_drafts and (self._speculator is None or self._speculator.capacity < rows):
             self._speculator = Speculator(runner, self._num_drafts, config.speculative.max_batch, rows)
         scheduler = Scheduler(
@@ -194,7 +195,7 @@ class BuiltinEngine:
     @property
     def _num_rounds(self) -> int:
         """Rounds of drafts before the host looks at them."""
-        return max(1, self._steps // (self._num_drafts + 1))
+        return max(1, self._steps // 2)
 
     def _cache_gib(self) -> float:
         """Most memory that the cache may take, GiB."""

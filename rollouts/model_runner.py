@@ -63,12 +63,19 @@ class ModelRunner:
             device=policy.device,
         )
         self._graphs: dict[int, _DecodeGraph] = {}
-        self._weights = addresses_of(policy)
+        self.weights = _addresses(policy)
+        """Where the weights lie, from which graphs read."""
 
     def suits(self, num_blocks: int, max_blocks: int) -> bool:
         """Whether it can serve a batch that wants so many blocks, in tables of so many."""
         is_wide_enough = self.num_blocks >= num_blocks and self.max_blocks >= max_blocks
         return is_wide_enough and self.cache.dtype == self.policy.dtype and self.cache.device == self.policy.device
+
+    def follow_weights(self) -> None:
+        """Graphs read from fixed addresses: where the policy's weights have moved, they are captured anew."""
+        if (weights := _addresses(self.policy)) != self.weights:
+            self._graphs.clear()
+            self.weights = weights
 
     def prefill(self, rows: Sequence[Sequence[int]], blocks: Sequence[np.ndarray]) -> Tensor:
         """Write each row of tokens into its blocks; logits after each row's last token, [P, V]."""
@@ -144,10 +151,7 @@ class ModelRunner:
         return hidden_RC, self.policy.project(hidden_RC)
 
     def _graph(self, size: int) -> _DecodeGraph:
-        """The graph of the next captured batch size; captured again when the policy's weights have moved."""
-        if (weights := addresses_of(self.policy)) != self._weights:
-            self._graphs.clear()
-            self._weights = weights
+        """The graph of the next captured batch size."""
         rows = next((rows for rows in CAPTURED_ROWS if rows >= size), size)
         if rows not in self._graphs:
             pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
@@ -190,6 +194,5 @@ class _DecodeGraph:
         return self.logits_RV[:size]
 
 
-def addresses_of(policy: Policy) -> tuple[int, ...]:
-    """Where the weights lie; a graph reads these addresses."""
+def _addresses(policy: Policy) -> tuple[int, ...]:
     return tuple(weight.data_ptr() for weight in policy.parameters())

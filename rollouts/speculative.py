@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from policy.paged_attention import Absorbed
-from rollouts.model_runner import CAPTURED_ROWS, ModelRunner, addresses_of
+from rollouts.model_runner import CAPTURED_ROWS, ModelRunner
 from rollouts.sampler import sample
 from rollouts.scheduler import RunningBatch
 from rollouts.sequence import Prefill
@@ -181,13 +181,10 @@ class Speculator:
         else:
             state = _State.of(numbers_5B)
             drafted = [self._round(state, table_BM, params) for _ in range(num_rounds)]
+        rounds = [torch.stack(of_rounds).cpu().numpy() for of_rounds in zip(*drafted, strict=True)]
         return [
-            Round(
-                token_ids_SB=said_BS.T.cpu().numpy(),
-                logprobs_SB=logprobs_BS.T.cpu().numpy(),
-                accepted_B=accepted_B.cpu().numpy(),
-            )
-            for said_BS, logprobs_BS, accepted_B in drafted
+            Round(token_ids_SB=said_BS.T, logprobs_SB=logprobs_BS.T, accepted_B=accepted_B)
+            for said_BS, logprobs_BS, accepted_B in zip(*rounds, strict=True)
         ]
 
     def _round(self, state: _State, table_AM: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,7 +228,7 @@ class Speculator:
     def _graph(self, size: int, params: SamplingParams) -> _RoundGraph:
         """The graph of the next captured batch size, for one way of drawing."""
         drawing = (params.temperature, params.top_k, params.top_p, params.min_p)
-        now = (drawing, addresses_of(self.runner.policy))
+        now = (drawing, self.runner.weights)
         if self._captured != now:
             self._graphs.clear()
             self._captured = now
