@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--work", choices=WORKS, default="dsv3_05" if is_gpu else "cpu_ds")
     parser.add_argument("--layers", type=int, help="fewer layers, to try the script out")
     parser.add_argument("--base-steps", type=int, default=300)
-    parser.add_argument("--own-steps", type=int, default=50, help="steps of the module on the policy's own text")
+    parser.add_argument("--own-steps", type=int, default=200, help="steps of the module on the policy's own text")
     parser.add_argument("--tokens-per-step", type=int, default=16384)
     parser.add_argument("--drafts", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256])
@@ -93,6 +93,7 @@ def trained_policy(arguments: argparse.Namespace) -> tuple[Policy, Tokenizer, li
         f"base.max_steps={arguments.base_steps}",
         f"base.tokens_per_step={arguments.tokens_per_step}",
         *("base.learning_rate=1e-3", "base.mtp_interval=1", "base.mtp_weight=0.3"),
+        "base.attempts={go_on: 0.95, stop_when_right: 0.2, max_attempts: 18}",  # long texts: prompts cost little
         f"dtype={'bfloat16' if is_gpu else 'float32'}",
         f"device={'auto' if is_gpu else 'cpu'}",
     ]

@@ -162,8 +162,7 @@ class BuiltinEngine:
             )
         rows = min(self.max_num_seqs, len(groups) * num_generations)
         wanted = min(allowed, max(least, (rows + len(groups)) * (per_sequence + 1)))
-        ahead = max(self._steps, self._num_rounds * (self._num_drafts + 1))
-        max_blocks = -(-(longest + ahead - 1) // config.block_size)
+        max_blocks = -(-(longest + self._steps * (self._num_drafts + 1) - 1) // config.block_size)
         runner = self._runner
         if runner is None or not runner.suits(wanted, max_blocks):
             if self._is_gpu:  # some room to spare: another cache would mean other addresses, and graphs captured again
@@ -189,13 +188,8 @@ class BuiltinEngine:
 
     @property
     def _steps(self) -> int:
-        """Tokens decoded before the host looks at them; a CPU gains nothing by more than one."""
+        """Tokens, or rounds of drafts, before the host looks at them; a CPU gains nothing by more than one."""
         return self.config.run_ahead if self._is_gpu else 1
-
-    @property
-    def _num_rounds(self) -> int:
-        """Rounds of drafts before the host looks at them."""
-        return max(1, self._steps // 2)
 
     def _cache_gib(self) -> float:
         """Most memory that the cache may take, GiB."""
@@ -263,25 +257,27 @@ class BuiltinEngine:
 
     def _speculate(self, scheduler: Scheduler, speculator: Speculator, params: SamplingParams) -> None:
         """One or more tokens for every running sequence."""
-        most = params.max_completion_length
-        scheduler.make_room(self._num_rounds * speculator.steps, most)
-        running = scheduler.running
+        scheduler.make_room(self._steps * speculator.steps, params.max_completion_length)
+        running, size = scheduler.running, len(scheduler.running)
         speculator.refresh(running)
-        rows = np.arange(len(running))
-        for drafted in speculator.decode(running, params, self._num_rounds):
-            tokens_SR, logprobs_SR = drafted.token_ids_SB[:, rows], drafted.logprobs_SB[:, rows]
-            accepted_R = drafted.accepted_B[rows]
-            kept_R = running.push_tokens(rows, tokens_SR, logprobs_SR, params.stop_token_ids, most, accepted_R + 1)
-            running.length[rows] += kept_R
-            speculator.count(accepted_R, kept_R)
-            rows = rows[~_has_ended(running, params)[rows]]
+        drafted = speculator.decode(running, params, self._steps)
+        kept_B = running.push_tokens(
+            np.arange(size),
+            drafted.token_ids_TB,
+            drafted.logprobs_TB,
+            params.stop_token_ids,
+            params.max_completion_length,
+            drafted.valid_B,
+        )
+        running.length[:size] += kept_B
+        speculator.count(drafted.accepted_IB, kept_B)
 
     def _retire(self, scheduler: Scheduler, params: SamplingParams, done: dict[int, Completion]) -> None:
         """Take finished sequences out of the batch and make their completions."""
         running, size = scheduler.running, len(scheduler.running)
         last, count = running.last_token[:size], running.count[:size]
         stopped, aborted = np.isin(last, params.stop_token_ids), last < 0
-        finished = _has_ended(running, params)
+        finished = stopped | aborted | (count >= params.max_completion_length)
         if not finished.any():
             return
         for row in np.flatnonzero(finished):
@@ -294,10 +290,3 @@ class BuiltinEngine:
                 policy_version=self.policy_version,
             )
         scheduler.retire(finished)
-
-
-def _has_ended(running: RunningBatch, params: SamplingParams) -> np.ndarray:
-    """Whether each sequence is at its stop token, a fault, or its limit, [B]."""
-    last, count = running.last_token[: len(running)], running.count[: len(running)]
-    ended: np.ndarray = np.isin(last, params.stop_token_ids) | (last < 0) | (count >= params.max_completion_length)
-    return ended

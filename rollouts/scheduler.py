@@ -3,7 +3,7 @@ run out.
 
 The running batch is kept as arrays, one row a sequence, so that a decoding step costs no Python work per sequence.
 
-Shapes: B running sequences.
+Shapes: B running sequences, S steps, X tokens kept.
 """
 
 from __future__ import annotations
@@ -76,11 +76,10 @@ class RunningBatch:
         kept_B: np.ndarray = np.minimum(until_end_B, most - self.count[rows])
         if valid_B is not None:
             kept_B = np.minimum(kept_B, valid_B)
-        for step in range(steps):
-            goes_on = kept_B > step
-            at = rows[goes_on], self.count[rows[goes_on]] + step
-            self.token_ids[at] = token_ids_SB[step, goes_on]
-            self.logprobs[at] = logprobs_SB[step, goes_on]
+        step_X, place_X = np.nonzero(np.arange(steps)[:, None] < kept_B)
+        at = rows[place_X], self.count[rows[place_X]] + step_X
+        self.token_ids[at] = token_ids_SB[step_X, place_X]
+        self.logprobs[at] = logprobs_SB[step_X, place_X]
         self.last_token[rows] = token_ids_SB[kept_B - 1, np.arange(len(rows))]
         self.count[rows] += kept_B
         return kept_B

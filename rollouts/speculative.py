@@ -19,7 +19,7 @@ On a GPU a round is one CUDA graph, drafts, check and sampling, and some rounds 
 
 Shapes: B sequences (A with the idle rows of a captured batch), P prompts, N packed prompt tokens, K drafts of a round,
 S = K + 1 rows of a sequence in the trunk's pass, W positions of the window, T tokens known and drafted so far, C model
-width, V vocabulary, M blocks of the longest sequence, R rows of a pass.
+width, V vocabulary, M blocks of the longest sequence, R rows of a pass, I rounds.
 """
 
 from __future__ import annotations
@@ -44,15 +44,17 @@ PROBE = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Round:
-    """What a round gives."""
+class Drafted:
+    """What some rounds give."""
 
-    token_ids_SB: np.ndarray
-    """The trunk's tokens, int64; -1 where its logits were not all numbers."""
-    logprobs_SB: np.ndarray
+    token_ids_TB: np.ndarray
+    """The trunk's tokens, int64, a sequence's own first; -1 where its logits were not all numbers."""
+    logprobs_TB: np.ndarray
     """Nats, fp32, under the distribution drawn from."""
-    accepted_B: np.ndarray
-    """Drafts up to the first that the trunk did not say; the first accepted + 1 of the S tokens are the sequence's."""
+    valid_B: np.ndarray
+    """How many of the tokens are a sequence's own: of each round the accepted drafts and one more."""
+    accepted_IB: np.ndarray
+    """Of each round, the drafts up to the first that the trunk did not say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,7 +170,7 @@ class Speculator:
             _, tails = self.prefill([token_ids], [running.blocks_of(row)])
             self._begin(int(running.slot[row]), token_ids, tails[0])
 
-    def decode(self, running: RunningBatch, params: SamplingParams, num_rounds: int = 1) -> list[Round]:
+    def decode(self, running: RunningBatch, params: SamplingParams, num_rounds: int = 1) -> Drafted:
         """Rounds for every running sequence; they must hold blocks for as many tokens of these as they may keep."""
         size, device = len(running), self.runner.policy.device
         given = (running.slot, running.seed.view(np.int64), running.last_token, running.length, running.count)
@@ -181,11 +183,17 @@ class Speculator:
         else:
             state = _State.of(numbers_5B)
             drafted = [self._round(state, table_BM, params) for _ in range(num_rounds)]
-        rounds = [torch.stack(of_rounds).cpu().numpy() for of_rounds in zip(*drafted, strict=True)]
-        return [
-            Round(token_ids_SB=said_BS.T, logprobs_SB=logprobs_BS.T, accepted_B=accepted_B)
-            for said_BS, logprobs_BS, accepted_B in zip(*rounds, strict=True)
-        ]
+        said_IBS, logprobs_IBS, accepted_IB = (
+            torch.stack(of_rounds).cpu().numpy() for of_rounds in zip(*drafted, strict=True)
+        )
+        is_own_IBS = np.arange(self.steps) <= accepted_IB[..., None]
+        order_TB = np.argsort(~_in_order(is_own_IBS), axis=0, kind="stable")
+        return Drafted(
+            token_ids_TB=np.take_along_axis(_in_order(said_IBS), order_TB, axis=0),
+            logprobs_TB=np.take_along_axis(_in_order(logprobs_IBS), order_TB, axis=0),
+            valid_B=is_own_IBS.sum(axis=(0, 2)),
+            accepted_IB=accepted_IB,
+        )
 
     def _round(self, state: _State, table_AM: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
         """What the trunk says [A, S], its log-probabilities, and the accepted drafts [A]; state and windows move on."""
@@ -238,11 +246,14 @@ class Speculator:
             self._graphs[rows] = _RoundGraph(self, rows, params, pool)
         return self._graphs[rows]
 
-    def count(self, accepted_B: np.ndarray, kept_B: np.ndarray) -> None:
-        """Take note of a round of which each sequence kept `kept_B` tokens."""
-        self.num_drafted += self.num_drafts * len(kept_B)
-        self.num_accepted += int(np.minimum(accepted_B, kept_B).sum())
-        self._num_rounds += len(kept_B)
+    def count(self, accepted_IB: np.ndarray, kept_B: np.ndarray) -> None:
+        """Take note of rounds of which each sequence kept `kept_B` tokens, in order."""
+        given_IB = accepted_IB + 1
+        kept_IB = np.clip(kept_B - (given_IB.cumsum(axis=0) - given_IB), 0, given_IB)
+        num_rounds = int((kept_IB > 0).sum())
+        self.num_drafted += self.num_drafts * num_rounds
+        self.num_accepted += int(np.minimum(accepted_IB, kept_IB).sum())
+        self._num_rounds += num_rounds
         self._num_kept += int(kept_B.sum())
 
     def _begin(self, slot: int, token_ids: Sequence[int], tail_WC: Tensor | None) -> None:
@@ -308,6 +319,11 @@ class _RoundGraph:
         self.graph.replay()
         said_AS, logprobs_AS, accepted_A = self.drafted
         return said_AS[:size].clone(), logprobs_AS[:size].clone(), accepted_A[:size].clone()
+
+
+def _in_order(x_IBS: np.ndarray) -> np.ndarray:
+    """Each sequence's tokens of all rounds, one after another, [I * S, B]."""
+    return x_IBS.transpose(0, 2, 1).reshape(-1, x_IBS.shape[1])
 
 
 def _size(module: nn.Module) -> int:

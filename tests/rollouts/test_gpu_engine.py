@@ -120,4 +120,7 @@ def test_speculation_gives_the_completions_of_plain_decoding(
             got = [[c.token_ids for c in group] for group in engine.generate(PROMPTS, 3, params)]
             same = [a == b for x, y in zip(got, wanted, strict=True) for a, b in zip(x, y, strict=True)]
             assert sum(same) >= len(same) - 1, settings
-        assert engine.num_accepted > engine.num_drafted / 4
+        # Nearly as many drafts are right as on the CPU, so that the modules were fed what they should be.
+        on_cpu = BuiltinEngine(copy.deepcopy(policy).to("cpu"), EngineConfig.model_validate(config))
+        on_cpu.generate(PROMPTS, 3, params)
+        assert engine.num_accepted / 2 == pytest.approx(on_cpu.num_accepted, rel=0.1)

@@ -16,8 +16,11 @@ from policy.block import Block
 from policy.mtp import MultiTokenPredictor
 from rollouts import Completion, EngineConfig, EngineError, SamplingError, SamplingParams, make_engine
 from rollouts.builtin_engine import BuiltinEngine
+from rollouts.model_runner import ModelRunner
 from rollouts.sampler import mix, sample
-from rollouts.speculative import PROBE
+from rollouts.scheduler import RunningBatch
+from rollouts.sequence import Prefill, Sequence
+from rollouts.speculative import PROBE, Speculator
 from tests.policies import tiny_policy
 
 # One shorter than any window, one that ends with a block of 4, one longer than a prefill of 20.
@@ -246,3 +249,33 @@ def test_a_cache_that_holds_the_least_is_enough_and_one_block_less_is_refused() 
     check_equal(engine_of(policy, 1, cache_of(policy, 5)).generate([prompt], 3, params), wanted)
     with pytest.raises(SamplingError, match=r"one sequence of 12 tokens needs"):
         engine_of(policy, 1, cache_of(policy, 4)).generate([prompt], 3, params)
+
+
+def test_rounds_that_run_ahead_are_rounds_with_looks_between() -> None:
+    policy, prompts = drafting_policy(share=0.05), PROMPTS[:3]
+    params, rows = SamplingParams(max_completion_length=60, temperature=0.3), np.arange(len(prompts))
+
+    def decode(looks: list[int]) -> tuple[RunningBatch, Speculator]:
+        runner = ModelRunner(policy, 60, 4, 20, policy.config.num_cache_layers)
+        speculator = Speculator(runner, 2, 100, len(prompts))
+        running = RunningBatch(len(prompts), 20, params.max_completion_length)
+        blocks = [np.arange(20) + 20 * row for row in rows]
+        logits, tails = speculator.prefill(prompts, blocks)
+        for row, prompt in enumerate(prompts):
+            running.add(Sequence(place=row, prompt=prompt, seed=row), len(prompt), blocks[row])
+            speculator.begin(running, [(row, Prefill(token_ids=prompt, sequences=[], tail_WC=tails[row]))])
+        first_1B, zero_1B = logits.argmax(dim=-1).numpy()[None], np.zeros((1, len(prompts)), dtype=np.float32)
+        running.push_tokens(rows, first_1B, zero_1B, (), 60)
+        for num_rounds in looks:
+            drafted = speculator.decode(running, params, num_rounds)
+            kept_B = running.push_tokens(rows, drafted.token_ids_TB, drafted.logprobs_TB, (), 60, drafted.valid_B)
+            running.length += kept_B
+            speculator.count(drafted.accepted_IB, kept_B)
+        return running, speculator
+
+    with torch.inference_mode():
+        (ahead, drafts_ahead), (looked, drafts_looked) = decode([5, 3]), decode([1] * 8)
+    assert ahead.token_ids.tolist() == looked.token_ids.tolist()
+    assert ahead.count.tolist() == looked.count.tolist()
+    assert drafts_ahead.num_accepted == drafts_looked.num_accepted > 0
+    assert drafts_ahead.num_drafted == drafts_looked.num_drafted == 8 * 2 * len(prompts)
