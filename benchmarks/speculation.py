@@ -2,8 +2,8 @@
 
 Speculation pays by how often drafts are accepted, so random weights say nothing: a policy of a real shape is first
 trained on the countdown task's text, its MTP module with it, and then the module alone on what the policy itself says,
-as in a GRPO run with `mtp_weight`. Then the same prompts are answered with and without drafts, one completion each,
-which end where the policy ends them; both sides run once before they are timed.
+as in a GRPO run with `mtp_weight` and `mtp_num_recycled`. Then the same prompts are answered with and without drafts,
+one completion each, which end where the policy ends them; both sides run once before they are timed.
 
     python benchmarks/speculation.py [--work dsv3_05] [--drafts 1 2 3 4] [--batches 1 8 64] [--json PATH]
 """
@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers, to try the script out")
     parser.add_argument("--base-steps", type=int, default=300)
     parser.add_argument("--own-steps", type=int, default=200, help="steps of the module on the policy's own text")
+    parser.add_argument("--recycled", type=int, default=2, help="further tokens that it learns to draft")
     parser.add_argument("--tokens-per-step", type=int, default=16384)
     parser.add_argument("--drafts", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256])
@@ -118,7 +119,7 @@ def trained_policy(arguments: argparse.Namespace) -> tuple[Policy, Tokenizer, li
     largest = max(arguments.batches)
     prompts = [render(next(problems), config, tokenizer) for _ in range(largest)]
     start = time.perf_counter()
-    teach_module(policy, tokenizer, prompts, arguments.own_steps)
+    teach_module(policy, tokenizer, prompts, arguments.own_steps, arguments.recycled)
     print(f"module on own text: {arguments.own_steps} steps, {time.perf_counter() - start:.0f} s", flush=True)
     return policy, tokenizer, prompts
 
@@ -130,7 +131,9 @@ def render(row: dict[str, Any], config: Config, tokenizer: Tokenizer) -> list[in
     return [ids[word] for word in text.split()]
 
 
-def teach_module(policy: Policy, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], steps: int) -> None:
+def teach_module(
+    policy: Policy, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], steps: int, num_recycled: int
+) -> None:
     """Train the MTP module, and nothing else, on completions of the policy."""
     engine = BuiltinEngine(policy, EngineConfig(max_num_seqs=1024))
     params = SamplingParams(max_completion_length=LENGTH, stop_token_ids=(tokenizer.eos_token_id,))
@@ -148,8 +151,8 @@ def teach_module(policy: Policy, tokenizer: Tokenizer, prompts: Sequence[Sequenc
         token_ids_N = torch.tensor([token for text in taken for token in text], device=policy.device)
         with torch.no_grad():
             hidden_NC = policy(token_ids_N, rows.position_ids_N, Expanded(rows=rows)).hidden_NC
-        losses = ahead_losses(policy, hidden_NC, token_ids_N, rows, is_detached=True)
-        (losses.sums[0] / losses.counts[0]).backward()
+        losses = ahead_losses(policy, hidden_NC, token_ids_N, rows, is_detached=True, num_recycled=num_recycled)
+        (torch.stack(losses.sums).mean() / losses.counts[0]).backward()
         optimizer.gather_gradients()
         optimizer.step(1e-3 * (1 - step / steps), 1.0)
     policy.requires_grad_(True)

@@ -74,6 +74,7 @@ class Auxiliary:
                 temperature=config.temperature,
                 watch=watch,
                 is_detached=True,
+                num_recycled=config.mtp_num_recycled,
             )
             mtp_loss = torch.stack(ahead.sums).mean()
             total = total + config.mtp_weight * mtp_loss / self._num_tokens
@@ -106,6 +107,8 @@ def check_auxiliary(config: Config, shape: PolicyConfig) -> None:
     """Refuse, with a ConfigError, keys that ask of a policy what its shape has not."""
     if config.mtp_weight and not shape.num_nextn_predict_layers:
         raise ConfigError("mtp_weight is set, but the model has no MTP modules; set mtp_weight: 0")
+    if config.mtp_num_recycled and not config.mtp_weight:
+        raise ConfigError("mtp_num_recycled is set, but mtp_weight is 0, which trains no MTP module; set mtp_weight")
     for key in ("bias_update_rate", "router_aux_loss_coef", "router_z_loss_coef"):
         if getattr(config, key) and not shape.num_moe_layers:
             raise ConfigError(f"{key} is set, but the model has no routed experts; set {key}: 0")

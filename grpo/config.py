@@ -158,6 +158,9 @@ class Config(AlgorithmConfig):
     mtp_weight: float = Field(
         default=0.0, ge=0, description="weight of the MTP modules' loss on completions; it moves these modules alone"
     )
+    mtp_num_recycled: int = Field(
+        default=0, ge=0, description="further tokens that the last MTP module learns to draft from its own output"
+    )
 
     dynamic_sampling: DynamicSamplingConfig | None = Field(default=None, description="replace groups without signal")
     curriculum: CurriculumConfig | None = Field(default=None, description="choose problems by their pass rates")

@@ -108,9 +108,9 @@ class AheadLosses:
     """Cross-entropies of the MTP modules, in order."""
 
     sums: list[Tensor]
-    """Over the tokens that each module predicts, nats, [D]; differentiable."""
+    """Over the tokens that each module predicts, nats, [D], then those from its own output; differentiable."""
     counts: list[int]
-    """How many these are, [D]."""
+    """How many these are."""
     routers: RouterSums | None
     """Of the modules, where the pass was watched."""
 
@@ -125,13 +125,17 @@ def ahead_losses(
     temperature: float = 1.0,
     watch: RouterWatch | None = None,
     is_detached: bool = False,
+    num_recycled: int = 0,
 ) -> AheadLosses:
     """What every MTP module makes of the tokens that it predicts from the trunk's hidden states.
 
+    The last one also predicts `num_recycled` times from its own output: see `Policy.predict_ahead`.
     `wanted_N` leaves tokens out. With `is_detached` the gradient reaches the modules' own weights alone: not the
     trunk, not the embedding, not the head.
     """
-    outputs = policy.predict_ahead(hidden_NC, token_ids_N.roll(-1), rows, watch=watch, is_detached=is_detached)
+    outputs = policy.predict_ahead(
+        hidden_NC, token_ids_N.roll(-1), rows, watch=watch, is_detached=is_detached, num_recycled=num_recycled
+    )
     sums, counts = list[Tensor](), list[int]()
     for k, output in enumerate(outputs):
         target_N = rows.position_ids_N >= k + 2
@@ -142,7 +146,7 @@ def ahead_losses(
             output.hidden_NC,
             token_ids_N,
             target_N,
-            ahead=k + 2,
+            ahead=min(k, len(policy.mtp) - 1) + 2,
             temperature=temperature,
             is_detached=is_detached,
         )

@@ -127,8 +127,14 @@ class Policy(nn.Module):
         given_experts_DNK: Tensor | None = None,
         watch: RouterWatch | None = None,
         is_detached: bool = False,
+        num_recycled: int = 0,
     ) -> list[PolicyOutput]:
         """One output of every MTP module in turn; module k's hidden states speak of the token k + 2 ahead.
+
+        Then `num_recycled` more of the last module, which takes its own output at the position before for the trunk's
+        hidden state, as it does when it drafts further than there are modules (FastMTP, Cai et al., 2025); at a row's
+        first position, which has none before it, it takes what it took at first. These speak of the token as far ahead
+        as the module's first output does, are not watched, and choose experts by themselves.
 
         `next_token_ids_N` holds the token after each; module k shifts it on by k. Positions whose future lies beyond
         their row hold numbers without meaning: mask them (`watch` is that of the trunk, and does). With `is_detached`,
@@ -138,14 +144,18 @@ class Policy(nn.Module):
         if is_detached:
             hidden_NC, table_VC = hidden_NC.detach(), table_VC.detach()
         rotation = rotation_of(rows.position_ids_N, self.config)
-        outputs = []
-        for k, module in enumerate(self.mtp):
-            given_NK = None if given_experts_DNK is None else given_experts_DNK[k]
-            watch = None if watch is None else watch.without_last()
-            next_NC = F.embedding(next_token_ids_N, table_VC)
-            hidden_NC, routed = module(hidden_NC, next_NC, rotation, Expanded(rows=rows), given_NK, watch)
+        is_first_N1, outputs = (rows.position_ids_N == 0)[:, None], []
+        for k in range(len(self.mtp) + num_recycled):
+            module, given_NK = self.mtp[min(k, len(self.mtp) - 1)], None
+            if k < len(self.mtp):
+                taken_NC = hidden_NC
+                given_NK = None if given_experts_DNK is None else given_experts_DNK[k]
+                watch = None if watch is None else watch.without_last()
+                next_NC = F.embedding(next_token_ids_N.roll(-k), table_VC)
+            else:
+                taken_NC, watch = torch.where(is_first_N1, taken_NC, hidden_NC.roll(1, dims=0)), None
+            hidden_NC, routed = module(taken_NC, next_NC, rotation, Expanded(rows=rows), given_NK, watch)
             outputs.append(PolicyOutput.of(hidden_NC, [routed] if routed is not None else []))
-            next_token_ids_N = next_token_ids_N.roll(-1)
         return outputs
 
     def draft(

@@ -79,6 +79,20 @@ def test_modules_are_trained_on_completions_and_the_policy_does_not_notice() -> 
             assert torch.allclose(found[name], weight.grad, atol=1e-6), name
 
 
+def test_the_last_module_learns_to_go_on_from_its_own_output() -> None:
+    policy = tiny_policy(num_nextn_predict_layers=1)
+    rows = rows_of(make_groups(policy))
+    plain, _ = run(policy, rows, mtp_weight=0.3)
+    recycled, stats = run(policy, rows, mtp_weight=0.3, mtp_num_recycled=2)
+    cut, cut_stats = run(policy, rows, max_tokens=50, mtp_weight=0.3, mtp_num_recycled=2)
+    for name in plain:
+        is_same = torch.allclose(plain[name], recycled[name], atol=1e-6)
+        assert is_same or name.startswith("mtp."), name
+        assert torch.allclose(recycled[name], cut[name], atol=2e-6), name
+    assert not all(torch.allclose(plain[name], recycled[name], atol=1e-6) for name in plain)
+    assert cut_stats.auxiliary.mtp_loss == pytest.approx(stats.auxiliary.mtp_loss, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     "keys", [{"mtp_weight": 0.3}, LOSSES, {"mtp_weight": 0.3} | LOSSES], ids=["mtp", "routers", "both"]
 )
@@ -152,6 +166,7 @@ def test_totals_of_micro_batches_are_means() -> None:
     ("keys", "shape", "message"),
     [
         ({"mtp_weight": 0.1}, {}, "mtp_weight is set, but the model has no MTP modules; set mtp_weight: 0"),
+        ({"mtp_num_recycled": 1}, {}, "mtp_num_recycled is set, but mtp_weight is 0"),
         ({"bias_update_rate": 0.1}, {"first_k_dense_replace": 3}, "bias_update_rate is set, but .* no routed experts"),
         (LOSSES, {"first_k_dense_replace": 3}, "router_aux_loss_coef is set, but .* set router_aux_loss_coef: 0"),
         ({"bias_update_rate": 0.1}, {"model_type": "deepseek_v2"}, "routers of a deepseek_v2 model have no bias; set"),

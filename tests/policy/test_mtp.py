@@ -127,6 +127,39 @@ def test_wanted_tokens_and_temperature_of_the_modules_losses() -> None:
         assert torch.allclose(losses.sums[k], torch.as_tensor(wanted), rtol=1e-5)
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+@torch.no_grad()
+def test_the_last_module_goes_on_from_its_own_output(depth: int) -> None:
+    """Row by row, with the state that it gave at one position put in for the trunk's at the next."""
+    policy, token_ids_N, rows = make_policy(depth), draw_tokens(), PackedRows.of(LENGTHS)
+    hidden_NC = policy(token_ids_N, rows.position_ids_N, Expanded(rows=rows)).hidden_NC
+    outputs = policy.predict_ahead(hidden_NC, token_ids_N.roll(-1), rows, num_recycled=2)
+    plain = policy.predict_ahead(hidden_NC, token_ids_N.roll(-1), rows)
+    assert len(outputs) == depth + 2
+    assert all(torch.equal(a.hidden_NC, b.hidden_NC) for a, b in zip(outputs, plain, strict=False))
+    losses = ahead_losses(policy, hidden_NC, token_ids_N, rows, num_recycled=2)
+    totals = [0.0, 0.0]
+    for start, length in zip(rows.starts, LENGTHS, strict=True):
+        if length == 1:
+            continue
+        tokens_S, one = token_ids_N[start : start + length], PackedRows.of([length])
+        taken_SC = hidden_NC[start : start + length] if depth == 1 else outputs[0].hidden_NC[start : start + length]
+        given_SC = outputs[depth - 1].hidden_NC[start : start + length]
+        for recycled in range(2):
+            taken_SC = torch.cat((taken_SC[:1], given_SC[:-1]))
+            ahead_SC = policy.embed_tokens(tokens_S.roll(-depth))
+            rotation = rotation_of(one.position_ids_N, policy.config)
+            given_SC, _ = policy.mtp[-1](taken_SC, ahead_SC, rotation, Expanded(rows=one))
+            # What lies at a row's last positions looked at tokens beyond it.
+            known = slice(start, start + length - depth)
+            assert torch.allclose(outputs[depth + recycled].hidden_NC[known], given_SC[: length - depth], atol=1e-5)
+            log_all_SV = policy.project(given_SC).log_softmax(-1)
+            wanted = range(depth + recycled + 2, length)
+            totals[recycled] -= sum(float(log_all_SV[n - depth - 1, tokens_S[n]]) for n in wanted)
+    assert [float(total) for total in losses.sums[depth:]] == pytest.approx(totals, rel=1e-5)
+    assert losses.counts[depth:] == [sum(max(0, n - depth - 2 - r) for n in LENGTHS) for r in range(2)]
+
+
 BLOCK = 3
 
 
