@@ -5,6 +5,8 @@ Nothing is recorded here; `metrics.jsonl` is the record.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
 from collections import deque
@@ -12,7 +14,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -28,8 +30,18 @@ SECONDS_BETWEEN_DRAWINGS = 0.1
 """On a terminal: a drawing takes about a millisecond, which fast steps should not pay each time."""
 
 
+class _Console(Console):
+    """Rich would end the process where nobody reads what it prints."""
+
+    def on_broken_pipe(self) -> None:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), self.file.fileno())
+
+
 class Display:
     """A live area at the bottom of a terminal; one plain line at a time where the output is not one.
+
+    An output that cannot be written to (a full disk, a pipe that nobody reads) costs the line, not the run.
 
     Use it as a context manager: on the way out, exceptions included, the terminal is as it was. It draws when it is
     told something and has no thread of its own, so that worker processes can be forked while it is open.
@@ -46,7 +58,7 @@ class Display:
         """Show nothing unless `rank` is 0. Without a terminal, print a line every `seconds_between_lines` at most,
         and the last of each stage; `console` is by default stderr, or stdout if only that is a terminal.
         """
-        self._console = console or Console(stderr=sys.stderr.isatty() or not sys.stdout.isatty(), highlight=False)
+        self._console = console or _Console(stderr=sys.stderr.isatty() or not sys.stdout.isatty(), highlight=False)
         self._is_silent = rank != 0
         self._seconds_between_lines = seconds_between_lines
         self._clock = clock
@@ -70,7 +82,8 @@ class Display:
             self._close_stage()
         finally:
             if self._live is not None:
-                self._live.stop()
+                with contextlib.suppress(OSError):
+                    self._live.stop()
                 self._live = None
 
     def stage(self, title: str, total: int, done: int = 0) -> None:
@@ -134,7 +147,7 @@ class Display:
         if self._live is None:
             return
         if not self._title:
-            self._live.update(Text(), refresh=True)
+            self._draw(Text())
             return
         left = self.estimate_seconds_left()
         bar = Table.grid(padding=(0, 2), expand=True)
@@ -147,12 +160,18 @@ class Display:
             "" if left is None else f"{format_duration(left)} left",
         )
         figures = Text(self._figures, style="dim", no_wrap=True, overflow="ellipsis")
-        self._live.update(Group(bar, figures), refresh=True)
+        self._draw(Group(bar, figures))
+
+    def _draw(self, content: RenderableType) -> None:
+        assert self._live is not None
+        with contextlib.suppress(OSError):  # a terminal may be closed before the run is done
+            self._live.update(content, refresh=True)
 
     def _print(self, text: str) -> None:
         if not self._is_silent:
-            # On a terminal rich folds at its width; elsewhere a line stays a line, for grep.
-            self._console.print(Text(text), soft_wrap=self._live is None)
+            with contextlib.suppress(OSError):
+                # On a terminal rich folds at its width; elsewhere a line stays a line, for grep.
+                self._console.print(Text(text), soft_wrap=self._live is None)
 
 
 def describe_metrics(metrics: Mapping[str, object]) -> str:

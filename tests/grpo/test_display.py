@@ -1,13 +1,16 @@
 """The display of a running job, on a terminal and in a log."""
 
 import io
+import os
 import re
+import subprocess
 import sys
 
 import pytest
 from rich.console import Console
 
 from grpo.display import MAX_NOTE, Display, describe_metrics
+from tests.full_disk import files_at_most
 
 METRICS = {
     "reward": 0.532,
@@ -189,3 +192,31 @@ def test_several_steps_at_once_count_as_many():
     assert display.estimate_seconds_left() == pytest.approx(448 / 8)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         display.advance(steps=0)
+
+
+def test_an_output_without_room_costs_lines_and_not_the_run(tmp_path):
+    with (tmp_path / "log.txt").open("w") as log:
+        display = Display(console=Console(file=log))
+        display.note("before")
+        with files_at_most(10):
+            display.note("a disk without room " * 5)
+        display.note("after")
+    assert "before" in (text := (tmp_path / "log.txt").read_text())
+    assert text.endswith("after\n")
+
+
+def test_a_reader_that_is_gone_does_not_end_the_run(tmp_path):
+    """As in `grpo train recipe.yaml | head`."""
+    code = (
+        "import pathlib, sys; from grpo.display import Display; display = Display()\n"
+        "for _ in range(100): display.note('more than a pipe holds ' * 40)\n"
+        "pathlib.Path(sys.argv[1]).write_text('done')"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "done")], stdout=writer, stderr=writer, stdin=subprocess.DEVNULL
+    )
+    os.close(writer)
+    assert run.returncode == 0
+    assert (tmp_path / "done").read_text() == "done"
