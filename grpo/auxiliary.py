@@ -77,7 +77,8 @@ class Auxiliary:
             )
             mtp_loss = torch.stack(ahead.sums).mean()
             total = total + config.mtp_weight * mtp_loss / self._num_tokens
-            self._mtp_loss += mtp_loss.detach()
+            if not batch.is_idle:
+                self._mtp_loss += mtp_loss.detach()
             routers = RouterSums.join([sums for sums in (routers, ahead.routers) if sums is not None])
         if self._with_router_losses and routers is not None:
             total = total + router_loss(
@@ -87,7 +88,8 @@ class Auxiliary:
                 num_rows=self._num_rows,
                 num_tokens=self._num_routed,
             )
-        self._totals.add(routers, len(batch.rows.lengths))
+        if not batch.is_idle:
+            self._totals.add(routers, len(batch.rows.lengths))
         return total
 
     def finish(self, *, is_skipped: bool) -> AuxiliaryStats:

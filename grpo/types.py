@@ -95,3 +95,8 @@ class Batch:
     stale_N: Tensor | None = None
     """True at the tokens that an earlier version of the policy sampled, whose old log-probabilities are the recorded
     ones; None: nowhere."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether its row is of no completion, and nothing learned from it: other ranks wait for the pass."""
+        return not self.origins
