@@ -324,7 +324,8 @@ class Trainer:
             "tokens_per_second": tokens / elapsed,
         }
         if self.policy.device.type == "cuda":
-            metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated(self.policy.device) / 2**30
+            peak_gib = torch.cuda.max_memory_allocated(self.policy.device) / 2**30
+            metrics["memory/peak_gib"] = self.ranks.max_number(peak_gib)
         if self.ranks.is_main:
             self.folder.add_metrics(metrics)
         self.display.advance(metrics)
