@@ -40,6 +40,8 @@ class Ranks:
         """Raises ConfigError where the launcher's file asks for something that is not done here."""
         self.sharding: Sharding | None = _sharding()
         """How weights are kept over ranks; None: whole on each."""
+        self.reshard_after_forward: bool = _is_set("FSDP_RESHARD_AFTER_FORWARD")
+        """Whether FSDP2 takes a block apart between its forward and its backward pass."""
         self._accelerator = Accelerator(cpu=cpu)
         self.device: torch.device = self._accelerator.device
         self.rank: int = dist.get_rank() if dist.is_initialized() else 0

@@ -20,7 +20,7 @@ from grpo.penalties import penalised_rewards
 from grpo.reference import Reference
 from grpo.update import update
 from grpo.weights import keep_weights
-from policy import Policy
+from policy import Policy, cast_weights
 from policy.lora import LoraConfig, add_adapters
 from tests.grpo.rollouts import make_groups, tiny_config
 from tests.policies import tiny_llama, tiny_policy
@@ -36,6 +36,8 @@ class Case:
     num_problems: int = 3
     rank: int = 0
     """Of the adapters; 0: none."""
+    dtype: torch.dtype = torch.float32
+    """bf16: a row a micro-batch, since what shares one changes what is rounded."""
     broken_step: int | None = None
     """In which one completion's advantage is no number."""
 
@@ -60,8 +62,12 @@ CASES = {
         changes={"beta": 0.1, "kl_in": "reward", "top_k": 7},
         recomputation="full",
     ),
+    "experts in bf16": Case(make=lambda: tiny_policy(num_hidden_layers=2), num_problems=2, dtype=torch.bfloat16),
     # An adapter of rank 1 has a row for one rank of two and none for the other.
     "adapters": Case(make=lambda: tiny_policy(num_hidden_layers=2), changes={"beta": 0.1}, rank=1),
+    "adapters in bf16": Case(
+        make=lambda: tiny_llama(num_hidden_layers=1), num_problems=2, dtype=torch.bfloat16, rank=1
+    ),
 }  # fmt: skip
 
 
@@ -72,11 +78,12 @@ def three_steps(ranks: Ranks) -> dict[str, Tensor]:
         changes = case.changes | ({"lora": {"r": case.rank}} if case.rank else {})
         # A larger epsilon: Adam's first step would blow up gradients that are nothing but rounding.
         config = tiny_config(
-            max_grad_norm=0.5, max_tokens_per_micro_batch=60, weight_decay=0.1, adam_epsilon=1e-6, **changes
-        )
+            max_grad_norm=0.5, weight_decay=0.1, adam_epsilon=1e-6,
+            max_tokens_per_micro_batch=60 if case.dtype == torch.float32 else 1, **changes,
+        )  # fmt: skip
         drawn = {key: case.changes[key] for key in ("top_k",) if key in case.changes}
         groups = make_groups(case.make(), num_problems=case.num_problems, length=8, **drawn)
-        policy = case.make()
+        policy = cast_weights(case.make(), case.dtype)
         policy.recomputation = case.recomputation  # type: ignore[assignment]
         if case.rank:
             add_adapters(policy, LoraConfig(r=case.rank), seed=0)
@@ -103,7 +110,8 @@ def three_steps(ranks: Ranks) -> dict[str, Tensor]:
             if reference is not None and config.sync_ref_model:
                 reference.follow(policy, 0.5)
         weights.publish()
-        found |= {f"{name}: {key}": tensor.clone() for key, tensor in weights.sampler.state_dict().items()}
+        sampler = weights.sampler.state_dict()
+        found |= {f"{name}: {key}": t.clone() for key, t in sampler.items() if t.dtype == torch.float32}
         found |= {f"{name}: {key}": tensor.clone() for key, tensor in weights.optimizer.state_tensors().items()}
         if reference is not None and not case.rank:
             found |= {f"{name}: reference {key}": t.clone() for key, t in weights.whole(reference.policy).items()}
