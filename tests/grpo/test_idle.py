@@ -46,7 +46,7 @@ def test_an_idle_pass_reaches_every_weight_and_changes_nothing(with_row: bool) -
     for batches in (busy, [*busy, *idle, *idle]):
         policy, reached = tiny_policy(num_nextn_predict_layers=2), set[str]()
         for name, weight in policy.named_parameters():
-            weight.register_post_accumulate_grad_hook(lambda _, name=name: reached.add(name))
+            weight.register_post_accumulate_grad_hook(lambda _, name=name, reached=reached: reached.add(name))
         optimizer = MasterAdamW(policy, betas=(0.0, 0.99), eps=1e-8, weight_decay=0.0)
         counts = minibatch.counts if with_row else replace(minibatch.counts, tokens=0, sequences=0, prompts=0)
         stats = update(

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch import Tensor
 
 from grpo.config import load_config
 from grpo.distributed import Ranks
@@ -35,13 +36,19 @@ def launch(folder: Path, name: str, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """What one process makes of three steps."""
+    return three_steps(Ranks(cpu=True), tmp_path_factory.mktemp("one"))
+
+
 @pytest.mark.multi
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_three_steps_of_two_ranks_are_those_of_one(name: str, tmp_path: Path) -> None:
+def test_three_steps_of_two_ranks_are_those_of_one(name: str, one: dict[str, Tensor], tmp_path: Path) -> None:
     """One rank may have nothing to learn from, and fewer micro-batches than the other."""
-    output = launch(tmp_path, name, "tests.grpo.three_steps", str(tmp_path / "two.pt"))
+    output = launch(tmp_path, name, "tests.grpo.three_steps", str(tmp_path))
     assert "FSDP2-wrapped" not in output, "a warning of FSDP2's"
-    one, two = three_steps(Ranks(cpu=True)), torch.load(tmp_path / "two.pt", weights_only=True)
+    two = torch.load(tmp_path / "result.pt", weights_only=True)
     assert one.keys() == two.keys()
     for key, tensor in one.items():
         assert torch.allclose(two[key], tensor, rtol=1e-5, atol=1e-5), (key, (two[key] - tensor).abs().max())
