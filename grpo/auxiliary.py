@@ -44,8 +44,8 @@ class Auxiliary:
         self.restart()
         self._num_rows = self._num_routed = 1
         if self._with_router_losses:
-            self._num_rows = int(ranks.sum_number(sum(len(batch.rows.lengths) for batch in batches)))
-            self._num_routed = int(ranks.sum_number(sum(len(batch.token_ids_N) for batch in batches)))
+            self._num_rows = max(1, int(ranks.sum_number(sum(len(batch.rows.lengths) for batch in batches))))
+            self._num_routed = max(1, int(ranks.sum_number(sum(len(batch.token_ids_N) for batch in batches))))
 
     def restart(self) -> None:
         """Forget the micro-batches so far: they will be done again."""
@@ -78,7 +78,8 @@ class Auxiliary:
             )
             mtp_loss = torch.stack(ahead.sums).mean()
             total = total + config.mtp_weight * mtp_loss / self._num_tokens
-            self._mtp_loss += mtp_loss.detach()
+            if not batch.is_idle:
+                self._mtp_loss += mtp_loss.detach()
             routers = RouterSums.join([sums for sums in (routers, ahead.routers) if sums is not None])
         if self._with_router_losses and routers is not None:
             total = total + router_loss(
@@ -88,7 +89,8 @@ class Auxiliary:
                 num_rows=self._num_rows,
                 num_tokens=self._num_routed,
             )
-        self._totals.add(routers, len(batch.rows.lengths))
+        if not batch.is_idle:
+            self._totals.add(routers, len(batch.rows.lengths))
         return total
 
     def finish(self, *, is_skipped: bool) -> AuxiliaryStats:

@@ -24,9 +24,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import policy as policies
-from grpo.optimizer import MasterAdamW
+from grpo.weights import Weights
 from policy import CheckpointError, Policy
 from policy.checkpoint import load_config, read_tensors, restore
 from policy.lora import LoraConfig, LoraError, adapters, load_adapters, save_adapters
@@ -54,20 +55,21 @@ def save_checkpoint(
     step: int,
     policy: Policy,
     tokenizer: Tokenizer,
-    optimizer: MasterAdamW,
+    trained: Mapping[str, Tensor],
     keep: int,
     *,
     state: Mapping[str, float | None] | None = None,
     data: Mapping[str, Any] | None = None,
-    reference: Policy | None = None,
+    reference: Mapping[str, Tensor] | None = None,
     lora: LoraConfig | None = None,
     base_model: str | None = None,
 ) -> Path:
     """Write `folder/step_{step}` and remove all but the newest `keep`. Raises OSError where the disk refuses.
 
-    `state` are numbers of the trainer that do not follow from the step, `data` is what the next questions depend on, as
-    JSON; `reference` is given where it moves. With `lora`, the weights are merged and the adapters to `base_model`
-    stand by themselves in `adapter/`.
+    `policy` has its weights whole, `trained` is `Optimizer.state_tensors`. `state` are numbers of the trainer that do
+    not follow from the step, `data` is what the next questions depend on, as JSON; `reference` are the reference's
+    weights by name, given where it moves. With `lora`, the weights are merged and the adapters to `base_model` stand by
+    themselves in `adapter/`.
     """
     target = folder / f"step_{step:06d}"
     with written_whole(target) as temporary:
@@ -75,11 +77,9 @@ def save_checkpoint(
         if lora is not None:
             save_adapters(policy, temporary / ADAPTER, lora, base_model)
         tokenizer.save(temporary)
-        save_file(optimizer.state_tensors(), temporary / TRAINER)
+        save_file(dict(trained), temporary / TRAINER)
         if reference is not None:
-            save_file(
-                {name: weight.contiguous() for name, weight in reference.named_parameters()}, temporary / REFERENCE
-            )
+            save_file(dict(reference), temporary / REFERENCE)
         (temporary / STATE).write_text(json.dumps({"step": step, **(state or {})}) + "\n")
         (temporary / DATA).write_text(json.dumps(data) + "\n")
         files = sorted(file for file in temporary.rglob("*") if file.is_file())
@@ -136,11 +136,13 @@ def forget_checkpoints_after(folder: Path, step: int) -> None:
         shutil.rmtree(path)
 
 
-def load_checkpoint(path: Path, policy: Policy, optimizer: MasterAdamW, reference: Policy | None = None) -> None:
-    """Put weights, routers' biases, masters and moments back, in place; a reference too, where it had moved.
+def load_checkpoint(path: Path, weights: Weights, reference: Policy | None = None) -> None:
+    """Put weights, routers' biases, masters and moments back, in place; a reference too, where it had moved. Any number
+    of ranks may have written it, and keep their weights otherwise.
 
     Raises CheckpointError for a checkpoint of another shape, before anything is changed.
     """
+    policy, optimizer = weights.sampler, weights.optimizer
     theirs, ours = load_config(path).model_dump(), policy.config.model_dump()
     if differing := [f"{key} is {theirs[key]} there and {ours[key]} here" for key in ours if theirs[key] != ours[key]]:
         raise CheckpointError(
@@ -149,9 +151,9 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: MasterAdamW, referenc
         )
     state = load_file(path / TRAINER)
     trained = {name.removeprefix("master.") for name in state if name.startswith("master.")}
-    if trained != optimizer.masters.keys():
+    if trained != optimizer.trained:
         raise CheckpointError(
-            f"{path} trained other weights, such as {min(trained ^ optimizer.masters.keys())}; continue the run with "
+            f"{path} trained other weights, such as {min(trained ^ optimizer.trained)}; continue the run with "
             "the `lora` section that it began with, or choose another name (name=...)"
         )
     if adapters(policy):
@@ -161,9 +163,11 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: MasterAdamW, referenc
             raise CheckpointError(str(error)) from None
     else:
         restore(policy, read_tensors(path), where=str(path))
+    for there, here in zip(weights.policy.buffers(), policy.buffers(), strict=True):
+        there.copy_(here)  # the routers' biases, which no optimizer moves
     optimizer.load_state_tensors(state)
     if reference is not None and (path / REFERENCE).is_file():
-        reference.load_state_dict(load_file(path / REFERENCE), strict=False)  # without the buffers, which do not move
+        weights.restore(reference, load_file(path / REFERENCE))
 
 
 def read_data_state(path: Path) -> dict[str, Any]:

@@ -1,24 +1,32 @@
 """How ranks share a step: who they are, sums over all, gathered objects. The only file that imports accelerate.
 
 Gradients are summed once per update, after all micro-batches, instead of through a wrapper's hooks: the loss is already
-divided by the global number of tokens, and ranks may hold different numbers of micro-batches.
+divided by the global number of tokens, and ranks may hold different numbers of micro-batches. Where the launcher's file
+asks for weights in pieces, grpo/weights.py says what is different.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
+from grpo.config import ConfigError
+
 Item = TypeVar("Item")
 
 LOST = ("closed by peer", "reset by peer", "Broken pipe")
 """What gloo's error says when a peer is gone; it has no type of its own."""
+
+
+Sharding = Literal["fsdp2"]
+"""Ways of keeping weights in pieces."""
 
 
 class RankLostError(RuntimeError):
@@ -29,6 +37,11 @@ class Ranks:
     """The processes that `accelerate launch` (or nothing) started, and what they do together."""
 
     def __init__(self, *, cpu: bool) -> None:
+        """Raises ConfigError where the launcher's file asks for something that is not done here."""
+        self.sharding: Sharding | None = _sharding()
+        """How weights are kept over ranks; None: whole on each."""
+        self.reshard_after_forward: bool = _is_set("FSDP_RESHARD_AFTER_FORWARD")
+        """Whether FSDP2 takes a block apart between its forward and its backward pass."""
         self._accelerator = Accelerator(cpu=cpu)
         self.device: torch.device = self._accelerator.device
         self.rank: int = dist.get_rank() if dist.is_initialized() else 0
@@ -43,6 +56,17 @@ class Ranks:
         """This rank's contiguous part of a list that all ranks hold, and the index of its first item."""
         start, end = (len(items) * r // self.size for r in (self.rank, self.rank + 1))
         return start, list(items[start:end])
+
+    def deal(self, sizes: Sequence[int]) -> list[int]:
+        """Places of this rank's items of a list that all ranks hold, in order; all get about the same size in sum: the
+        largest item first, each to the rank that has least.
+        """
+        totals, dealt = [0] * self.size, list[list[int]]([] for _ in range(self.size))
+        for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
+            poorest = min(range(self.size), key=lambda rank: totals[rank])
+            totals[poorest] += sizes[place]
+            dealt[poorest].append(place)
+        return sorted(dealt[self.rank])
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Add tensors up over all ranks, in place, in one message per dtype."""
@@ -82,6 +106,23 @@ class Ranks:
             dist.all_gather_object(parts, items)
         return [item for part in parts for item in part]
 
+    def join(self, piece: Tensor, length: int) -> Tensor:
+        """The whole, [length, ...], of the pieces that `cut` gave each rank; on every rank."""
+        rows = -(-length // self.size)
+        padded = piece.new_zeros(rows, *piece.shape[1:])
+        padded[: len(piece)] = piece
+        whole = piece.new_empty(rows * self.size, *piece.shape[1:])
+        with self._peers():
+            dist.all_gather(list(whole.split(rows)), padded)
+        return whole[:length]
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """This rank's piece of a tensor that all ranks hold: as many rows of the first dimension as the others', fewer
+        or none at the end.
+        """
+        rows = -(-len(whole) // self.size)
+        return whole[rows * self.rank : rows * (self.rank + 1)]
+
     def wait(self) -> None:
         """Until every rank is here."""
         with self._peers():
@@ -104,3 +145,23 @@ class Ranks:
         """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _sharding() -> Sharding | None:
+    """What the launcher's file asks for, as it tells its processes. Raises ConfigError for what is not done here."""
+    if not _is_set("ACCELERATE_USE_FSDP"):
+        return None
+    if os.environ.get("FSDP_VERSION") != "2":
+        raise ConfigError("the launcher's file asks for FSDP 1; set fsdp_config.fsdp_version: 2 there")
+    if _is_set("FSDP_OFFLOAD_PARAMS"):
+        raise ConfigError("fsdp_config.fsdp_offload_params is not done here; set it to false in the launcher's file")
+    if _is_set("FSDP_ACTIVATION_CHECKPOINTING"):
+        raise ConfigError(
+            "set fsdp_config.fsdp_activation_checkpointing to false in the launcher's file: the recipe's "
+            "activation_recomputation says what is made again"
+        )
+    return "fsdp2"
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from grpo.distributed import Ranks
 from grpo.support import Support
 from grpo.types import Batch
 from policy import PackedRows
@@ -25,11 +26,14 @@ class DeviceMemoryError(RuntimeError):
     """One row alone does not fit; the message says which keys to change."""
 
 
-def do_in_memory(attempt: Callable[[Sequence[Batch]], T], batches: Sequence[Batch]) -> tuple[T, list[Batch], int]:
+def do_in_memory(
+    attempt: Callable[[Sequence[Batch]], T], batches: Sequence[Batch], ranks: Ranks | None = None
+) -> tuple[T, list[Batch], int]:
     """What `attempt` gives, on batches cut in halves until it fits; with these batches and how often they were halved.
 
     `attempt` is called from the start each time, so it has to undo what a call before may have left. It is this rank's
-    own affair: it must not wait for other ranks. Raises DeviceMemoryError where each batch is one row already.
+    own affair: it must not wait for other ranks. Raises DeviceMemoryError where each batch is one row already, and at
+    once where `ranks` hold the weights in pieces: the others are in the middle of a pass with this one.
     """
     given, num_halvings = list(batches), 0
     while True:
@@ -37,6 +41,11 @@ def do_in_memory(attempt: Callable[[Sequence[Batch]], T], batches: Sequence[Batc
             return attempt(given), given, num_halvings
         except torch.OutOfMemoryError as error:
             reason = str(error).partition("\n")[0]
+        if ranks is not None and ranks.sharding is not None:
+            raise DeviceMemoryError(
+                f"rank {ranks.rank}: out of memory ({reason}), and with weights in pieces a step cannot be done again; "
+                "lower max_tokens_per_micro_batch, or set activation_recomputation: full"
+            )
         # After the handler: until then the error's frames hold what the attempt had computed.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

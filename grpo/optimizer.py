@@ -9,11 +9,55 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from grpo.distributed import Ranks
+from grpo.layout import Layout, Whole
 from policy import Policy
+
+
+class Optimizer(Protocol):
+    """Turns the losses of micro-batches into steps of a policy's weights, however these are kept over ranks.
+
+    A step is: `restart`, `backward` for each micro-batch, `reduce`, then `step`, or `restart` to leave it out.
+    """
+
+    def restart(self) -> None:
+        """Forget all gradients, also those of a pass that broke off."""
+        ...
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Add the gradient of one micro-batch's share of the loss; the last of the step is told."""
+        ...
+
+    def reduce(self, loss: Tensor, ranks: Ranks) -> None:
+        """Sum the gradients over all ranks, and the loss of the step, in place. Every rank calls it, once a step."""
+        ...
+
+    def step(self, learning_rate: float, max_grad_norm: float) -> float:
+        """Clip by the norm over all weights, step, forget the gradients; gives the norm before clipping.
+
+        A norm that is not finite, the same on all ranks, leaves everything as it was.
+        """
+        ...
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """Names of the parameters that it moves."""
+        ...
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """`master.NAME` (fp32), and once it has stepped `exp_avg.NAME`, `exp_avg_sq.NAME` and `step.NAME`, of each
+        trained parameter: whole, however kept; of use on the main rank only.
+        """
+        ...
+
+    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state_tensors` gave, under any way of keeping; the policy's weights follow."""
+        ...
 
 
 class MasterAdamW:
@@ -22,14 +66,21 @@ class MasterAdamW:
     Frozen weights (all but the adapters, where there are any) have no master.
     """
 
-    def __init__(self, policy: Policy, *, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        layout: Layout | None = None,
+    ) -> None:
+        """`layout` says how the policy's parameters lie over ranks; None: whole."""
         self._weights = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
-        self.masters: dict[str, Tensor] = {
-            name: weight if weight.dtype == torch.float32 else weight.detach().float().requires_grad_()
-            for name, weight in self._weights.items()
-        }
-        decayed = [master for master in self.masters.values() if master.ndim > 1]
-        plain = [master for master in self.masters.values() if master.ndim <= 1]
+        self._layout = layout or Whole()
+        self.masters: dict[str, Tensor] = {name: self._master_of(weight) for name, weight in self._weights.items()}
+        decayed = [master for name, master in self.masters.items() if self._weights[name].ndim > 1]
+        plain = [master for name, master in self.masters.items() if self._weights[name].ndim <= 1]
         self.inner = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}],
             lr=0.0,
@@ -37,6 +88,22 @@ class MasterAdamW:
             eps=eps,
             fused=True,
         )
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """See `Optimizer.trained`."""
+        return frozenset(self.masters)
+
+    def restart(self) -> None:
+        """See `Optimizer.restart`."""
+        for weight in self._weights.values():
+            weight.grad = None
+        self.inner.zero_grad(set_to_none=True)
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """See `Optimizer.backward`."""
+        loss.backward()
+        self.gather_gradients()
 
     def gather_gradients(self) -> list[Tensor]:
         """Move gradients that a backward pass left on the policy to the masters; call after every micro-batch.
@@ -48,24 +115,25 @@ class MasterAdamW:
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
             if weight is not master and weight.grad is not None:
-                master.grad.add_(weight.grad)
+                master.grad.add_(self._layout.own(weight.grad))
                 weight.grad = None
         return [master.grad for master in self.masters.values() if master.grad is not None]
+
+    def reduce(self, loss: Tensor, ranks: Ranks) -> None:
+        """See `Optimizer.reduce`."""
+        self._layout.sum_up(self.gather_gradients(), loss, ranks)
 
     def step(self, learning_rate: float, max_grad_norm: float) -> float:
         """Clip, step, copy to the policy, forget the gradients; gives the norm before clipping.
 
         A norm that is not finite leaves everything as it was.
         """
-        norm = float(torch.nn.utils.clip_grad_norm_(list(self.masters.values()), max_grad_norm, foreach=True))
+        norm = self._clip(max_grad_norm)
         if math.isfinite(norm):
             for group in self.inner.param_groups:
                 group["lr"] = learning_rate
             self.inner.step()
-            with torch.no_grad():
-                for name, master in self.masters.items():
-                    if self._weights[name] is not master:
-                        self._weights[name].copy_(master)
+            self._round()
         self.inner.zero_grad(set_to_none=True)
         return norm
 
@@ -73,26 +141,47 @@ class MasterAdamW:
         """Masters and moments by name, for a checkpoint."""
         state: dict[str, Tensor] = {}
         for name, master in self.masters.items():
-            state[f"master.{name}"] = master.detach()
-            for key, value in self.inner.state.get(master, {}).items():
-                state[f"{key}.{name}"] = value
+            for key, value in {"master": master.detach(), **self.inner.state.get(master, {})}.items():
+                state[f"{key}.{name}"] = value if key == "step" else self._layout.join(self._weights[name], value)
         return state
 
     def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state_tensors` gave, the policy's weights included."""
         for name, master in self.masters.items():
+            weight = self._weights[name]
             moments = {
                 key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in state
             }
             with torch.no_grad():
-                master.copy_(state[f"master.{name}"])
-                if self._weights[name] is not master:
-                    self._weights[name].copy_(master)
+                master.copy_(self._layout.cut(weight, state[f"master.{name}"]))
             if moments:
                 self.inner.state[master] = {
-                    key: value.clone() if key == "step" else value.to(master, copy=True)
+                    key: value.clone() if key == "step" else self._layout.cut(weight, value).to(master, copy=True)
                     for key, value in moments.items()
                 }
+        self._round()
+
+    def _clip(self, max_grad_norm: float) -> float:
+        """Clip by the norm over all weights and pieces; gives the norm before that."""
+        masters = list(self.masters.values())
+        norm = self._layout.norm([master.grad for master in masters if master.grad is not None])
+        torch.nn.utils.clip_grads_with_norm_(masters, max_grad_norm, norm, foreach=True)
+        return float(norm)
+
+    def _master_of(self, weight: Tensor) -> Tensor:
+        """The weight itself where it is whole and fp32; else what this rank holds of it, in fp32."""
+        own = self._layout.own(weight)
+        if own is weight and weight.dtype == torch.float32:
+            return weight
+        return own.detach().float().requires_grad_()
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        """Give the policy what its dtype can hold of the masters, where these are not its own memory."""
+        for name, master in self.masters.items():
+            own = self._layout.own(self._weights[name])
+            if own.data_ptr() != master.data_ptr():
+                own.copy_(master)
 
 
 def learning_rate_at(step: int, *, peak: float, warmup_steps: int, max_steps: int, kind: str) -> float:

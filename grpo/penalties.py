@@ -11,6 +11,8 @@ import torch
 
 from grpo.batch import make_batches, make_rows
 from grpo.config import Config
+from grpo.distributed import Ranks
+from grpo.idle import fill_up
 from grpo.kl import ESTIMATORS
 from grpo.ratio import row_sums
 from grpo.reference import Reference
@@ -22,7 +24,7 @@ from rewards.shaping import make_overlong_reward
 
 
 def penalised_rewards(
-    groups: Sequence[Group], config: Config, *, policy: Policy, reference: Reference | None
+    groups: Sequence[Group], config: Config, *, policy: Policy, reference: Reference | None, ranks: Ranks
 ) -> list[list[float | None]]:
     """Rewards [P][G] less DAPO's soft overlong punishment and, with `kl_in: reward`, beta times the divergence from the
     reference; None stays None.
@@ -33,7 +35,7 @@ def penalised_rewards(
             for g, punishment in enumerate(punishments(group, config)):
                 of_group[g] = _plus(of_group[g], punishment)
     if reference is not None and config.kl_in == "reward":
-        for origin, kl in divergences(groups, config, policy=policy, reference=reference).items():
+        for origin, kl in divergences(groups, config, policy=policy, reference=reference, ranks=ranks).items():
             of_group = rewards[origin.problem]
             of_group[origin.completion] = _plus(of_group[origin.completion], -config.beta * kl)
     return rewards
@@ -50,7 +52,7 @@ def punishments(group: Group, config: Config) -> list[float]:
 
 @torch.no_grad()
 def divergences(
-    groups: Sequence[Group], config: Config, *, policy: Policy, reference: Reference
+    groups: Sequence[Group], config: Config, *, policy: Policy, reference: Reference, ranks: Ranks
 ) -> dict[Origin, float]:
     """Of each completion, summed over its tokens: the estimate of log sampler against log reference, nats.
 
@@ -59,9 +61,11 @@ def divergences(
     """
     rows = make_rows(groups, [[0.0] * len(group.completions) for group in groups], mask_truncated=False)
     params, found = drawn_with(config), dict[Origin, float]()
-    for given in make_batches(rows, config.max_tokens_per_micro_batch, policy.device):
+    for given in fill_up(make_batches(rows, config.max_tokens_per_micro_batch, policy.device), policy, ranks):
         batch = score(policy, given, params)[0] if is_truncated(params) else given
         values = reference.score(batch, params)
+        if given.is_idle:
+            continue
         kl_N = ESTIMATORS[config.kl_estimator](batch.rollout_logprobs_N, values.logprobs_N)
         kl_B = row_sums(kl_N, batch.completion_mask_N, batch.rows)
         found.update(zip(batch.origins, kl_B.tolist(), strict=True))

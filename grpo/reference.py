@@ -8,6 +8,7 @@ import torch
 
 from grpo.scoring import score
 from grpo.types import Batch
+from grpo.weights import Weights
 from policy import Policy
 from policy.logprobs import TokenLogprobs
 from policy.lora import adapters
@@ -20,18 +21,27 @@ class Reference:
     Where low-rank adapters are trained, no copy is needed: without them the policy is what it was.
     """
 
-    def __init__(self, policy: Policy, *, is_offloaded: bool = False) -> None:
-        """`is_offloaded` keeps a copy's weights in host memory between uses."""
+    def __init__(self, policy: Policy, *, is_offloaded: bool = False, weights: Weights | None = None) -> None:
+        """`is_offloaded` keeps a copy's weights in host memory between uses; `weights` are the policy's, where these
+        may lie in pieces.
+        """
         self._device, self._is_offloaded = policy.device, is_offloaded
         self._adapters = list(adapters(policy).values())
-        self.policy: Policy = policy if self._adapters else copy.deepcopy(policy).requires_grad_(False)
+        self._pieces = Policy.parameters if weights is None else weights.pieces
+        if self._adapters:
+            self.policy = policy
+        elif weights is None:
+            self.policy = copy.deepcopy(policy).requires_grad_(False)
+        else:
+            self.policy = weights.freeze_copy()
         self._put_away()
 
     @torch.no_grad()
     def score(self, batch: Batch, params: SamplingParams) -> TokenLogprobs:
         """The reference's log-probabilities of a batch; a copy is on the device for as long as that takes."""
         scales = [adapter.scale for adapter in self._adapters]
-        self.policy.to(self._device)
+        if self._is_offloaded:
+            self.policy.to(self._device)
         try:
             for adapter in self._adapters:
                 adapter.scale = 0.0
@@ -46,7 +56,7 @@ class Reference:
     def follow(self, policy: Policy, alpha: float) -> None:
         """ref = alpha * policy + (1 - alpha) * ref (TR-DPO, arXiv 2404.09656; TRL's `sync_ref_model`)."""
         assert not self._adapters
-        for ours, theirs in zip(self.policy.parameters(), policy.parameters(), strict=True):
+        for ours, theirs in zip(self._pieces(self.policy), self._pieces(policy), strict=True):
             ours.mul_(1.0 - alpha).add_(theirs.to(ours.device), alpha=alpha)
 
     def _put_away(self) -> None:

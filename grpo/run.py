@@ -61,7 +61,7 @@ def evaluate_model(recipe: Path, overrides: Sequence[str], model: Path | None) -
     if not problems:
         raise ConfigError("evaluation.num_problems is 0: there is nothing to evaluate")
     with _setting(config) as setting, _grader(config) as grader:
-        policy, tokenizer = _load(config, _resolve(model) if model else _last_checkpoint(config), setting.ranks)
+        policy, tokenizer = _load(config, _resolve(model) if model else _last_checkpoint(config), setting.ranks.device)
         with closing(make_engine(policy, config.engine)) as engine:
             collector = make_collector(config, policy, tokenizer, grader, engine)
             evaluation = make_evaluator(collector, setting.ranks, problems).run(str(model or "last checkpoint"))
@@ -77,7 +77,7 @@ def sample_model(recipe: Path, overrides: Sequence[str], model: Path | None, pro
     if not problems:
         raise ConfigError("evaluation.num_problems is 0, so no problem is held out; give --prompt TEXT")
     with _setting(config) as setting, _grader(config) as grader, ExitStack() as stack:
-        policy, tokenizer = _load(config, _resolve(model) if model else _last_checkpoint(config), setting.ranks)
+        policy, tokenizer = _load(config, _resolve(model) if model else _last_checkpoint(config), setting.ranks.device)
         engine = stack.enter_context(closing(make_engine(policy, config.engine)))
         collector = make_collector(config, policy, tokenizer, grader, engine)
         prompts, params = collector.render(problems[:1]), sampling_params(config, tokenizer)
@@ -121,7 +121,8 @@ def _train(config: Config, setting: _Setting, folder: RunFolder) -> int:
     with _grader(config) as grader:
         problems = read_problems(config.dataset, seed=config.seed, split="train", count=config.dataset.num_problems)
         held_out = _held_out(config)
-        policy, tokenizer = _load(config, _start(config, setting), ranks)
+        # What comes in pieces may be larger than a device.
+        policy, tokenizer = _load(config, _start(config, setting), "cpu" if ranks.sharding else ranks.device)
         check_auxiliary(config, policy.config)
         policy.recomputation = config.activation_recomputation
         if config.lora is not None:
@@ -162,8 +163,8 @@ def _resolve(model: Path | str) -> Path:
         raise CheckpointError(f"no folder {str(model)!r} here, and no id of the hub either: {error}") from None
 
 
-def _load(config: Config, folder: Path, ranks: Ranks) -> tuple[Policy, Tokenizer]:
-    policy = policies.load(folder, dtype=getattr(torch, config.dtype), device=str(ranks.device))
+def _load(config: Config, folder: Path, device: torch.device | str) -> tuple[Policy, Tokenizer]:
+    policy = policies.load(folder, dtype=getattr(torch, config.dtype), device=str(device))
     return policy, load_tokenizer(folder)
 
 

@@ -24,7 +24,7 @@ from grpo.distributed import Ranks
 from grpo.entropy import EntropyState, adapted, applied_coefficient
 from grpo.evaluate import Evaluator, make_evaluator
 from grpo.metrics import graded, rollout_metrics, update_metrics
-from grpo.optimizer import MasterAdamW, learning_rate_at
+from grpo.optimizer import learning_rate_at
 from grpo.penalties import penalised_rewards
 from grpo.record import RunFolder
 from grpo.reference import Reference
@@ -32,6 +32,7 @@ from grpo.replay import NonFiniteError, save_fault
 from grpo.types import Group
 from grpo.update import Step, UpdateStats, update
 from grpo.watchdog import Watchdog
+from grpo.weights import Weights, keep_weights
 from policy import Policy
 from policy.tokenizer import Tokenizer
 from rewards import Grader, Problem
@@ -65,12 +66,15 @@ class Trainer:
     """Optimizer steps not taken because they were not finite."""
     max_tokens: int = field(init=False)
     """Padded tokens of one micro-batch on this rank; fewer than the recipe says once memory has run out."""
+    weights: Weights = field(init=False)
+    """The policy's, as the launcher's file has them kept over ranks."""
     is_asking: bool = False
     """Whether nothing but the questions has moved since the last step, so that the step in hand can be given up."""
 
     def __post_init__(self) -> None:
         self.entropy = EntropyState(coefficient=self.config.entropy_coef)
         self.max_tokens = self.config.max_tokens_per_micro_batch
+        self.weights = keep_weights(self.policy, self.config, self.ranks)
 
     def train(self) -> int:
         """Evaluate, train, save, evaluate; gives the number of the last step done.
@@ -78,54 +82,55 @@ class Trainer:
         Stops early, saved, once `stop_requested` is set.
         """
         watchdog = Watchdog(self.folder.path, self.ranks.rank, self.display.note)
-        with closing(watchdog), closing(make_engine(self.policy, self.config.engine)) as engine:
+        with closing(watchdog), closing(make_engine(self.weights.sampler, self.config.engine)) as engine:
             return self._train(engine, watchdog)
 
     def _train(self, engine: Engine, watchdog: Watchdog) -> int:
         config = self.config
-        optimizer = MasterAdamW(
-            self.policy,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-        )
-        reference = Reference(self.policy, is_offloaded=config.offload_ref_model) if config.beta else None
+        reference = None
+        if config.beta:
+            reference = Reference(self.policy, is_offloaded=config.offload_ref_model, weights=self.weights)
         collector = make_collector(config, self.policy, self.tokenizer, self.grader, engine)
         asker = make_asker(collector, self.ranks, self.dataset)
-        self._resume(optimizer, asker, reference)
-        engine.load_weights(self.policy, self.step)
+        self._resume(asker, reference)
+        self._publish(engine)
         evaluator = make_evaluator(collector, self.ranks, self.held_out)
         if self.step == 0:
-            with self._can_be_given_up(optimizer, asker, reference):
+            with self._can_be_given_up(asker, reference):
                 self._evaluate(evaluator, "base")
         self.display.stage("GRPO", config.max_steps, done=self.step)
         while self.step < config.max_steps and not self.ranks.any(self.stop_requested):
             watchdog.begin(self.step + 1)
             started = perf_counter()
-            with self._can_be_given_up(optimizer, asker, reference):
+            with self._can_be_given_up(asker, reference):
                 asked = asker.ask(self.step)
-            first, groups = self.ranks.share([answer.group for answer in asked.filled.trained])
-            advantages = self._advantages(groups, reference)
-            stats, update_s = self._update(groups, advantages, first, optimizer, reference)
+            groups = [answer.group for answer in asked.filled.trained]
+            mine = self.ranks.deal([group.num_tokens for group in groups])
+            advantages = self._advantages(groups, mine, reference)
+            stats, update_s = self._update(groups, advantages, mine, reference)
             self.step += 1
-            engine.load_weights(self.policy, self.step)
+            self._publish(engine)
             self._record(asked, advantages, stats, update_s, started)
             watchdog.end()
             if config.evaluation.eval_steps and self.step % config.evaluation.eval_steps == 0:
-                with self._can_be_given_up(optimizer, asker, reference):
+                with self._can_be_given_up(asker, reference):
                     self._evaluate(evaluator, self.step)
             if config.save_steps and self.step % config.save_steps == 0 and self.step < config.max_steps:
-                self.save(optimizer, asker, reference)
+                self.save(asker, reference)
             if self.skipped >= config.max_skipped_steps:
-                self.save(optimizer, asker, reference)
+                self.save(asker, reference)
                 raise NonFiniteError(
                     f"{self.skipped} updates were not finite (max_skipped_steps: {config.max_skipped_steps}); see why "
                     f"with: grpo replay {self.folder.skipped}/FILE; a lower learning_rate or max_grad_norm may help"
                 )
-        self.save(optimizer, asker, reference)
+        self.save(asker, reference)
         if self.step >= config.max_steps:
             self._evaluate(evaluator, "final")
         return self.step
+
+    def _publish(self, engine: Engine) -> None:
+        self.weights.publish()
+        engine.load_weights(self.weights.sampler, self.step)
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
         """A signal handler: finish the step, save, leave.
@@ -149,7 +154,7 @@ class Trainer:
             signal.setitimer(signal.ITIMER_REAL, self.config.stop_timeout, 1.0)
 
     @contextmanager
-    def _can_be_given_up(self, optimizer: MasterAdamW, asker: Asker, reference: Reference | None) -> Iterator[None]:
+    def _can_be_given_up(self, asker: Asker, reference: Reference | None) -> Iterator[None]:
         """Around what changes nothing but the questions asked: given up, the state before it is saved."""
         before = asker.state()
         self.is_asking = True
@@ -157,49 +162,60 @@ class Trainer:
             yield
         except PreemptedError as error:
             self.is_asking = False
-            self.display.note(f"{error}; saving what was before it")
-            self._write_checkpoint(optimizer, before, reference)
+            if self.ranks.sharding is None:
+                self.display.note(f"{error}; saving what was before it")
+                self._write_checkpoint(before, reference)
+            else:  # saving takes all ranks, and others may be in the middle of the step
+                self.display.note(f"{error}; the last checkpoint stays")
             raise
         finally:
             self.is_asking = False
 
-    def save(self, optimizer: MasterAdamW, asker: Asker, reference: Reference | None = None) -> None:
+    def save(self, asker: Asker, reference: Reference | None = None) -> None:
         """Write a checkpoint; a disk that refuses is said, and the last good one stays."""
-        self._write_checkpoint(optimizer, asker.state(), reference)
+        self._write_checkpoint(asker.state(), reference)
         self.ranks.wait()
 
-    def _write_checkpoint(self, optimizer: MasterAdamW, data: dict[str, Any], reference: Reference | None) -> None:
-        if self.ranks.is_main and not (self.folder.checkpoints / f"step_{self.step:06d}").is_dir():
-            try:
-                save_checkpoint(
-                    self.folder.checkpoints,
-                    self.step,
-                    self.policy,
-                    self.tokenizer,
-                    optimizer,
-                    self.config.save_total_limit,
-                    state={
-                        "entropy_coef": self.entropy.coefficient,
-                        "entropy": self.entropy.entropy,
-                        "skipped": self.skipped,
-                    },
-                    reference=reference.policy if reference is not None and self.config.sync_ref_model else None,
-                    lora=self.config.lora,
-                    base_model=self.config.model,
-                    data=data,
-                )
-            except OSError as error:
-                self.display.note(
-                    f"checkpoint of step {self.step} not written ({error}); the run goes on, the last one stays"
-                )
+    def _write_checkpoint(self, data: dict[str, Any], reference: Reference | None) -> None:
+        weights, moves = self.weights, reference is not None and self.config.sync_ref_model
+        is_written = (self.folder.checkpoints / f"step_{self.step:06d}").is_dir()
+        if self.ranks.sharding is None and (is_written or not self.ranks.is_main):
+            return
+        # Where weights lie in pieces, all ranks hand theirs over.
+        trained = weights.optimizer.state_tensors()
+        referred = weights.whole(reference.policy) if reference is not None and moves else None
+        if not self.ranks.is_main or is_written:
+            return
+        try:
+            save_checkpoint(
+                self.folder.checkpoints,
+                self.step,
+                weights.sampler,
+                self.tokenizer,
+                trained,
+                self.config.save_total_limit,
+                state={
+                    "entropy_coef": self.entropy.coefficient,
+                    "entropy": self.entropy.entropy,
+                    "skipped": self.skipped,
+                },
+                reference=referred,
+                lora=self.config.lora,
+                base_model=self.config.model,
+                data=data,
+            )
+        except OSError as error:
+            self.display.note(
+                f"checkpoint of step {self.step} not written ({error}); the run goes on, the last one stays"
+            )
 
-    def _resume(self, optimizer: MasterAdamW, asker: Asker, reference: Reference | None) -> None:
+    def _resume(self, asker: Asker, reference: Reference | None) -> None:
         found = find_checkpoint(self.folder.checkpoints)
         self.ranks.wait()
         if found is not None:
             for line in found.damaged:
                 self.display.note(line)
-            load_checkpoint(found.path, self.policy, optimizer, None if reference is None else reference.policy)
+            load_checkpoint(found.path, self.weights, None if reference is None else reference.policy)
             asker.load_state(read_data_state(found.path))
             self.step, self.skipped = found.step, int(found.state.get("skipped") or 0)
             if (coefficient := found.state.get("entropy_coef")) is not None:
@@ -207,34 +223,37 @@ class Trainer:
         if self.ranks.is_main:
             self.folder.forget_after(self.step)
 
-    def _advantages(self, groups: Sequence[Group], reference: Reference | None) -> list[list[float]]:
-        """Of this rank's groups, from the rewards of all ranks."""
-        config, ranks = self.config, self.ranks
-        rewards = ranks.gather(penalised_rewards(groups, config, policy=self.policy, reference=reference))
-        parts = ranks.gather([[result.breakdown for result in group.results] for group in groups])
-        before = sum(ranks.gather([len(groups)])[: ranks.rank])
-        advantages = step_advantages(rewards, config, parts=parts, weights=self.grader.weights)
-        return advantages[before : before + len(groups)]
+    def _advantages(
+        self, groups: Sequence[Group], mine: Sequence[int], reference: Reference | None
+    ) -> list[list[float]]:
+        """Of the groups of all ranks; each looks at those at its own places for what is taken from their rewards."""
+        own = penalised_rewards(
+            [groups[place] for place in mine], self.config, policy=self.policy, reference=reference, ranks=self.ranks
+        )
+        rewards = dict(self.ranks.gather(list(zip(mine, own, strict=True))))
+        parts = [[result.breakdown for result in group.results] for group in groups]
+        return step_advantages(
+            [rewards[place] for place in range(len(groups))], self.config, parts=parts, weights=self.grader.weights
+        )
 
     def _update(
         self,
         groups: Sequence[Group],
         advantages: Sequence[Sequence[float]],
-        first: int,
-        optimizer: MasterAdamW,
+        mine: Sequence[int],
         reference: Reference | None,
     ) -> tuple[UpdateStats, float]:
         config, started = self.config, perf_counter()
         rows = make_rows(
-            groups,
-            advantages,
+            [groups[place] for place in mine],
+            [advantages[place] for place in mine],
             mask_truncated=config.mask_truncated_completions,
-            first_problem=first,
+            places=mine,
             version=self.step,
         )
         stats = update(
             self.policy,
-            optimizer,
+            self.weights.optimizer,
             make_minibatches(rows, config.num_minibatches, self.max_tokens, self.ranks),
             learning_rate=self._learning_rate(),
             config=config,
@@ -258,9 +277,10 @@ class Trainer:
     def _keep_fault(self, step: Step) -> None:
         """Say that an update was skipped, and keep what it would take to do it again."""
         name = f"step {self.step + 1}: loss or gradient is not finite; the update was skipped"
+        self.weights.publish()
         file = self.folder.skipped / f"step_{self.step + 1:06d}_rank{self.ranks.rank}.safetensors"
         try:
-            save_fault(file, policy=self.policy, step=step, config=self.config, number=self.step + 1)
+            save_fault(file, policy=self.weights.sampler, step=step, config=self.config, number=self.step + 1)
             self.display.note(f"{name}; grpo replay {file} says why")
         except OSError as error:
             self.display.note(f"{name}; {file} was not written ({error})")
@@ -283,11 +303,10 @@ class Trainer:
         update_s: float,
         started: float,
     ) -> None:
-        dealt = self.ranks.gather([list(of_group) for of_group in advantages])
         if self.ranks.is_main:
-            self.folder.add_rollouts(self.step, asked.filled.trained, dealt, asked.filled.dropped)
+            self.folder.add_rollouts(self.step, asked.filled.trained, advantages, asked.filled.dropped)
         rollouts = rollout_metrics([graded(group) for group in asked.fresh])
-        tokens = sum(len(group.prompt_ids) + len(c.token_ids) for group in asked.fresh for c in group.completions)
+        tokens = sum(group.num_tokens for group in asked.fresh)
         elapsed = perf_counter() - started
         metrics = {
             "step": self.step,
@@ -305,7 +324,8 @@ class Trainer:
             "tokens_per_second": tokens / elapsed,
         }
         if self.policy.device.type == "cuda":
-            metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated(self.policy.device) / 2**30
+            peak_gib = torch.cuda.max_memory_allocated(self.policy.device) / 2**30
+            metrics["memory/peak_gib"] = self.ranks.max_number(peak_gib)
         if self.ranks.is_main:
             self.folder.add_metrics(metrics)
         self.display.advance(metrics)

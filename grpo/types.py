@@ -52,6 +52,11 @@ class Group:
     results: Sequence[RewardResult]
     """[G]."""
 
+    @property
+    def num_tokens(self) -> int:
+        """Of all rows, each a prompt and a completion."""
+        return sum(len(self.prompt_ids) + len(completion.token_ids) for completion in self.completions)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
@@ -95,3 +100,8 @@ class Batch:
     stale_N: Tensor | None = None
     """True at the tokens that an earlier version of the policy sampled, whose old log-probabilities are the recorded
     ones; None: nowhere."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether its row is of no completion, and nothing learned from it: other ranks wait for the pass."""
+        return not self.origins

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,10 +19,11 @@ from grpo.batch import Minibatch
 from grpo.config import Config
 from grpo.distributed import Ranks
 from grpo.entropy import entropy_threshold
+from grpo.idle import fill_up
 from grpo.importance import effective_sample_size
 from grpo.loss import LossTerms, batch_loss
 from grpo.memory import do_in_memory
-from grpo.optimizer import MasterAdamW
+from grpo.optimizer import Optimizer
 from grpo.reference import Reference
 from grpo.scoring import drawn_with, score
 from grpo.support import is_truncated
@@ -81,7 +83,7 @@ class Step:
 
 def update(
     policy: Policy,
-    optimizer: MasterAdamW,
+    optimizer: Optimizer,
     minibatches: Sequence[Minibatch],
     *,
     learning_rate: float,
@@ -97,48 +99,57 @@ def update(
     log-probabilities are computed once beforehand (the sampler's would mix in how sampler and trainer differ).
     A step whose loss or gradient is not finite on any rank is not taken on any; `on_fault` sees it, the weights as they
     were. A step for which memory runs out is done again in smaller micro-batches, which also the passes after it keep.
+    Where weights lie in pieces, ranks with fewer micro-batches than others do idle ones.
     """
+    minibatches = [replace(part, batches=fill_up(part.batches, policy, ranks)) for part in minibatches]
     steps = prepare(policy, minibatches, config, ranks, reference, entropy_coef)
     grad_norm, num_skipped = 0.0, 0
     for _ in range(config.num_iterations):
         sums, norms = _Sums(policy), list[float]()
         for index, given in enumerate(steps):
-            auxiliary = Auxiliary(
-                policy, given.minibatch.batches, num_tokens=given.minibatch.counts.tokens, config=config, ranks=ranks
-            )
-            loss, sums, step = _accumulate(policy, optimizer, given, config, sums, auxiliary)
+            busy, num_tokens = _busy(given.minibatch.batches), given.minibatch.counts.tokens
+            auxiliary = Auxiliary(policy, busy, num_tokens=num_tokens, config=config, ranks=ranks)
+            loss, sums, step = _accumulate(policy, optimizer, given, config, sums, auxiliary, ranks)
             steps[index] = step
-            ranks.sum_([*optimizer.gather_gradients(), loss])
+            optimizer.reduce(loss, ranks)
             if loss.isfinite():
                 norms.append(optimizer.step(learning_rate, config.max_grad_norm))
             else:
-                optimizer.inner.zero_grad(set_to_none=True)
+                optimizer.restart()
                 norms.append(math.nan)
             auxiliary_stats = auxiliary.finish(is_skipped=not math.isfinite(norms[-1]))
             if not math.isfinite(norms[-1]):
                 num_skipped += 1
                 if on_fault is not None:
-                    on_fault(step)
+                    on_fault(replace(step, minibatch=replace(step.minibatch, batches=_busy(step.minibatch.batches))))
         grad_norm = next((norm for norm in norms if not math.isfinite(norm)), max(norms))
     return sums.mean(steps, ranks, grad_norm=grad_norm, num_skipped=num_skipped, auxiliary=auxiliary_stats)
 
 
 def _accumulate(
-    policy: Policy, optimizer: MasterAdamW, step: Step, config: Config, before: _Sums, auxiliary: Auxiliary
+    policy: Policy,
+    optimizer: Optimizer,
+    step: Step,
+    config: Config,
+    before: _Sums,
+    auxiliary: Auxiliary,
+    ranks: Ranks,
 ) -> tuple[Tensor, _Sums, Step]:
     """The gradient of one optimizer step on the masters; its loss, the sums with it, and the step as it fitted."""
 
     def attempt(batches: Sequence[Batch]) -> tuple[Tensor, _Sums]:
         loss, sums = torch.zeros((), dtype=torch.float64, device=policy.device), before.copy()
-        policy.zero_grad(set_to_none=True)
-        optimizer.inner.zero_grad(set_to_none=True)
+        optimizer.restart()
         auxiliary.restart()
-        for batch in batches:
-            loss += backward(policy, batch, step, config, sums, auxiliary).loss.detach()
-            optimizer.gather_gradients()
+        for number, batch in enumerate(batches, start=1):
+            differentiate = partial(optimizer.backward, is_last=number == len(batches))
+            if batch.is_idle:
+                differentiate(_idle_loss(policy, batch, config, auxiliary))
+            else:
+                loss += backward(policy, batch, step, config, sums, auxiliary, differentiate).loss.detach()
         return loss, sums
 
-    (loss, sums), batches, num_halvings = do_in_memory(attempt, step.minibatch.batches)
+    (loss, sums), batches, num_halvings = do_in_memory(attempt, step.minibatch.batches, ranks)
     if num_halvings:
         step = replace(
             step,
@@ -177,10 +188,11 @@ def prepare(
 
     steps = []
     for minibatch in minibatches:
-        (batches, entropies), _, num_halvings = do_in_memory(look, minibatch.batches)
+        (batches, entropies), _, num_halvings = do_in_memory(look, minibatch.batches, ranks)
         num_kept = minibatch.counts.tokens
         if is_masked:
-            learned = [e[batch.completion_mask_N] for e, batch in zip(entropies, batches, strict=True)]
+            passes = zip(entropies, batches, strict=True)
+            learned = [e[batch.completion_mask_N] for e, batch in passes if not batch.is_idle]
             threshold = entropy_threshold(learned, config.top_entropy_quantile, ranks)
             batches = [replace(batch, certain_N=e < threshold) for e, batch in zip(entropies, batches, strict=True)]
             num_kept = int(ranks.sum_number(sum(int((e >= threshold).sum()) for e in learned)))
@@ -202,6 +214,7 @@ def backward(
     config: Config,
     sums: _Sums | None = None,
     auxiliary: Auxiliary | None = None,
+    differentiate: Callable[[Tensor], None] = Tensor.backward,
 ) -> LossTerms:
     """Add one micro-batch's share of the gradient, and its numbers to `sums` and `auxiliary`."""
     watch = None if auxiliary is None else auxiliary.watch(batch)
@@ -219,10 +232,21 @@ def backward(
     loss = terms.loss
     if auxiliary is not None and watch is not None:
         loss = loss + auxiliary.loss(batch, values.output, watch)
-    loss.backward()
+    differentiate(loss)
     if sums is not None:
         sums.add(terms, values, batch)
     return terms
+
+
+def _busy(batches: Sequence[Batch]) -> list[Batch]:
+    return [batch for batch in batches if not batch.is_idle]
+
+
+def _idle_loss(policy: Policy, batch: Batch, config: Config, auxiliary: Auxiliary) -> Tensor:
+    """0, by the way on which all weights take part as they do in other ranks' losses."""
+    watch = auxiliary.watch(batch)
+    batch, values = score(policy, batch, drawn_with(config), watch)
+    return 0.0 * (values.logprobs_N.sum() + auxiliary.loss(batch, values.output, watch))
 
 
 class _Sums:

@@ -20,6 +20,7 @@ from grpo.checkpoint import (
     save_checkpoint,
 )
 from grpo.optimizer import MasterAdamW
+from grpo.weights import WholeWeights
 from policy import CheckpointError, Policy
 from policy.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoraConfig, add_adapters
 from policy.tokenizer import Tokenizer, build_word_tokenizer
@@ -50,7 +51,7 @@ def trained(folder: Path, steps: int, keep: int = 9, dtype: torch.dtype = torch.
     optimizer = make_optimizer(policy)
     for step in range(1, steps + 1):
         take_step(policy, optimizer, step)
-        save_checkpoint(folder, step, policy, make_tokenizer(), optimizer, keep)
+        save_checkpoint(folder, step, policy, make_tokenizer(), optimizer.state_tensors(), keep)
     return policy, optimizer
 
 
@@ -70,7 +71,7 @@ def test_what_is_loaded_goes_on_as_what_was_saved(dtype: torch.dtype, tmp_path: 
     assert (found.step, found.path, found.damaged) == (2, tmp_path / "step_000002", ())
     again = policies.cast_weights(tiny_policy(seed=1), dtype)
     other = make_optimizer(again)
-    load_checkpoint(found.path, again, other)
+    load_checkpoint(found.path, WholeWeights(again, other))
     for one, two in ((policy, optimizer), (again, other)):
         take_step(one, two, seed=3)
     assert all(
@@ -92,7 +93,9 @@ def test_a_checkpoint_is_a_model_folder_with_a_list_of_what_is_in_it(tmp_path: P
 def test_what_the_next_questions_depend_on_comes_back_to_the_bit(tmp_path: Path) -> None:
     policy = tiny_policy()
     data = {"number": 3, "rate": 0.1 + 0.2, "logprobs": [float(torch.tensor(-1.1)), -0.0], "text": "é\n"}
-    path = save_checkpoint(tmp_path, 1, policy, make_tokenizer(), make_optimizer(policy), keep=1, data=data)
+    path = save_checkpoint(
+        tmp_path, 1, policy, make_tokenizer(), make_optimizer(policy).state_tensors(), keep=1, data=data
+    )
     assert read_data_state(path) == data
     (path / DATA).unlink()
     with pytest.raises(CheckpointError, match=r"step_000001 has no data.json: an older version wrote it"):
@@ -103,7 +106,7 @@ def test_only_the_newest_are_kept_by_number_not_by_name(tmp_path: Path) -> None:
     policy = tiny_policy()
     optimizer = make_optimizer(policy)
     for step in (999_998, 999_999, 1_000_000, 1_000_001):
-        save_checkpoint(tmp_path, step, policy, make_tokenizer(), optimizer, keep=2)
+        save_checkpoint(tmp_path, step, policy, make_tokenizer(), optimizer.state_tensors(), keep=2)
     assert names(tmp_path) == ["step_1000000", "step_1000001"]
     found = find_checkpoint(tmp_path)
     assert found is not None
@@ -133,7 +136,7 @@ def test_a_torn_file_sends_one_back_to_the_checkpoint_before(file: str, tmp_path
     [note] = found.damaged
     what = "no readable manifest.json" if file == MANIFEST else f"{file} is not what was written"
     assert note == f"{tmp_path}/step_000002 is damaged ({what}); the one before is taken"
-    load_checkpoint(found.path, tiny_policy(), make_optimizer(tiny_policy()))
+    load_checkpoint(found.path, WholeWeights(tiny_policy(), make_optimizer(tiny_policy())))
 
 
 @pytest.mark.parametrize("file", [*FILES, MANIFEST])
@@ -180,12 +183,12 @@ def test_a_disk_that_refuses_is_an_oserror_and_the_last_checkpoint_stays(size: i
     assert sizes[STATE] < 100 < sizes["config.json"] < 1500 < sizes["tokenizer.json"]
     assert sizes["tokenizer.json"] < 30_000 < sizes["model.safetensors"] < 200_000 < sizes[TRAINER]
     with files_at_most(size), pytest.raises(OSError, match="File too large"):
-        save_checkpoint(tmp_path, 2, policy, make_tokenizer(), optimizer, keep=1)
+        save_checkpoint(tmp_path, 2, policy, make_tokenizer(), optimizer.state_tensors(), keep=1)
     assert names(tmp_path) == ["step_000001"]
     found = find_checkpoint(tmp_path)
     assert found is not None
     assert (found.step, found.damaged) == (1, ())
-    save_checkpoint(tmp_path, 2, policy, make_tokenizer(), optimizer, keep=1)
+    save_checkpoint(tmp_path, 2, policy, make_tokenizer(), optimizer.state_tensors(), keep=1)
     assert names(tmp_path) == ["step_000002"]
 
 
@@ -193,7 +196,7 @@ def test_a_tokenizer_that_does_not_fit_is_an_oserror_too(tmp_path: Path) -> None
     """The tokenizers library raises a bare Exception there."""
     policy = tiny_policy()
     with files_at_most(300_000), pytest.raises(OSError, match="File too large"):
-        save_checkpoint(tmp_path, 1, policy, make_tokenizer(20_000), make_optimizer(policy), keep=1)
+        save_checkpoint(tmp_path, 1, policy, make_tokenizer(20_000), make_optimizer(policy).state_tensors(), keep=1)
     assert names(tmp_path) == []
 
 
@@ -201,7 +204,9 @@ def test_a_folder_that_cannot_be_made_is_an_oserror(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("in the way")
     policy = tiny_policy()
     with pytest.raises(OSError, match="checkpoints"):
-        save_checkpoint(tmp_path / "checkpoints", 1, policy, make_tokenizer(), make_optimizer(policy), keep=1)
+        save_checkpoint(
+            tmp_path / "checkpoints", 1, policy, make_tokenizer(), make_optimizer(policy).state_tensors(), keep=1
+        )
 
 
 def test_what_a_kill_left_does_not_stop_the_next_save(tmp_path: Path) -> None:
@@ -225,7 +230,7 @@ def test_a_checkpoint_of_another_shape_is_refused_untouched(changes: dict, messa
     policy = tiny_policy(**changes)
     before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
     with pytest.raises(CheckpointError) as caught:
-        load_checkpoint(tmp_path / "step_000001", policy, make_optimizer(policy))
+        load_checkpoint(tmp_path / "step_000001", WholeWeights(policy, make_optimizer(policy)))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert all(torch.equal(before[name], tensor) for name, tensor in policy.state_dict().items())
@@ -242,9 +247,11 @@ def test_a_run_of_adapters_goes_on_from_its_checkpoint_which_holds_them_merged_a
     config = LoraConfig(r=2)
     policy, optimizer = with_adapters(config)
     take_step(policy, optimizer, seed=1)
-    path = save_checkpoint(tmp_path, 1, policy, make_tokenizer(), optimizer, 9, lora=config, base_model="owner/base")
+    path = save_checkpoint(
+        tmp_path, 1, policy, make_tokenizer(), optimizer.state_tensors(), 9, lora=config, base_model="owner/base"
+    )
     again, other = with_adapters(config, seed=4)
-    load_checkpoint(path, again, other)
+    load_checkpoint(path, WholeWeights(again, other))
     for one, two in ((policy, optimizer), (again, other)):
         take_step(one, two, seed=3)
     for name, weight in policy.state_dict().items():
@@ -263,6 +270,6 @@ def test_a_run_does_not_change_to_or_from_adapters(
 ) -> None:
     policy, optimizer = with_adapters(first)
     take_step(policy, optimizer, seed=1)
-    path = save_checkpoint(tmp_path, 1, policy, make_tokenizer(), optimizer, 9, lora=first)
+    path = save_checkpoint(tmp_path, 1, policy, make_tokenizer(), optimizer.state_tensors(), 9, lora=first)
     with pytest.raises(CheckpointError, match=r"trained other weights.*lora"):
-        load_checkpoint(path, *with_adapters(then))
+        load_checkpoint(path, WholeWeights(*with_adapters(then)))

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from grpo.distributed import Ranks
 from grpo.penalties import divergences, penalised_rewards, punishments
 from grpo.reference import Reference
 from grpo.types import Group, Origin
@@ -31,14 +32,16 @@ def test_soft_overlong_punishment_by_hand() -> None:
     # of 20 tokens the last 8 cost: none up to 12, half at 16, all at 20
     config = tiny_config(soft_punish_cache=8)
     assert punishments(group_of([1, 12, 16, 20]), config) == [0.0, 0.0, -0.5, -1.0]
-    found = penalised_rewards([group_of([12, 16])], config, policy=tiny_policy(), reference=None)
+    found = penalised_rewards([group_of([12, 16])], config, policy=tiny_policy(), reference=None, ranks=Ranks(cpu=True))
     assert found == [[1.0, 0.5]]
 
 
 def test_a_completion_without_a_reward_has_none_after_either() -> None:
     group = group_of([20, 20])
     group = replace(group, results=[RewardResult(reward=None), RewardResult(reward=0.25)])
-    found = penalised_rewards([group], tiny_config(soft_punish_cache=8), policy=tiny_policy(), reference=None)
+    found = penalised_rewards(
+        [group], tiny_config(soft_punish_cache=8), policy=tiny_policy(), reference=None, ranks=Ranks(cpu=True)
+    )
     assert found == [[None, -0.75]]
 
 
@@ -50,7 +53,7 @@ def test_divergence_in_the_reward_is_of_the_whole_completion(truncation: dict) -
             weight += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
     config = tiny_config(beta=0.5, kl_in="reward", kl_estimator="k1", max_tokens_per_micro_batch=60, **truncation)
     groups = make_groups(policy, **truncation)
-    found = divergences(groups, config, policy=policy, reference=Reference(other))
+    found = divergences(groups, config, policy=policy, reference=Reference(other), ranks=Ranks(cpu=True))
     group = groups[1]
     completion = group.completions[2]
     token_ids = torch.tensor([[*group.prompt_ids, *completion.token_ids]])
@@ -63,7 +66,7 @@ def test_divergence_in_the_reward_is_of_the_whole_completion(truncation: dict) -
         logs = [logits[n - 1][kept].log_softmax(-1)[place] for logits in (ours, theirs)]
         expected += float(logs[0] - logs[1])
     assert found[Origin(problem=1, completion=2)] == pytest.approx(expected, abs=1e-4)
-    rewards = penalised_rewards(groups, config, policy=policy, reference=Reference(other))
+    rewards = penalised_rewards(groups, config, policy=policy, reference=Reference(other), ranks=Ranks(cpu=True))
     assert rewards[1][2] == pytest.approx(group.results[2].reward - 0.5 * expected, abs=1e-4)
 
 
@@ -71,5 +74,5 @@ def test_a_reference_that_equals_the_policy_costs_nothing() -> None:
     policy = tiny_policy()
     config = tiny_config(beta=0.5, kl_in="reward")
     groups = make_groups(policy)
-    found = penalised_rewards(groups, config, policy=policy, reference=Reference(policy))
+    found = penalised_rewards(groups, config, policy=policy, reference=Reference(policy), ranks=Ranks(cpu=True))
     assert found == [pytest.approx([r.reward for r in group.results], abs=1e-5) for group in groups]
