@@ -113,7 +113,7 @@ class ZeroOptimizer:
         self._roots = [*policy.embed_tokens.parameters(), *policy.norm.parameters(), *policy.lm_head.parameters()]
         if not self._is_whole:
             for weight in self._roots:
-                weight.ds_persist = True
+                weight.is_external_param = True  # not taken apart when the module that owns it is through
             self._gather_roots()
 
     def _start(self, settings: dict[str, Any]) -> Any:
