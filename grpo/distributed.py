@@ -162,7 +162,9 @@ def _uses_deepspeed() -> bool:
 
 def _zero_stage() -> Sharding:
     if find_spec("deepspeed") is None:
-        raise ConfigError("the launcher's file asks for DeepSpeed, which is not installed: pip install -e '.[deepspeed]'")
+        raise ConfigError(
+            "the launcher's file asks for DeepSpeed, which is not installed: pip install -e '.[deepspeed]'"
+        )
     match DeepSpeedPlugin().zero_stage:
         case 2:
             return "zero2"

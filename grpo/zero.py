@@ -30,8 +30,9 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from grpo.config import Config, ConfigError
+from grpo.config import Config
 from grpo.distributed import Ranks
+from grpo.zero_settings import settings_of
 from policy import Policy
 from policy.moe import MixtureOfExperts
 
@@ -45,7 +46,7 @@ class ZeroWeights:
     """
 
     def __init__(self, policy: Policy, config: Config, ranks: Ranks) -> None:
-        """Takes the policy apart, in place. Raises ConfigError for what the launcher's file must not say."""
+        """Takes the policy apart, in place. Raises ConfigError for what cannot be."""
         self.policy = self.sampler = policy
         self._is_whole = ranks.sharding == "zero2"
         if not self._is_whole:
@@ -110,7 +111,11 @@ class ZeroOptimizer:
         )
         self._engine = self._start(settings_of(ranks.deepspeed, config))
         self._start_moments()
-        self._roots = [*policy.embed_tokens.parameters(), *policy.norm.parameters(), *policy.lm_head.parameters()]
+        self._roots: list[Any] = [
+            *policy.embed_tokens.parameters(),
+            *policy.norm.parameters(),
+            *policy.lm_head.parameters(),
+        ]
         if not self._is_whole:
             for weight in self._roots:
                 weight.is_external_param = True  # not taken apart when the module that owns it is through
@@ -250,40 +255,3 @@ class _Parts(nn.Module):
     def forward(self, loss: Tensor) -> tuple[Tensor]:
         """The loss, for DeepSpeed to prepare its backward pass."""
         return (loss,)
-
-
-def settings_of(given: Mapping[str, Any], config: Config) -> dict[str, Any]:
-    """DeepSpeed's settings: those of the launcher's file, with what the recipe says. Raises ConfigError where the file
-    says something that the recipe does, or asks for what is not done here.
-    """
-    for key, ours in RECIPES.items():
-        value = given.get(key, "auto")
-        if value != "auto" and (not isinstance(value, Mapping) or value.get("enabled", True)):
-            raise ConfigError(f"the launcher's file sets DeepSpeed's {key}; leave it out, {ours} in the recipe says it")
-    zero = {key: value for key, value in given["zero_optimization"].items() if value is not None}
-    for key in ("offload_optimizer", "offload_param"):
-        if zero.pop(key, {}).get("device", "none") != "none":
-            raise ConfigError(f"{key} is not done here; set {key}_device: none in the launcher's file")
-    is_half = config.dtype == "bfloat16"
-    others = {key: value for key, value in given.items() if key not in {*RECIPES, "train_batch_size"}}
-    return {
-        **others,
-        "zero_optimization": zero,
-        "train_micro_batch_size_per_gpu": 1,  # of no meaning here
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,  # a step is as long as it takes
-        "gradient_clipping": config.max_grad_norm,
-        "bf16": {"enabled": is_half, "check_grad_overflow": True},
-        "data_types": {"grad_accum_dtype": "fp32"},
-    }
-
-
-RECIPES = {
-    "optimizer": "learning_rate and the adam_ keys",
-    "scheduler": "lr_scheduler_type",
-    "gradient_clipping": "max_grad_norm",
-    "fp16": "dtype",
-    "bf16": "dtype",
-    "amp": "dtype",
-}
-"""Settings of DeepSpeed, and the recipe's keys for them."""
