@@ -193,7 +193,7 @@ class ZeroOptimizer:
 
     @torch.no_grad()
     def gathered(self) -> Iterator[dict[str, Tensor]]:
-        """The policy's weights by name, whole on every rank, a block at a time, each while the next is not asked for."""
+        """The policy's weights by name, whole on every rank: a block at a time, until the next is asked for."""
         self._gather_roots()
         roots = {id(weight) for weight in self._roots}
         yield {name: weight for name, weight in self._policy.named_parameters() if id(weight) in roots}

@@ -27,9 +27,9 @@ def settings_of(given: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """
     for key, ours in RECIPES.items():
         value = given.get(key, "auto")
-        if value != "auto" and (not isinstance(value, Mapping) or value.get("enabled", True)):
+        if value != "auto" and not (isinstance(value, Mapping) and value.get("enabled") in (False, "auto")):
             raise ConfigError(f"the launcher's file sets DeepSpeed's {key}: leave it out; {ours} in the recipe says it")
-    zero = {key: value for key, value in given["zero_optimization"].items() if value is not None}
+    zero = {key: value for key, value in given["zero_optimization"].items() if value not in (None, "auto")}
     for key in ("offload_optimizer", "offload_param"):
         if (device := zero.pop(key, {}).get("device", "none")) != "none":
             raise ConfigError(f"{key}_device must be none in the launcher's file, got {device}: it is not done here")

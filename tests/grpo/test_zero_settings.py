@@ -1,4 +1,4 @@
-"""What DeepSpeed is told: the launcher's file, the recipe where both have a word for it, and no silent mix of the two."""
+"""What DeepSpeed is told: the launcher's file, the recipe where both have a word for it, no silent mix of the two."""
 
 import json
 import re
