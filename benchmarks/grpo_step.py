@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,24 +116,10 @@ def compare(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Both sides of one work, as rows."""
     prompts, group, length = STEPS[name]
     length = arguments.num_new or length
-    shape = WORKS[name].shape
-    if arguments.layers:
-        shape = shape.model_copy(update={"num_hidden_layers": arguments.layers})
-    problems = [
-        {
-            "prompt": f"Using the numbers {i}, {i + 3}, {2 * i + 1}, make an equation that equals {3 * i + 7}. ",
-            "answer": "",
-        }
-        for i in range(512)
-    ]
+    problems = make_problems()
     with tempfile.TemporaryDirectory() as scratch:
         folder, scratch_path = Path(scratch) / "model", Path(scratch)
-        policy = Policy(shape)
-        policies.initialise(policy, seed=0)
-        policies.cast_weights(policy, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-        policies.save(policy, folder)
-        del policy
-        character_tokenizer().save_pretrained(folder)
+        make_model(name, arguments.layers, folder)
         ours = run_ours(scratch_path, folder, problems, (prompts, group, length), arguments)
         peers = {}
         for mode in arguments.trl_modes if arguments.trl_python else []:
@@ -158,20 +145,46 @@ def compare(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def make_problems() -> list[dict[str, str]]:
+    """Prompts of about the same length."""
+    return [
+        {
+            "prompt": f"Using the numbers {i}, {i + 3}, {2 * i + 1}, make an equation that equals {3 * i + 7}. ",
+            "answer": "",
+        }
+        for i in range(512)
+    ]
+
+
+def make_model(name: str, layers: int | None, folder: Path) -> None:
+    """Random weights of a work's shape, with fewer layers if so asked, and a tokenizer."""
+    shape = WORKS[name].shape
+    if layers:
+        shape = shape.model_copy(update={"num_hidden_layers": layers})
+    policy = Policy(shape)
+    policies.initialise(policy, seed=0)
+    policies.cast_weights(policy, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    policies.save(policy, folder)
+    character_tokenizer().save_pretrained(folder)
+
+
 def run_ours(
     scratch: Path,
     folder: Path,
     problems: list[dict[str, str]],
     size: tuple[int, int, int],
     arguments: argparse.Namespace,
+    *,
+    launcher: Sequence[str] = (sys.executable,),
+    name: str = "step",
 ) -> dict[str, Any]:
-    """Median seconds of a step and peak memory of `grpo train`; prints the phases."""
+    """Medians of a step of `grpo train`, its phases and tokens a second, and peak memory; prints the phases."""
     is_gpu = torch.cuda.is_available()
     prompts, group, length = size
     (scratch / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
     (scratch / "reward.py").write_text(REWARD)
     recipe = {
-        "name": "step", "output_dir": str(scratch / "runs"), "model": str(folder),
+        "name": name, "output_dir": str(scratch / "runs"), "model": str(folder),
         "dtype": "bfloat16" if is_gpu else "float32",
         "dataset": {"path": str(scratch / "problems.jsonl")}, "prompt_template": "{prompt}",
         "rewards": [f"{scratch / 'reward.py'}:distinct"],
@@ -179,9 +192,9 @@ def run_ours(
         "max_steps": arguments.steps, "learning_rate": 1e-6, "evaluation": {"num_problems": 0}, "save_steps": 0,
         "max_tokens_per_micro_batch": 32768 if is_gpu else 16384,
     }  # fmt: skip
-    (scratch / "step.yaml").write_text(yaml.safe_dump(recipe))
+    (scratch / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
     done = subprocess.run(
-        [sys.executable, "-m", "grpo", "train", str(scratch / "step.yaml"), *arguments.set],
+        [*launcher, "-m", "grpo", "train", str(scratch / f"{name}.yaml"), *arguments.set],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
         capture_output=True,
@@ -189,17 +202,20 @@ def run_ours(
     )
     if done.returncode:
         sys.exit(f"our step failed:\n{(done.stdout + done.stderr)[-3000:]}")
-    steps = [json.loads(line) for line in (scratch / "runs/step/metrics.jsonl").read_text().splitlines()]
+    steps = [json.loads(line) for line in (scratch / "runs" / name / "metrics.jsonl").read_text().splitlines()]
     for step in steps:
         print({key: round(step[key], 3) for key in step if key == "step_time" or key.startswith("time/")}, flush=True)
     count = statistics.median(prompts * group * step["completions/mean_length"] for step in steps[2:])
     medians = {
         key: statistics.median(step[key] for step in steps[2:])
-        for key in ("step_time", "sampling/logp_difference_mean")
+        for key in ("step_time", "time/sample", "time/update", "sampling/logp_difference_mean")
     }
     print(f"ours: {medians}; {count:.0f} tokens a step, {count / medians['step_time']:.0f} tokens/s", flush=True)
     return {
         "step_s": medians["step_time"],
+        "sample_s": medians["time/sample"],
+        "update_s": medians["time/update"],
+        "tokens_per_s": count / medians["step_time"],
         "peak_gib": max(step.get("memory/peak_gib") or 0.0 for step in steps) or None,
     }
 

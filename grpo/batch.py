@@ -56,13 +56,13 @@ def make_rows(
     advantages: Sequence[Sequence[float]],
     *,
     mask_truncated: bool,
-    first_problem: int = 0,
+    places: Sequence[int] | None = None,
     version: int = 0,
 ) -> list[Row]:
     """One row per completion, [B], in order; completions without a token are left out.
 
-    `first_problem` is the index of the first group among those of all ranks, `version` that of the policy in hand: what
-    an earlier one sampled is stale.
+    `places` are the groups' indices among those of all ranks (None: 0, 1, ...), `version` that of the policy in hand:
+    what an earlier one sampled is stale.
     """
     return [
         Row(
@@ -71,10 +71,10 @@ def make_rows(
             advantage=advantage,
             learned=completion.finish_reason != "abort"
             and not (mask_truncated and completion.finish_reason == "length"),
-            origin=Origin(problem=first_problem + p, completion=g),
+            origin=Origin(problem=place, completion=g),
             is_stale=completion.policy_version < version,
         )
-        for p, (group, of_group) in enumerate(zip(groups, advantages, strict=True))
+        for place, group, of_group in zip(places or range(len(groups)), groups, advantages, strict=True)
         for g, (completion, advantage) in enumerate(zip(group.completions, of_group, strict=True))
         if completion.token_ids
     ]

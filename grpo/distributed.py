@@ -59,6 +59,17 @@ class Ranks:
         start, end = (len(items) * r // self.size for r in (self.rank, self.rank + 1))
         return start, list(items[start:end])
 
+    def deal(self, sizes: Sequence[int]) -> list[int]:
+        """Places of this rank's items of a list that all ranks hold, in order; all get about the same size in sum: the
+        largest item first, each to the rank that has least.
+        """
+        totals, dealt = [0] * self.size, list[list[int]]([] for _ in range(self.size))
+        for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
+            poorest = min(range(self.size), key=lambda rank: totals[rank])
+            totals[poorest] += sizes[place]
+            dealt[poorest].append(place)
+        return sorted(dealt[self.rank])
+
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Add tensors up over all ranks, in place, in one message per dtype."""
         if self.size == 1:
@@ -104,7 +115,7 @@ class Ranks:
         padded[: len(piece)] = piece
         whole = piece.new_empty(rows * self.size, *piece.shape[1:])
         with self._peers():
-            dist.all_gather_into_tensor(whole, padded)
+            dist.all_gather(list(whole.split(rows)), padded)
         return whole[:length]
 
     def cut(self, whole: Tensor) -> Tensor:

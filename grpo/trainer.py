@@ -104,9 +104,10 @@ class Trainer:
             started = perf_counter()
             with self._can_be_given_up(asker, reference):
                 asked = asker.ask(self.step)
-            first, groups = self.ranks.share([answer.group for answer in asked.filled.trained])
-            advantages = self._advantages(groups, reference)
-            stats, update_s = self._update(groups, advantages, first, reference)
+            groups = [answer.group for answer in asked.filled.trained]
+            mine = self.ranks.deal([group.num_tokens for group in groups])
+            advantages = self._advantages(groups, mine, reference)
+            stats, update_s = self._update(groups, advantages, mine, reference)
             self.step += 1
             self._publish(engine)
             self._record(asked, advantages, stats, update_s, started)
@@ -161,8 +162,11 @@ class Trainer:
             yield
         except PreemptedError as error:
             self.is_asking = False
-            self.display.note(f"{error}; saving what was before it")
-            self._write_checkpoint(before, reference)
+            if self.ranks.sharding is None:
+                self.display.note(f"{error}; saving what was before it")
+                self._write_checkpoint(before, reference)
+            else:  # saving takes all ranks, and others may be in the middle of the step
+                self.display.note(f"{error}; the last checkpoint stays")
             raise
         finally:
             self.is_asking = False
@@ -219,28 +223,32 @@ class Trainer:
         if self.ranks.is_main:
             self.folder.forget_after(self.step)
 
-    def _advantages(self, groups: Sequence[Group], reference: Reference | None) -> list[list[float]]:
-        """Of this rank's groups, from the rewards of all ranks."""
-        config, ranks = self.config, self.ranks
-        rewards = ranks.gather(penalised_rewards(groups, config, policy=self.policy, reference=reference, ranks=ranks))
-        parts = ranks.gather([[result.breakdown for result in group.results] for group in groups])
-        before = sum(ranks.gather([len(groups)])[: ranks.rank])
-        advantages = step_advantages(rewards, config, parts=parts, weights=self.grader.weights)
-        return advantages[before : before + len(groups)]
+    def _advantages(
+        self, groups: Sequence[Group], mine: Sequence[int], reference: Reference | None
+    ) -> list[list[float]]:
+        """Of the groups of all ranks; each looks at those at its own places for what is taken from their rewards."""
+        own = penalised_rewards(
+            [groups[place] for place in mine], self.config, policy=self.policy, reference=reference, ranks=self.ranks
+        )
+        rewards = dict(self.ranks.gather(list(zip(mine, own, strict=True))))
+        parts = [[result.breakdown for result in group.results] for group in groups]
+        return step_advantages(
+            [rewards[place] for place in range(len(groups))], self.config, parts=parts, weights=self.grader.weights
+        )
 
     def _update(
         self,
         groups: Sequence[Group],
         advantages: Sequence[Sequence[float]],
-        first: int,
+        mine: Sequence[int],
         reference: Reference | None,
     ) -> tuple[UpdateStats, float]:
         config, started = self.config, perf_counter()
         rows = make_rows(
-            groups,
-            advantages,
+            [groups[place] for place in mine],
+            [advantages[place] for place in mine],
             mask_truncated=config.mask_truncated_completions,
-            first_problem=first,
+            places=mine,
             version=self.step,
         )
         stats = update(
@@ -295,11 +303,10 @@ class Trainer:
         update_s: float,
         started: float,
     ) -> None:
-        dealt = self.ranks.gather([list(of_group) for of_group in advantages])
         if self.ranks.is_main:
-            self.folder.add_rollouts(self.step, asked.filled.trained, dealt, asked.filled.dropped)
+            self.folder.add_rollouts(self.step, asked.filled.trained, advantages, asked.filled.dropped)
         rollouts = rollout_metrics([graded(group) for group in asked.fresh])
-        tokens = sum(len(group.prompt_ids) + len(c.token_ids) for group in asked.fresh for c in group.completions)
+        tokens = sum(group.num_tokens for group in asked.fresh)
         elapsed = perf_counter() - started
         metrics = {
             "step": self.step,
@@ -317,7 +324,8 @@ class Trainer:
             "tokens_per_second": tokens / elapsed,
         }
         if self.policy.device.type == "cuda":
-            metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated(self.policy.device) / 2**30
+            peak_gib = torch.cuda.max_memory_allocated(self.policy.device) / 2**30
+            metrics["memory/peak_gib"] = self.ranks.max_number(peak_gib)
         if self.ranks.is_main:
             self.folder.add_metrics(metrics)
         self.display.advance(metrics)

@@ -52,6 +52,11 @@ class Group:
     results: Sequence[RewardResult]
     """[G]."""
 
+    @property
+    def num_tokens(self) -> int:
+        """Of all rows, each a prompt and a completion."""
+        return sum(len(self.prompt_ids) + len(completion.token_ids) for completion in self.completions)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:

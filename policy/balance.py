@@ -95,9 +95,10 @@ def sum_up(routing: Routing, watch: RouterWatch) -> RouterSums:
         factor_BE = torch.cat((factor_BE, torch.zeros_like(factor_BE[:1])))
         balance = (_normalise(routing.scores_NE) * factor_BE.index_select(0, watch.row_N)).sum()
         z = torch.where(counts_N, routing.logits_NE.logsumexp(dim=-1).square(), 0.0).sum()
-    return RouterSums(
-        load_ME=load_BE[:num_rows].sum(0)[None], entropy_M=entropy[None], balance_M=balance[None], z_M=z[None]
-    )
+    # Copies, not views: FSDP2 hooks on to what leaves a block, and a view could lose the hook.
+    found = (load_BE[:num_rows].sum(0), entropy, balance, z)
+    load_ME, entropy_M, balance_M, z_M = (torch.stack([of_layer]) for of_layer in found)
+    return RouterSums(load_ME=load_ME, entropy_M=entropy_M, balance_M=balance_M, z_M=z_M)
 
 
 def router_loss(

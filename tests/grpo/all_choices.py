@@ -35,7 +35,7 @@ def all_gradients(ranks: Ranks) -> dict[str, Tensor]:
         first, groups = ranks.share(make_groups(policy, num_problems=3, length=8, **drawn))
         rewards = ranks.gather([[result.reward for result in group.results] for group in groups])
         advantages = step_advantages(rewards, config)[first : first + len(groups)]
-        rows = make_rows(groups, advantages, mask_truncated=False, first_problem=first)
+        rows = make_rows(groups, advantages, mask_truncated=False, places=range(first, first + len(groups)))
         optimizer = MasterAdamW(policy, betas=(0.0, 0.99), eps=1e-8, weight_decay=0.0)
         minibatches = make_minibatches(rows, config.num_minibatches, 60, ranks)
         update(
