@@ -74,7 +74,9 @@ def test_memory_falls_with_ranks_but_for_what_is_whole() -> None:
 
 def test_the_table_of_the_page_is_what_the_script_prints() -> None:
     page = (ROOT / "docs" / "scaling.md").read_text()
-    listed = re.findall(r"^\| (\w+) \| (\w+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| (\d+)% \|", page, re.MULTILINE)
+    listed = re.findall(
+        r"^\| (\w+) \| (\w+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| (\d+)% \|", page, re.MULTILINE
+    )
     rows = {(row["work"], row["way"], row["gpus"]): row for row in rows_of(PHASES, [8, 64, 512])}
     assert len(listed) >= 12
     for work, way, gpus, step_s, messages, gathering, efficiency in listed:
