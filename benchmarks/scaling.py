@@ -99,12 +99,10 @@ def messages_of(work: Work, way: Way, links: Links, ranks: int) -> tuple[float, 
     blocks, passes = work.layers + 1, work.micro_batches
     if way == "ddp":  # gradients summed in fp32, once
         return 0.0, links.seconds(2 * gradients, ranks, messages=2)
-    if way == "fsdp2":  # put together forward and backward, gradients in fp32; then a copy for the sampler
-        each = links.seconds(2 * weights + gradients, ranks, messages=3 * blocks)
-        return passes * each, links.seconds(weights, ranks, messages=blocks)
-    if way == "zero2":  # gradients in bf16 after every pass, new weights after the step
-        return passes * links.seconds(weights, ranks, messages=blocks), links.seconds(weights, ranks)
-    each = links.seconds(3 * weights, ranks, messages=3 * blocks)  # as FSDP2, gradients in bf16
+    if way == "zero2":  # gradients in fp32 after every pass, new weights after the step
+        return passes * links.seconds(gradients, ranks, messages=blocks), links.seconds(weights, ranks)
+    # Weights put together forward and backward, gradients in fp32; then a copy for the sampler.
+    each = links.seconds(2 * weights + gradients, ranks, messages=3 * blocks)
     return passes * each, links.seconds(weights, ranks, messages=blocks)
 
 

@@ -44,8 +44,8 @@ class Auxiliary:
         self.restart()
         self._num_rows = self._num_routed = 1
         if self._with_router_losses:
-            self._num_rows = int(ranks.sum_number(sum(len(batch.rows.lengths) for batch in batches)))
-            self._num_routed = int(ranks.sum_number(sum(len(batch.token_ids_N) for batch in batches)))
+            self._num_rows = max(1, int(ranks.sum_number(sum(len(batch.rows.lengths) for batch in batches))))
+            self._num_routed = max(1, int(ranks.sum_number(sum(len(batch.token_ids_N) for batch in batches))))
 
     def restart(self) -> None:
         """Forget the micro-batches so far: they will be done again."""

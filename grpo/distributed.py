@@ -44,6 +44,8 @@ class Ranks:
         """How weights are kept over ranks; None: whole on each."""
         self.deepspeed: Mapping[str, Any] = DeepSpeedPlugin().deepspeed_config if _uses_deepspeed() else {}
         """What the launcher's file tells DeepSpeed, where it does."""
+        self.reshard_after_forward: bool = _is_set("FSDP_RESHARD_AFTER_FORWARD")
+        """Whether FSDP2 takes a block apart between its forward and its backward pass."""
         self._accelerator = Accelerator(cpu=cpu)
         self.device: torch.device = self._accelerator.device
         self.rank: int = dist.get_rank() if dist.is_initialized() else 0

@@ -5,7 +5,7 @@ long as its pass takes, in the dtype that the recipe computes in, and its gradie
 Routers' biases, which no gradient moves, are whole on each rank.
 
 Embedding, final norm and head are read outside the policy's own pass too (log-probabilities, MTP modules), so they stay
-together until the backward pass is through with them.
+together until the backward pass is through with them; `Optimizer.step` comes after one.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class FsdpWeights:
     @torch.no_grad()
     def publish(self) -> None:
         """See `Weights.publish`; one block after the other."""
-        _take_head_apart(self.policy)
+        _come_to_rest(self.policy)
         copies = dict(self.sampler.named_parameters())
         for prefix, module in _modules(self.policy):
             unit = _unit(module)
@@ -94,7 +94,7 @@ class FsdpWeights:
 
     def pieces(self, kept: Policy) -> Iterator[Tensor]:
         """See `Weights.pieces`."""
-        _take_head_apart(kept)
+        _come_to_rest(kept)
         for weight in kept.parameters():
             yield self._pieces.own(weight.detach())
 
@@ -123,7 +123,8 @@ class FsdpWeights:
             for _, weight in _own_parameters(prefix, module):
                 if weight.requires_grad:
                     weight.data = weight.data.to(self._ranks.device, dtype)
-            unit = fully_shard(module, mesh=mesh, reshard_after_forward=module is not policy, mp_policy=precision)
+            reshard = self._ranks.reshard_after_forward and module is not policy
+            unit = fully_shard(module, mesh=mesh, reshard_after_forward=reshard, mp_policy=precision)
             # Sums, not means: the loss is divided by the tokens of all ranks already.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
@@ -149,6 +150,7 @@ def _own_parameters(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Pa
             yield prefix + name, weight
 
 
-def _take_head_apart(policy: Policy) -> None:
-    """After a pass without a backward one, embedding and head are still together, and would not see a step."""
-    _unit(policy).reshard()
+def _come_to_rest(policy: Policy) -> None:
+    """Take apart what a pass without a backward one left together; it would not see a step."""
+    for _, module in _modules(policy):
+        _unit(module).reshard()

@@ -40,6 +40,7 @@ def settings_of(given: Mapping[str, Any], config: Config) -> dict[str, Any]:
         )
     others = {key: value for key, value in given.items() if key not in {*RECIPES, *BATCHES}}
     return {
+        "communication_data_type": "fp32",  # of gradients, unless the file knows better
         **others,
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": 1,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from grpo.config import load_config
+from grpo.config import ConfigError, load_config
 from grpo.distributed import Ranks
 from grpo.pretrain import base_model
 from tests.grpo.all_choices import all_gradients
@@ -40,6 +40,48 @@ def test_a_share_of_a_list_is_contiguous_and_complete() -> None:
         ranks.rank, ranks.size = rank, 3
         shares.append(ranks.share(list(range(5))))
     assert shares == [(0, [0]), (1, [1, 2]), (3, [3, 4])]
+
+
+def test_items_are_dealt_by_size_and_none_is_lost() -> None:
+    ranks, sizes = Ranks(cpu=True), [5, 1, 9, 3, 3, 2]
+    assert ranks.deal(sizes) == list(range(6)), "one rank has all, in order"
+    ranks.size, dealt = 2, []
+    for ranks.rank in range(2):
+        dealt.append(ranks.deal(sizes))
+    assert dealt == [[1, 2, 5], [0, 3, 4]]
+    assert [sum(sizes[place] for place in places) for places in dealt] == [12, 11]
+    assert ranks.deal([]) == []
+    ranks.size, ranks.rank = 8, 7
+    assert ranks.deal(sizes) == [], "more ranks than items"
+
+
+def test_pieces_of_a_tensor_are_those_of_torch_chunk() -> None:
+    ranks, whole = Ranks(cpu=True), torch.arange(14).view(7, 2)
+    for ranks.size in (1, 2, 3, 4, 9):
+        pieces = []
+        for rank in range(ranks.size):
+            ranks.rank = rank
+            pieces.append(ranks.cut(whole))
+        chunks = list(whole.chunk(ranks.size))
+        assert [len(piece) for piece in pieces] == [len(chunk) for chunk in chunks] + [0] * (ranks.size - len(chunks))
+        assert torch.equal(torch.cat(pieces), whole)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("FSDP_VERSION", "1", "fsdp_version: 2"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "activation_recomputation"),
+    ],
+)
+def test_what_is_not_done_of_fsdp_is_refused(
+    variable: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, setting in (("ACCELERATE_USE_FSDP", "true"), ("FSDP_VERSION", "2"), (variable, value)):
+        monkeypatch.setenv(name, setting)
+    with pytest.raises(ConfigError, match=words):
+        Ranks(cpu=True)
 
 
 @pytest.mark.multi
