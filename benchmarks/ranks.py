@@ -1,11 +1,12 @@
-"""A GRPO step on several devices of one machine: every rank whole (ddp) or in pieces (fsdp2), beside one device.
+"""A GRPO step on several devices of one machine: every rank whole (ddp) or in pieces (others), beside one device.
 
-Work, lengths and figures are those of benchmarks/grpo_step.py. `one` is one device with the work's prompts; `ddp` and
-`fsdp2` give each of `--processes` devices as many (weak scaling), `ddp_strong` shares them out. Peak memory is that of
+Work, lengths and figures are those of benchmarks/grpo_step.py. `one` is one device with the work's prompts; `ddp`,
+`fsdp2`, `zero2` and `zero3` (these need DeepSpeed) give each of `--processes` devices as many (weak scaling),
+`ddp_strong` shares them out. Peak memory is that of
 the device with most; the speed-up is in tokens a second, over `one` where that was measured too.
 
-    python benchmarks/ranks.py [--works cpu_ds | qwen05 dsv3_05] [--ways one ddp fsdp2 ddp_strong] [--processes 2]
-                               [--json PATH]
+    python benchmarks/ranks.py [--works cpu_ds | qwen05 dsv3_05] [--ways one ddp fsdp2 zero2 zero3 ddp_strong]
+                               [--processes 2] [--json PATH]
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ sys.path[0] = str(ROOT)
 from benchmarks.grpo_step import STEPS, make_model, make_problems, run_ours  # noqa: E402
 from benchmarks.rollouts import machine  # noqa: E402
 
-WAYS = ("one", "ddp", "fsdp2", "ddp_strong")
+WAYS = ("one", "ddp", "fsdp2", "zero2", "zero3", "ddp_strong")
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
     is_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--works", nargs="+", choices=STEPS, default=["qwen05", "dsv3_05"] if is_gpu else ["cpu_ds"])
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=("one", "ddp", "fsdp2", "ddp_strong"))
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--num-new", type=int, help="other lengths of completions, to try the script out")
@@ -74,7 +75,7 @@ def measure(work: str, way: str, folder: Path, scratch: Path, arguments: argpars
     prompts, group, length = STEPS[work]
     prompts, length = arguments.prompts or prompts, arguments.num_new or length
     devices = 1 if way == "one" else arguments.processes
-    if way in ("ddp", "fsdp2"):
+    if way not in ("one", "ddp_strong"):
         prompts *= devices
     found = run_ours(
         scratch,
@@ -100,7 +101,9 @@ def launcher_of(way: str, scratch: Path, processes: int) -> Sequence[str]:
     """The start of a command that runs a module as recipes/accelerate/WAY.yaml says, on CPUs where there is no GPU."""
     settings = yaml.safe_load((ROOT / "recipes" / "accelerate" / f"{way}.yaml").read_text())
     file = scratch / f"{way}.yaml"
-    file.write_text(yaml.safe_dump(settings | {"use_cpu": not torch.cuda.is_available()}))
+    if not way.startswith("zero"):  # with the key, accelerate starts one process of DeepSpeed
+        settings |= {"use_cpu": not torch.cuda.is_available()}
+    file.write_text(yaml.safe_dump(settings))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
     return [*launch, "--num_processes", str(processes)]
 

@@ -8,13 +8,15 @@ asks for weights in pieces, grpo/weights.py says what is different.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor
 
 from grpo.config import ConfigError
@@ -25,7 +27,7 @@ LOST = ("closed by peer", "reset by peer", "Broken pipe")
 """What gloo's error says when a peer is gone; it has no type of its own."""
 
 
-Sharding = Literal["fsdp2"]
+Sharding = Literal["fsdp2", "zero2", "zero3"]
 """Ways of keeping weights in pieces."""
 
 
@@ -40,6 +42,8 @@ class Ranks:
         """Raises ConfigError where the launcher's file asks for something that is not done here."""
         self.sharding: Sharding | None = _sharding()
         """How weights are kept over ranks; None: whole on each."""
+        self.deepspeed: Mapping[str, Any] = DeepSpeedPlugin().deepspeed_config if _uses_deepspeed() else {}
+        """What the launcher's file tells DeepSpeed, where it does."""
         self.reshard_after_forward: bool = _is_set("FSDP_RESHARD_AFTER_FORWARD")
         """Whether FSDP2 takes a block apart between its forward and its backward pass."""
         self._accelerator = Accelerator(cpu=cpu)
@@ -149,6 +153,8 @@ class Ranks:
 
 def _sharding() -> Sharding | None:
     """What the launcher's file asks for, as it tells its processes. Raises ConfigError for what is not done here."""
+    if _uses_deepspeed():
+        return _zero_stage()
     if not _is_set("ACCELERATE_USE_FSDP"):
         return None
     if os.environ.get("FSDP_VERSION") != "2":
@@ -161,6 +167,24 @@ def _sharding() -> Sharding | None:
             "activation_recomputation says what is made again"
         )
     return "fsdp2"
+
+
+def _uses_deepspeed() -> bool:
+    return _is_set("ACCELERATE_USE_DEEPSPEED")
+
+
+def _zero_stage() -> Sharding:
+    if find_spec("deepspeed") is None:
+        raise ConfigError(
+            "the launcher's file asks for DeepSpeed, which is not installed: pip install -e '.[deepspeed]'"
+        )
+    match DeepSpeedPlugin().zero_stage:
+        case 2:
+            return "zero2"
+        case 3:
+            return "zero3"
+        case stage:
+            raise ConfigError(f"zero_stage must be 2 or 3 in the launcher's file, got {stage}")
 
 
 def _is_set(variable: str) -> bool:

@@ -114,5 +114,9 @@ def keep_weights(policy: Policy, config: Config, ranks: Ranks) -> Weights:
             from grpo.fsdp import FsdpWeights
 
             return FsdpWeights(policy, config, ranks)
+        case "zero2" | "zero3":
+            from grpo.zero import ZeroWeights
+
+            return ZeroWeights(policy, config, ranks)
         case None:
             return WholeWeights(policy, make_optimizer(policy, config))

@@ -1,14 +1,17 @@
-"""recipes/accelerate/*.yaml are files that accelerate accepts, and cpu.yaml starts processes that reach each other."""
+"""recipes/accelerate/*.yaml are files that accelerate accepts; cpu.yaml and multi_node.yaml start processes that reach
+each other."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 ACCELERATE = Path(__file__).resolve().parent.parent / "recipes" / "accelerate"
@@ -42,3 +45,28 @@ def test_cpu_launch_starts_processes_that_add_up(processes: int, tmp_path: Path)
     assert answer.returncode == 0, answer.stderr
     expected = {"processes": processes, "device": "cpu", "total": sum(range(1, processes + 1))}
     assert json.loads(answer.stdout.splitlines()[-1]) == expected
+
+
+@pytest.mark.multi
+def test_a_launcher_on_each_of_two_machines_makes_one_run(tmp_path: Path) -> None:
+    """Both on this one."""
+    (tmp_path / "probe.py").write_text(PROBE)
+    settings = yaml.safe_load((ACCELERATE / "multi_node.yaml").read_text()) | {"use_cpu": True, "num_processes": 2}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(settings))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "two.yaml")]
+    launch += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    launchers = [
+        subprocess.Popen(
+            [*launch, "--machine_rank", str(rank), "-m", "probe"],
+            cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [launcher.communicate(timeout=120) for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
+    assert json.loads(outputs[0][0].splitlines()[-1]) == {"processes": 2, "device": "cpu", "total": 3.0}
+    assert "processes" not in outputs[1][0]

@@ -79,7 +79,8 @@ def three_steps(ranks: Ranks, folder: Path) -> dict[str, Tensor]:
     """By case: losses and norms of each step, then weights, reference and what a checkpoint holds."""
     found: dict[str, Tensor] = {}
     for name, case in CASES.items():
-        changes = case.changes | {"activation_recomputation": case.recomputation}
+        is_refused = ranks.sharding == "zero3" and case.recomputation == "selective"
+        changes = case.changes | {"activation_recomputation": "full" if is_refused else case.recomputation}
         changes |= {"lora": {"r": case.rank}} if case.rank else {}
         # A larger epsilon: Adam's first step would blow up gradients that are nothing but rounding.
         config = tiny_config(
