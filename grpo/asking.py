@@ -37,7 +37,9 @@ class Asked:
     sample_s: float
     """Seconds of sampling, on this rank."""
     grade_s: float
-    """Seconds of grading, on this rank."""
+    """Seconds that the step waited for grading after that, on this rank."""
+    grade_busy_s: float
+    """Seconds of grading, most of them while sampling went on, on this rank."""
     metrics: Mapping[str, float]
     """Accounts of what is switched on: refills, curriculum, replay, length schedule."""
 
@@ -77,6 +79,7 @@ class Asker:
             fresh=[group for collected in rounds for group in collected.groups],
             sample_s=sum(collected.sample_s for collected in rounds),
             grade_s=sum(collected.grade_s for collected in rounds),
+            grade_busy_s=sum(collected.grade_busy_s for collected in rounds),
             metrics=self._metrics(filled, step),
         )
 

@@ -300,6 +300,7 @@ class Trainer:
             "step_time": elapsed,
             "time/sample": asked.sample_s,
             "time/grade": asked.grade_s,
+            "time/grade_busy": asked.grade_busy_s,
             "time/update": update_s,
             "num_tokens": tokens,
             "tokens_per_second": tokens / elapsed,
