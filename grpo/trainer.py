@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from grpo.advantages import step_advantages
-from grpo.asking import Asked, Asker, make_asker
+from grpo.asking import Asked, Asking
 from grpo.batch import make_minibatches, make_rows
-from grpo.checkpoint import find_checkpoint, load_checkpoint, read_data_state, save_checkpoint
+from grpo.checkpoint import find_checkpoint, load_checkpoint, read_data_state, read_sampler, save_checkpoint
 from grpo.collect import make_collector
 from grpo.config import Config
 from grpo.data import Dataset
@@ -23,9 +23,10 @@ from grpo.display import Display
 from grpo.distributed import Ranks
 from grpo.entropy import EntropyState, adapted, applied_coefficient
 from grpo.evaluate import Evaluator, make_evaluator
-from grpo.metrics import graded, rollout_metrics, update_metrics
+from grpo.metrics import graded, policy_lag, rollout_metrics, update_metrics
 from grpo.optimizer import MasterAdamW, learning_rate_at
 from grpo.penalties import penalised_rewards
+from grpo.pipeline import make_asking, moving
 from grpo.record import RunFolder
 from grpo.reference import Reference
 from grpo.replay import NonFiniteError, save_fault
@@ -91,29 +92,30 @@ class Trainer:
         )
         reference = Reference(self.policy, is_offloaded=config.offload_ref_model) if config.beta else None
         collector = make_collector(config, self.policy, self.tokenizer, self.grader, engine)
-        asker = make_asker(collector, self.ranks, self.dataset)
+        asker = make_asking(collector, self.ranks, self.dataset, self.policy)
         self._resume(optimizer, asker, reference)
-        engine.load_weights(self.policy, self.step)
+        asker.follow(self.policy, self.step)
         evaluator = make_evaluator(collector, self.ranks, self.held_out)
         if self.step == 0:
             with self._can_be_given_up(optimizer, asker, reference):
-                self._evaluate(evaluator, "base")
+                self._evaluate(evaluator, asker, "base")
         self.display.stage("GRPO", config.max_steps, done=self.step)
         while self.step < config.max_steps and not self.ranks.any(self.stop_requested):
             watchdog.begin(self.step + 1)
             started = perf_counter()
             with self._can_be_given_up(optimizer, asker, reference):
                 asked = asker.ask(self.step)
+            asker.ask_ahead(self.step)
             first, groups = self.ranks.share([answer.group for answer in asked.filled.trained])
             advantages = self._advantages(groups, reference)
             stats, update_s = self._update(groups, advantages, first, optimizer, reference)
             self.step += 1
-            engine.load_weights(self.policy, self.step)
+            asker.follow(self.policy, self.step)
             self._record(asked, advantages, stats, update_s, started)
             watchdog.end()
             if config.evaluation.eval_steps and self.step % config.evaluation.eval_steps == 0:
                 with self._can_be_given_up(optimizer, asker, reference):
-                    self._evaluate(evaluator, self.step)
+                    self._evaluate(evaluator, asker, self.step)
             if config.save_steps and self.step % config.save_steps == 0 and self.step < config.max_steps:
                 self.save(optimizer, asker, reference)
             if self.skipped >= config.max_skipped_steps:
@@ -124,7 +126,7 @@ class Trainer:
                 )
         self.save(optimizer, asker, reference)
         if self.step >= config.max_steps:
-            self._evaluate(evaluator, "final")
+            self._evaluate(evaluator, asker, "final")
         return self.step
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
@@ -149,7 +151,7 @@ class Trainer:
             signal.setitimer(signal.ITIMER_REAL, self.config.stop_timeout, 1.0)
 
     @contextmanager
-    def _can_be_given_up(self, optimizer: MasterAdamW, asker: Asker, reference: Reference | None) -> Iterator[None]:
+    def _can_be_given_up(self, optimizer: MasterAdamW, asker: Asking, reference: Reference | None) -> Iterator[None]:
         """Around what changes nothing but the questions asked: given up, the state before it is saved."""
         before = asker.state()
         self.is_asking = True
@@ -158,17 +160,19 @@ class Trainer:
         except PreemptedError as error:
             self.is_asking = False
             self.display.note(f"{error}; saving what was before it")
-            self._write_checkpoint(optimizer, before, reference)
+            self._write_checkpoint(optimizer, asker, before, reference)
             raise
         finally:
             self.is_asking = False
 
-    def save(self, optimizer: MasterAdamW, asker: Asker, reference: Reference | None = None) -> None:
+    def save(self, optimizer: MasterAdamW, asker: Asking, reference: Reference | None = None) -> None:
         """Write a checkpoint; a disk that refuses is said, and the last good one stays."""
-        self._write_checkpoint(optimizer, asker.state(), reference)
+        self._write_checkpoint(optimizer, asker, asker.state(), reference)
         self.ranks.wait()
 
-    def _write_checkpoint(self, optimizer: MasterAdamW, data: dict[str, Any], reference: Reference | None) -> None:
+    def _write_checkpoint(
+        self, optimizer: MasterAdamW, asker: Asking, data: dict[str, Any], reference: Reference | None
+    ) -> None:
         if self.ranks.is_main and not (self.folder.checkpoints / f"step_{self.step:06d}").is_dir():
             try:
                 save_checkpoint(
@@ -184,6 +188,7 @@ class Trainer:
                         "skipped": self.skipped,
                     },
                     reference=reference.policy if reference is not None and self.config.sync_ref_model else None,
+                    sampler=None if asker.sampler is None else moving(asker.sampler),
                     lora=self.config.lora,
                     base_model=self.config.model,
                     data=data,
@@ -193,7 +198,7 @@ class Trainer:
                     f"checkpoint of step {self.step} not written ({error}); the run goes on, the last one stays"
                 )
 
-    def _resume(self, optimizer: MasterAdamW, asker: Asker, reference: Reference | None) -> None:
+    def _resume(self, optimizer: MasterAdamW, asker: Asking, reference: Reference | None) -> None:
         found = find_checkpoint(self.folder.checkpoints)
         self.ranks.wait()
         if found is not None:
@@ -201,6 +206,8 @@ class Trainer:
                 self.display.note(line)
             load_checkpoint(found.path, self.policy, optimizer, None if reference is None else reference.policy)
             asker.load_state(read_data_state(found.path))
+            if asker.sampler is not None:
+                asker.sampler.load_state_dict(read_sampler(found.path), strict=False)  # without what is frozen
             self.step, self.skipped = found.step, int(found.state.get("skipped") or 0)
             if (coefficient := found.state.get("entropy_coef")) is not None:
                 self.entropy = EntropyState(coefficient=coefficient, entropy=found.state.get("entropy"))
@@ -293,6 +300,7 @@ class Trainer:
             "step": self.step,
             **rollouts,
             **asked.metrics,
+            "sampling/policy_lag": policy_lag([answer.group for answer in asked.filled.trained], self.step - 1),
             **update_metrics(stats),
             "entropy_coef": applied_coefficient(self.entropy, self.config),
             "update/skipped_total": self.skipped,
@@ -311,9 +319,10 @@ class Trainer:
             self.folder.add_metrics(metrics)
         self.display.advance(metrics)
 
-    def _evaluate(self, evaluator: Evaluator, stage: str | int) -> None:
+    def _evaluate(self, evaluator: Evaluator, asker: Asking, stage: str | int) -> None:
         if not evaluator.problems or any(e["stage"] == stage for e in self.folder.evaluations()):
             return
+        asker.settle(self.policy, self.step)
         self.display.stage(f"evaluation ({stage})", len(self.ranks.share(evaluator.problems)[1]))
         evaluation = evaluator.run(stage, lambda count: self.display.advance(steps=count))
         if self.ranks.is_main:
