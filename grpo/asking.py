@@ -77,6 +77,10 @@ class Asking(Protocol):
         """Take back what `state` gave, under the same recipe. Raises DatasetError where the dataset has changed."""
         ...
 
+    def close(self) -> None:
+        """Drop the questions that are out; nothing can be asked afterwards."""
+        ...
+
 
 @dataclass(kw_only=True, slots=True)
 class Asker:
@@ -145,6 +149,9 @@ class Asker:
         self.pending = [read_answer(row, self.stream.question) for row in state["pending"]]
         if self.replay is not None:
             self.replay.load_state(state["replay"])
+
+    def close(self) -> None:
+        """Nothing: no question is out."""
 
     def _collect(self, questions: Sequence[Question], step: int) -> Collected:
         """Every rank samples and grades its share; all get all groups, in order, with seconds of their own."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -28,6 +28,9 @@ from grpo.distributed import Ranks
 from policy import Policy
 from rewards.background import run_apart
 from rollouts import Engine
+
+CLOSE_S = 30.0
+"""Longest wait for other ranks to end."""
 
 
 class AskerAhead:
@@ -94,6 +97,17 @@ class AskerAhead:
         """Take back what `state` gave; the copy's weights are for the caller to restore."""
         self._asker.load_state(state)
         self._version, self._before = int(state["sampler_version"]), copy.deepcopy(self._asker.state())
+
+    def close(self) -> None:
+        """Drop the questions that are out, and have the thread end that asked them.
+
+        Where the process left without it, in the middle of an exchange with other ranks' threads, it would crash. These
+        end in turn: one that waits for another's answers hears that it is gone.
+        """
+        self._engine.close()
+        self._asker.collector.grader.cancel()
+        if self._out is not None:
+            wait([self._out], timeout=CLOSE_S)
 
     def _begin(self, step: int) -> None:
         if self._sent != self._version:

@@ -16,7 +16,7 @@ from grpo.advantages import step_advantages
 from grpo.asking import Asked, Asking
 from grpo.batch import make_minibatches, make_rows
 from grpo.checkpoint import find_checkpoint, load_checkpoint, read_data_state, read_sampler, save_checkpoint
-from grpo.collect import make_collector
+from grpo.collect import Collector, make_collector
 from grpo.config import Config
 from grpo.data import Dataset
 from grpo.display import Display
@@ -36,7 +36,7 @@ from grpo.watchdog import Watchdog
 from policy import Policy
 from policy.tokenizer import Tokenizer
 from rewards import Grader, Problem
-from rollouts import Engine, make_engine
+from rollouts import make_engine
 
 
 class PreemptedError(KeyboardInterrupt):
@@ -80,9 +80,11 @@ class Trainer:
         """
         watchdog = Watchdog(self.folder.path, self.ranks.rank, self.display.note)
         with closing(watchdog), closing(make_engine(self.policy, self.config.engine)) as engine:
-            return self._train(engine, watchdog)
+            collector = make_collector(self.config, self.policy, self.tokenizer, self.grader, engine)
+            with closing(make_asking(collector, self.ranks, self.dataset, self.policy)) as asker:
+                return self._train(collector, asker, watchdog)
 
-    def _train(self, engine: Engine, watchdog: Watchdog) -> int:
+    def _train(self, collector: Collector, asker: Asking, watchdog: Watchdog) -> int:
         config = self.config
         optimizer = MasterAdamW(
             self.policy,
@@ -91,8 +93,6 @@ class Trainer:
             weight_decay=config.weight_decay,
         )
         reference = Reference(self.policy, is_offloaded=config.offload_ref_model) if config.beta else None
-        collector = make_collector(config, self.policy, self.tokenizer, self.grader, engine)
-        asker = make_asking(collector, self.ranks, self.dataset, self.policy)
         self._resume(optimizer, asker, reference)
         asker.follow(self.policy, self.step)
         evaluator = make_evaluator(collector, self.ranks, self.held_out)

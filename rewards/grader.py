@@ -195,10 +195,14 @@ class Grader:
             if self._open is None:
                 self._release()
 
-    def close(self) -> None:
-        """Ends the workers, and a batch in hand with them; the grader cannot be used any more."""
+    def cancel(self) -> None:
+        """Drops the batch in hand, whichever thread it is in; that thread gets GivenUpError."""
         if (grading := self._open) is not None:
             grading.cancel()
+
+    def close(self) -> None:
+        """Ends the workers, and a batch in hand with them; the grader cannot be used any more."""
+        self.cancel()
         has_turn = self._lock.acquire(timeout=_CLOSE_S)
         try:
             if not self._is_closed:

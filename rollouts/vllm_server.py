@@ -51,7 +51,7 @@ class VllmServerEngine:
         self.config, self.policy = config, policy
         self.policy_version = 0
         self._turn = threading.Lock()
-        self._board = Board(0)
+        self._board, self._is_closed = Board(0), False
         self._transfer: WeightTransfer = (
             NcclTransfer(config.transfer_host)
             if config.weight_transfer == "nccl"
@@ -121,8 +121,10 @@ class VllmServerEngine:
         if not prompts or not num_generations:
             return [[] for _ in prompts]
         seeds = prompt_seeds_of(params, len(prompts)) if prompt_seeds is None else prompt_seeds
-        board = self._board = Board(len(prompts))
-        version = self.policy_version
+        board, version = Board(len(prompts)), self.policy_version
+        self._board = board
+        if self._is_closed:
+            raise EngineError("the engine was closed")
 
         def ask(server: Server, place: int) -> list[Completion]:
             assert server.served is not None
@@ -146,6 +148,7 @@ class VllmServerEngine:
 
     def close(self) -> None:
         """Leave the servers, which run on; a call in another thread ends with an error."""
+        self._is_closed = True
         self._board.fail(EngineError("the engine was closed"))
         self._transfer.close()
 

@@ -271,6 +271,16 @@ def test_what_fails_ahead_is_raised_where_it_is_waited_for(recipe: Path) -> None
             ahead.ask(1)
 
 
+def test_closing_ends_the_thread_that_asks(recipe: Path) -> None:
+    with serving(model_of(recipe)) as server, asking(recipe, server) as (ahead, _):
+        ahead.ask(0)
+        server.faults_to_come = 10**9
+        ahead.ask_ahead(0)
+        assert wait_until(lambda: server.num_faults > 0)
+        ahead.close()
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("asking step")]
+
+
 def test_frozen_weights_are_shared_and_those_that_train_are_not(recipe: Path, server: PolicyServer) -> None:
     config = load_config(recipe, served(server))
     policy = load(config.model or "")
