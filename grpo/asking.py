@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from grpo.collect import Collected, Collector, sampling_params
 from grpo.data import Dataset
@@ -21,6 +21,7 @@ from grpo.replay_buffer import ReplayBuffer
 from grpo.state import answer_to_json, read_answer
 from grpo.stream import Stream
 from grpo.types import Answer, Group, Question
+from policy import Policy
 from rewards.registry import reward_name
 from rollouts import SamplingParams
 from rollouts.sampler import mix
@@ -37,9 +38,48 @@ class Asked:
     sample_s: float
     """Seconds of sampling, on this rank."""
     grade_s: float
-    """Seconds of grading, on this rank."""
+    """Seconds that the step waited for grading after that, on this rank."""
+    grade_busy_s: float
+    """Seconds of grading, most of them while sampling went on, on this rank."""
     metrics: Mapping[str, float]
     """Accounts of what is switched on: refills, curriculum, replay, length schedule."""
+
+
+class Asking(Protocol):
+    """What the trainer asks for the groups of a step: `Asker`, or one that is a step ahead (`grpo/pipeline.py`)."""
+
+    @property
+    def sampler(self) -> Policy | None:
+        """The weights that sample, where they are not the policy's own: a checkpoint has to keep them."""
+        ...
+
+    def ask(self, step: int) -> Asked:
+        """The groups of this step, 0 the first; given up half-way, it changes nothing that `state` had given."""
+        ...
+
+    def ask_ahead(self, step: int) -> None:
+        """This step's groups are taken: begin with the next one's, where these are sampled ahead."""
+        ...
+
+    def follow(self, policy: Policy, version: int) -> None:
+        """The policy has made a step and is of this version now."""
+        ...
+
+    def settle(self, policy: Policy, version: int) -> None:
+        """Have the engine hold this version, and do nothing else, for an evaluation."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint, as JSON: all that the next step's questions depend on, `sampler` aside."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` gave, under the same recipe. Raises DatasetError where the dataset has changed."""
+        ...
+
+    def close(self) -> None:
+        """Drop the questions that are out; nothing can be asked afterwards."""
+        ...
 
 
 @dataclass(kw_only=True, slots=True)
@@ -52,6 +92,10 @@ class Asker:
     replay: ReplayBuffer | None
     pending: list[Answer] = field(default_factory=list)
     """Groups with signal that the last step had no place for."""
+
+    @property
+    def sampler(self) -> None:
+        """None: the policy itself samples, or an engine that always has its newest weights."""
 
     def ask(self, step: int) -> Asked:
         """The groups of this step, 0 the first."""
@@ -77,8 +121,19 @@ class Asker:
             fresh=[group for collected in rounds for group in collected.groups],
             sample_s=sum(collected.sample_s for collected in rounds),
             grade_s=sum(collected.grade_s for collected in rounds),
+            grade_busy_s=sum(collected.grade_busy_s for collected in rounds),
             metrics=self._metrics(filled, step),
         )
+
+    def ask_ahead(self, step: int) -> None:
+        """Nothing: the next step is sampled by the weights that this one leads to."""
+
+    def follow(self, policy: Policy, version: int) -> None:
+        """The engine takes the weights; free where it shares them."""
+        self.collector.engine.load_weights(policy, version)
+
+    def settle(self, policy: Policy, version: int) -> None:
+        """Nothing: the engine holds them."""
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, as JSON."""
@@ -94,6 +149,9 @@ class Asker:
         self.pending = [read_answer(row, self.stream.question) for row in state["pending"]]
         if self.replay is not None:
             self.replay.load_state(state["replay"])
+
+    def close(self) -> None:
+        """Nothing: no question is out."""
 
     def _collect(self, questions: Sequence[Question], step: int) -> Collected:
         """Every rank samples and grades its share; all get all groups, in order, with seconds of their own."""

@@ -2,9 +2,9 @@
 
 A checkpoint is a folder `step_000050` that transformers and vLLM load as it is (weights in the Hugging Face layout,
 tokenizer) plus `trainer.safetensors` (master weights, moments), `reference.safetensors` where the reference moves,
-`state.json`, `data.json` (questions asked, pass rates, groups not trained on yet, old successes) and `manifest.json`
-(SHA-256 of every file). It is written beside its place, synced and renamed, so that a kill at any moment leaves the
-last good one.
+`sampler.safetensors` where older weights sample, `state.json`, `data.json` (questions asked, pass rates, groups not
+trained on yet, old successes) and `manifest.json` (SHA-256 of every file). It is written beside its place, synced and
+renamed, so that a kill at any moment leaves the last good one.
 
 Everything else that the future depends on (seeds, learning rate) follows from the step number and the recipe.
 """
@@ -34,7 +34,7 @@ from policy.lora import LoraConfig, LoraError, adapters, load_adapters, save_ada
 from policy.tokenizer import Tokenizer
 
 MANIFEST, STATE, TRAINER, DATA = "manifest.json", "state.json", "trainer.safetensors", "data.json"
-REFERENCE, ADAPTER = "reference.safetensors", "adapter"
+REFERENCE, SAMPLER, ADAPTER = "reference.safetensors", "sampler.safetensors", "adapter"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +61,7 @@ def save_checkpoint(
     state: Mapping[str, float | None] | None = None,
     data: Mapping[str, Any] | None = None,
     reference: Mapping[str, Tensor] | None = None,
+    sampler: Mapping[str, Tensor] | None = None,
     lora: LoraConfig | None = None,
     base_model: str | None = None,
 ) -> Path:
@@ -68,8 +69,8 @@ def save_checkpoint(
 
     `policy` has its weights whole, `trained` is `Optimizer.state_tensors`. `state` are numbers of the trainer that do
     not follow from the step, `data` is what the next questions depend on, as JSON; `reference` are the reference's
-    weights by name, given where it moves. With `lora`, the weights are merged and the adapters to `base_model` stand by
-    themselves in `adapter/`.
+    weights by name, given where it moves, `sampler` those that sample where they are not the policy's. With `lora`, the
+    weights are merged and the adapters to `base_model` stand by themselves in `adapter/`.
     """
     target = folder / f"step_{step:06d}"
     with written_whole(target) as temporary:
@@ -80,6 +81,8 @@ def save_checkpoint(
         save_file(dict(trained), temporary / TRAINER)
         if reference is not None:
             save_file(dict(reference), temporary / REFERENCE)
+        if sampler is not None:
+            save_file({name: weight.contiguous() for name, weight in sampler.items()}, temporary / SAMPLER)
         (temporary / STATE).write_text(json.dumps({"step": step, **(state or {})}) + "\n")
         (temporary / DATA).write_text(json.dumps(data) + "\n")
         files = sorted(file for file in temporary.rglob("*") if file.is_file())
@@ -168,6 +171,11 @@ def load_checkpoint(path: Path, weights: Weights, reference: Policy | None = Non
     optimizer.load_state_tensors(state)
     if reference is not None and (path / REFERENCE).is_file():
         weights.restore(reference, load_file(path / REFERENCE))
+
+
+def read_sampler(path: Path) -> dict[str, Tensor]:
+    """What was given to `save_checkpoint` as `sampler`."""
+    return load_file(path / SAMPLER)
 
 
 def read_data_state(path: Path) -> dict[str, Any]:

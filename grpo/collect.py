@@ -1,4 +1,4 @@
-"""Ask problems: prompts to the engine, completions to the grader, both back as groups."""
+"""Ask problems: prompts to the engine, completions to the grader as they come, both back as groups."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grpo.types import Group
 from policy import Policy
 from policy.tokenizer import Tokenizer
 from rewards import Grader, Problem
-from rollouts import Engine, SamplingParams
+from rollouts import Completion, Engine, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +25,9 @@ class Collected:
     sample_s: float
     """Seconds of sampling."""
     grade_s: float
-    """Seconds of grading."""
+    """Seconds that grading took beyond sampling."""
+    grade_busy_s: float
+    """Seconds in which something was graded, while others were sampled or after."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,16 +54,23 @@ class Collector:
         params: SamplingParams,
         prompt_seeds: Sequence[int],
     ) -> Collected:
-        """`num_generations` graded completions of each problem."""
+        """`num_generations` graded completions of each problem.
+
+        Each group goes to the grader as soon as it is sampled, while others still are. Whatever ends the sampling ends
+        the grading, too.
+        """
         start = perf_counter()
-        completions = self.engine.generate(prompts, num_generations, params, prompt_seeds) if prompts else []
-        sampled = perf_counter()
-        texts = [self.tokenizer.decode_many([c.token_ids for c in group]) for group in completions]
-        results = self.grader.grade(
-            [problem for problem in problems for _ in range(num_generations)],
-            [text for group in texts for text in group],
-            [c.token_ids for group in completions for c in group],
-        )
+        texts: list[list[str]] = [[] for _ in problems]
+        with self.grader.start([problem for problem in problems for _ in range(num_generations)]) as grading:
+
+            def grade(place: int, completions: Sequence[Completion]) -> None:
+                token_ids = [completion.token_ids for completion in completions]
+                texts[place] = self.tokenizer.decode_many(token_ids)
+                grading.add(place * num_generations, texts[place], token_ids)
+
+            completions = self.engine.generate(prompts, num_generations, params, prompt_seeds, grade) if prompts else []
+            sampled = perf_counter()
+            results = grading.finish()
         groups = [
             Group(
                 problem=problem,
@@ -72,7 +81,12 @@ class Collector:
             )
             for place, (problem, prompt_ids) in enumerate(zip(problems, prompts, strict=True))
         ]
-        return Collected(groups=groups, sample_s=sampled - start, grade_s=perf_counter() - sampled)
+        return Collected(
+            groups=groups,
+            sample_s=sampled - start,
+            grade_s=perf_counter() - sampled,
+            grade_busy_s=grading.busy_s,
+        )
 
 
 def make_collector(config: Config, policy: Policy, tokenizer: Tokenizer, grader: Grader, engine: Engine) -> Collector:

@@ -137,6 +137,10 @@ class Config(AlgorithmConfig):
     top_p: float = Field(default=1.0, gt=0, le=1)
     min_p: float = Field(default=0.0, ge=0, lt=1)
 
+    rollout_lag: Literal[0, 1] = Field(
+        default=0, description="1: vllm servers sample a step with the weights of the one before, while that trains"
+    )
+
     max_steps: int = Field(ge=1)
     learning_rate: float = Field(default=1e-6, gt=0)
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
@@ -194,6 +198,12 @@ class Config(AlgorithmConfig):
                 "lora takes the policy without its adapters for the reference: sync_ref_model must be false"
             )
         names = ["reward", *map(reward_name, self.rewards)]
+        if self.rollout_lag and self.engine.kind != "vllm_server":
+            why = {"builtin": "samples from the very weights", "vllm_colocate": "samples on the very devices"}
+            raise ValueError(
+                f"rollout_lag: {self.rollout_lag} samples while the policy trains, but engine.kind: {self.engine.kind} "
+                f"{why[self.engine.kind]} that are trained; set engine.kind: vllm_server, or rollout_lag: 0"
+            )
         if self.dynamic_sampling is not None and self.dynamic_sampling.metric not in names:
             raise ValueError(
                 f"dynamic_sampling.metric must be one of {', '.join(names)}, got {self.dynamic_sampling.metric!r}"

@@ -109,7 +109,7 @@ class Curriculum:
         seen = np.flatnonzero(self.visits_P)
         columns = (seen, self.rate_P[seen], self.visits_P[seen], self.last_step_P[seen], self.turn_P[seen])
         return {
-            "credits": self.credits,
+            "credits": dict(self.credits),
             "seen": [list(row) for row in zip(*(c.tolist() for c in columns), strict=True)],
         }
 

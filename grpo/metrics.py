@@ -63,6 +63,14 @@ def rollout_metrics(groups: Sequence[Graded]) -> dict[str, Any]:
     return metrics
 
 
+def policy_lag(groups: Sequence[Group], version: int) -> float:
+    """Mean over the completions that a step trains on: optimizer steps between the weights that sampled each and those,
+    of this `version`, that learn from it.
+    """
+    versions = [completion.policy_version for group in groups for completion in group.completions]
+    return version - fmean(versions) if versions else 0.0
+
+
 def update_metrics(stats: UpdateStats) -> dict[str, Any]:
     """Loss, divergences, gradient and the experts' load."""
     metrics: dict[str, Any] = {

@@ -143,7 +143,11 @@ def choose_curves(run: RunFiles) -> list[Curve]:
         wanted.append(_make_curve(rows, "Accuracy", unit, labels, marks=marks))
     wanted += [_make_curve(rows, title, unit, labels) for title, unit, labels in CURVES]
     others = {key: _shorten_name(key) for key in means[1:]}
-    phases = {key: key.removeprefix("time/") for key in names if key.startswith("time/")}
+    phases = {
+        key: key.removeprefix("time/")
+        for key in names
+        if key.startswith("time/") and not key.endswith("_busy")  # what goes on beside a phase is no part of the sum
+    }
     wanted.append(_make_curve(rows, "Further rewards", "", others))
     wanted.append(_make_curve(rows, "Step time", "s", phases or {"step_time": "step"}, stacked=bool(phases)))
     return [curve for curve in wanted if curve.lines]

@@ -13,19 +13,20 @@ from typing import Any
 import torch
 
 from grpo.advantages import step_advantages
-from grpo.asking import Asked, Asker, make_asker
+from grpo.asking import Asked, Asking
 from grpo.batch import make_minibatches, make_rows
-from grpo.checkpoint import find_checkpoint, load_checkpoint, read_data_state, save_checkpoint
-from grpo.collect import make_collector
+from grpo.checkpoint import find_checkpoint, load_checkpoint, read_data_state, read_sampler, save_checkpoint
+from grpo.collect import Collector, make_collector
 from grpo.config import Config
 from grpo.data import Dataset
 from grpo.display import Display
 from grpo.distributed import Ranks
 from grpo.entropy import EntropyState, adapted, applied_coefficient
 from grpo.evaluate import Evaluator, make_evaluator
-from grpo.metrics import graded, rollout_metrics, update_metrics
+from grpo.metrics import graded, policy_lag, rollout_metrics, update_metrics
 from grpo.optimizer import learning_rate_at
 from grpo.penalties import penalised_rewards
+from grpo.pipeline import make_asking, moving
 from grpo.record import RunFolder
 from grpo.reference import Reference
 from grpo.replay import NonFiniteError, save_fault
@@ -36,7 +37,7 @@ from grpo.weights import Weights, keep_weights
 from policy import Policy
 from policy.tokenizer import Tokenizer
 from rewards import Grader, Problem
-from rollouts import Engine, make_engine
+from rollouts import make_engine
 
 
 class PreemptedError(KeyboardInterrupt):
@@ -83,38 +84,39 @@ class Trainer:
         """
         watchdog = Watchdog(self.folder.path, self.ranks.rank, self.display.note)
         with closing(watchdog), closing(make_engine(self.weights.sampler, self.config.engine)) as engine:
-            return self._train(engine, watchdog)
+            collector = make_collector(self.config, self.policy, self.tokenizer, self.grader, engine)
+            with closing(make_asking(collector, self.ranks, self.dataset, self.weights)) as asker:
+                return self._train(collector, asker, watchdog)
 
-    def _train(self, engine: Engine, watchdog: Watchdog) -> int:
+    def _train(self, collector: Collector, asker: Asking, watchdog: Watchdog) -> int:
         config = self.config
         reference = None
         if config.beta:
             reference = Reference(self.policy, is_offloaded=config.offload_ref_model, weights=self.weights)
-        collector = make_collector(config, self.policy, self.tokenizer, self.grader, engine)
-        asker = make_asker(collector, self.ranks, self.dataset)
         self._resume(asker, reference)
-        self._publish(engine)
+        self._publish(asker)
         evaluator = make_evaluator(collector, self.ranks, self.held_out)
         if self.step == 0:
             with self._can_be_given_up(asker, reference):
-                self._evaluate(evaluator, "base")
+                self._evaluate(evaluator, asker, "base")
         self.display.stage("GRPO", config.max_steps, done=self.step)
         while self.step < config.max_steps and not self.ranks.any(self.stop_requested):
             watchdog.begin(self.step + 1)
             started = perf_counter()
             with self._can_be_given_up(asker, reference):
                 asked = asker.ask(self.step)
+            asker.ask_ahead(self.step)
             groups = [answer.group for answer in asked.filled.trained]
             mine = self.ranks.deal([group.num_tokens for group in groups])
             advantages = self._advantages(groups, mine, reference)
             stats, update_s = self._update(groups, advantages, mine, reference)
             self.step += 1
-            self._publish(engine)
+            self._publish(asker)
             self._record(asked, advantages, stats, update_s, started)
             watchdog.end()
             if config.evaluation.eval_steps and self.step % config.evaluation.eval_steps == 0:
                 with self._can_be_given_up(asker, reference):
-                    self._evaluate(evaluator, self.step)
+                    self._evaluate(evaluator, asker, self.step)
             if config.save_steps and self.step % config.save_steps == 0 and self.step < config.max_steps:
                 self.save(asker, reference)
             if self.skipped >= config.max_skipped_steps:
@@ -125,12 +127,12 @@ class Trainer:
                 )
         self.save(asker, reference)
         if self.step >= config.max_steps:
-            self._evaluate(evaluator, "final")
+            self._evaluate(evaluator, asker, "final")
         return self.step
 
-    def _publish(self, engine: Engine) -> None:
+    def _publish(self, asker: Asking) -> None:
         self.weights.publish()
-        engine.load_weights(self.weights.sampler, self.step)
+        asker.follow(self.weights.sampler, self.step)
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
         """A signal handler: finish the step, save, leave.
@@ -154,7 +156,7 @@ class Trainer:
             signal.setitimer(signal.ITIMER_REAL, self.config.stop_timeout, 1.0)
 
     @contextmanager
-    def _can_be_given_up(self, asker: Asker, reference: Reference | None) -> Iterator[None]:
+    def _can_be_given_up(self, asker: Asking, reference: Reference | None) -> Iterator[None]:
         """Around what changes nothing but the questions asked: given up, the state before it is saved."""
         before = asker.state()
         self.is_asking = True
@@ -164,19 +166,19 @@ class Trainer:
             self.is_asking = False
             if self.ranks.sharding is None:
                 self.display.note(f"{error}; saving what was before it")
-                self._write_checkpoint(before, reference)
+                self._write_checkpoint(asker, before, reference)
             else:  # saving takes all ranks, and others may be in the middle of the step
                 self.display.note(f"{error}; the last checkpoint stays")
             raise
         finally:
             self.is_asking = False
 
-    def save(self, asker: Asker, reference: Reference | None = None) -> None:
+    def save(self, asker: Asking, reference: Reference | None = None) -> None:
         """Write a checkpoint; a disk that refuses is said, and the last good one stays."""
-        self._write_checkpoint(asker.state(), reference)
+        self._write_checkpoint(asker, asker.state(), reference)
         self.ranks.wait()
 
-    def _write_checkpoint(self, data: dict[str, Any], reference: Reference | None) -> None:
+    def _write_checkpoint(self, asker: Asking, data: dict[str, Any], reference: Reference | None) -> None:
         weights, moves = self.weights, reference is not None and self.config.sync_ref_model
         is_written = (self.folder.checkpoints / f"step_{self.step:06d}").is_dir()
         if self.ranks.sharding is None and (is_written or not self.ranks.is_main):
@@ -200,6 +202,7 @@ class Trainer:
                     "skipped": self.skipped,
                 },
                 reference=referred,
+                sampler=None if asker.sampler is None else moving(asker.sampler, weights.optimizer.trained),
                 lora=self.config.lora,
                 base_model=self.config.model,
                 data=data,
@@ -209,7 +212,7 @@ class Trainer:
                 f"checkpoint of step {self.step} not written ({error}); the run goes on, the last one stays"
             )
 
-    def _resume(self, asker: Asker, reference: Reference | None) -> None:
+    def _resume(self, asker: Asking, reference: Reference | None) -> None:
         found = find_checkpoint(self.folder.checkpoints)
         self.ranks.wait()
         if found is not None:
@@ -217,6 +220,8 @@ class Trainer:
                 self.display.note(line)
             load_checkpoint(found.path, self.weights, None if reference is None else reference.policy)
             asker.load_state(read_data_state(found.path))
+            if asker.sampler is not None:
+                asker.sampler.load_state_dict(read_sampler(found.path), strict=False)  # without what is frozen
             self.step, self.skipped = found.step, int(found.state.get("skipped") or 0)
             if (coefficient := found.state.get("entropy_coef")) is not None:
                 self.entropy = EntropyState(coefficient=coefficient, entropy=found.state.get("entropy"))
@@ -312,6 +317,7 @@ class Trainer:
             "step": self.step,
             **rollouts,
             **asked.metrics,
+            "sampling/policy_lag": policy_lag([answer.group for answer in asked.filled.trained], self.step - 1),
             **update_metrics(stats),
             "entropy_coef": applied_coefficient(self.entropy, self.config),
             "update/skipped_total": self.skipped,
@@ -319,6 +325,7 @@ class Trainer:
             "step_time": elapsed,
             "time/sample": asked.sample_s,
             "time/grade": asked.grade_s,
+            "time/grade_busy": asked.grade_busy_s,
             "time/update": update_s,
             "num_tokens": tokens,
             "tokens_per_second": tokens / elapsed,
@@ -330,9 +337,10 @@ class Trainer:
             self.folder.add_metrics(metrics)
         self.display.advance(metrics)
 
-    def _evaluate(self, evaluator: Evaluator, stage: str | int) -> None:
+    def _evaluate(self, evaluator: Evaluator, asker: Asking, stage: str | int) -> None:
         if not evaluator.problems or any(e["stage"] == stage for e in self.folder.evaluations()):
             return
+        asker.settle(self.weights.sampler, self.step)
         self.display.stage(f"evaluation ({stage})", len(self.ranks.share(evaluator.problems)[1]))
         evaluation = evaluator.run(stage, lambda count: self.display.advance(steps=count))
         if self.ranks.is_main:

@@ -3,8 +3,9 @@
     with Grader(["countdown", "format"], weights=[1.0, 0.2], num_workers=2) as grader:
         results = grader.grade(problems, completions)
 
-Here are the rules of scoring; `grader_batch` plans and merges, `grader_pool` keeps the deadlines, `grader_process` is
-one worker seen from outside, `grader_worker` the same from inside.
+Here are the rules of scoring; `grading` is a batch whose completions are still coming, `grader_batch` plans and
+merges, `grader_pool` keeps the deadlines, `grader_process` is one worker seen from outside, `grader_worker` the same
+from inside.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Final
 from rewards.grader_batch import Batch, Part, RewardKind
 from rewards.grader_pool import GraderError, InProcess, WorkerPool
 from rewards.grader_worker import ENVIRONMENT_MARK
+from rewards.grading import Grading
 from rewards.registry import RewardNotFoundError, RewardSignatureError, reward_name
 from rewards.types import Problem, RewardResult
 
@@ -28,6 +30,8 @@ __all__ = ["Grader", "GraderError", "RewardError"]
 
 _ERRORS: Final = {error.__name__: error for error in (RewardNotFoundError, RewardSignatureError, GraderError)}
 _LOGGER: Final = logging.getLogger(__name__)
+_CLOSE_S: Final = 5.0
+"""Time that another thread has to let go of the workers before they are ended under its hands."""
 
 
 class RewardError(GraderError):
@@ -97,8 +101,9 @@ class Grader:
         self._labels: dict[str, str] = {}
         self._judged: set[str] = set()
         self._is_closed = False
-        self._lock = threading.RLock()
-        self._num_workers = num_workers
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+        self._open: Grading | None = None
         self.timeouts = 0
         """Scores that a deadline cost, by reward and completion."""
         self.errors = 0
@@ -137,15 +142,11 @@ class Grader:
 
         Raises as the constructor does.
         """
-        with self._lock:
-            new = [name for name in dict.fromkeys(rewards) if name not in self._kinds]
-            if not new:
-                return
-            reply = self._pool.load([*self._kinds, *new])
-            if "refused" in reply:
-                raise _ERRORS[reply["kind"]](reply["refused"])
-            self._kinds = {name: RewardKind(**kind) for name, kind in reply["loaded"].items()}
-            self._label(new)
+        self._claim()
+        try:
+            self._load(rewards)
+        finally:
+            self._release()
 
     def grade(
         self,
@@ -163,34 +164,53 @@ class Grader:
         Raises ValueError if the lengths differ or a problem cannot be sent to a worker, RewardError if `strict`, what
         `load` raises for a problem's own reward, and GraderError if a worker cannot be replaced.
         """
-        if self._is_closed:
-            raise GraderError("the grader is closed")
         if len(problems) != len(completions) or (completion_ids is not None and len(completion_ids) != len(problems)):
             raise ValueError(
                 f"grade takes lists of equal length, got {len(problems)} problems, {len(completions)} completions"
                 + ("" if completion_ids is None else f", {len(completion_ids)} completion_ids")
             )
-        if (odd := next((c for c in completions if not isinstance(c, str)), None)) is not None:
-            raise TypeError(f"a completion is text, got {type(odd).__name__}: {odd!r:.80}")
-        with self._lock:
+        with self.start(problems) as grading:
+            grading.add(0, completions, completion_ids)
+            return grading.finish()
+
+    def start(self, problems: Sequence[Problem]) -> Grading:
+        """Begins a batch whose completions come bit by bit, one for each problem of a flat list; see `Grading`.
+
+        Until it is finished or cancelled other threads wait with theirs. Raises GraderError if this thread has one in
+        hand already; else what `grade` raises for its problems.
+        """
+        self._claim()
+        try:
+            if self._is_closed:
+                raise GraderError("the grader is closed")
             self._load_own(problems)
             batch = Batch(
                 problems=problems,
-                completions=completions,
-                completion_ids=completion_ids,
                 rewards=[self._rewards_for(problem) for problem in problems],
                 kinds=self._kinds,
             )
-            self._pool.run(batch.plan(self._num_workers), batch)
-            self._judge(batch.parts, are_alone=batch.longest_group < 2)
-            return batch.merge(self._weights, self._labels)
+            self._open = Grading(batch, self._pool, conclude=self._conclude, release=self._release)
+            return self._open
+        finally:
+            if self._open is None:
+                self._release()
+
+    def cancel(self) -> None:
+        """Drops the batch in hand, whichever thread it is in; that thread gets GivenUpError."""
+        if (grading := self._open) is not None:
+            grading.cancel()
 
     def close(self) -> None:
-        """Ends the workers; the grader cannot be used any more."""
-        with self._lock:
+        """Ends the workers, and a batch in hand with them; the grader cannot be used any more."""
+        self.cancel()
+        has_turn = self._lock.acquire(timeout=_CLOSE_S)
+        try:
             if not self._is_closed:
                 self._is_closed = True
                 self._pool.close()
+        finally:
+            if has_turn:
+                self._lock.release()
 
     def __enter__(self) -> Grader:
         return self
@@ -200,11 +220,36 @@ class Grader:
     ) -> None:
         self.close()
 
+    def _claim(self) -> None:
+        """Wait for the batches of other threads, and keep them waiting."""
+        if self._owner == threading.get_ident():
+            raise GraderError("this thread has a batch in hand; finish or cancel it before the next")
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+
+    def _release(self) -> None:
+        self._open = self._owner = None
+        self._lock.release()
+
+    def _conclude(self, batch: Batch) -> list[RewardResult]:
+        self._judge(batch.parts, are_alone=batch.longest_group < 2)
+        return batch.merge(self._weights, self._labels)
+
+    def _load(self, rewards: Iterable[str]) -> None:
+        new = [name for name in dict.fromkeys(rewards) if name not in self._kinds]
+        if not new:
+            return
+        reply = self._pool.load([*self._kinds, *new])
+        if "refused" in reply:
+            raise _ERRORS[reply["kind"]](reply["refused"])
+        self._kinds = {name: RewardKind(**kind) for name, kind in reply["loaded"].items()}
+        self._label(new)
+
     def _load_own(self, problems: Sequence[Problem]) -> None:
         for problem in problems:
             if problem.reward is not None and problem.reward not in self._kinds:
                 try:
-                    self.load([problem.reward])
+                    self._load([problem.reward])
                 except tuple(_ERRORS.values()) as error:
                     raise type(error)(f"{problem.source or problem.id}: {error}") from error
 

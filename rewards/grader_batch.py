@@ -1,4 +1,4 @@
-"""What one call of `Grader.grade` has to work out: which reward sees which completions, and what came back.
+"""What one batch of completions has to have worked out: which reward sees which of them, and what came back.
 
 Knows nothing of processes. A **call** is one reward function on some completions of one problem, a **job** is the calls
 that a worker gets in one message.
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, time
 from decimal import Decimal
@@ -68,43 +67,82 @@ class RewardKind:
 
 
 class Batch:
-    """Completions to grade and what has been found out about each."""
+    """Completions to grade, which may come in pieces, and what has been found out about each."""
 
     def __init__(
         self,
         *,
         problems: Sequence[Problem],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None,
         rewards: Sequence[Sequence[str]],
         kinds: Mapping[str, RewardKind],
     ) -> None:
-        """`rewards[i]` are the names of the functions that grade completion i, `kinds` what they take."""
+        """A problem for each completion to come; `rewards[i]` are the names of the functions that grade completion i,
+        `kinds` what they take.
+        """
         self._problems = _encode_problems(problems)
-        self._completions = completions
-        self._completion_ids = completion_ids
+        groups = [tuple(items) for _, items in groupby(range(len(problems)), key=self._problems.__getitem__)]
+        self._group_of = [items for items in groups for _ in items]
+        self._completions: list[str | None] = [None] * len(problems)
+        self._completion_ids: list[Sequence[int] | None] = [None] * len(problems)
         self._rewards = rewards
         self._kinds = kinds
-        self.parts: list[dict[str, Part]] = [{} for _ in completions]
+        self._unplanned: list[int] = []
+        self._num_missing = len(problems)
+        self.parts: list[dict[str, Part]] = [{} for _ in problems]
         """What came back, by completion and name of the reward."""
 
     @property
     def longest_group(self) -> int:
         """Completions of the largest group."""
-        return max((len(items) for items in self._groups()), default=0)
+        return max(map(len, self._group_of), default=0)
 
-    def plan(self, num_workers: int) -> deque[Job]:
-        """Jobs that make every call once: a batch function gets all of a group, one-completion functions are spread."""
-        jobs: deque[Job] = deque()
-        for items in self._groups():
-            together = [name for name in self._rewards[items[0]] if not self._kinds[name].takes_one]
-            jobs.extend(Job(calls=(Call(reward=name, items=items),)) for name in together)
-        count = len(self._completions)
-        size = max(1, min(MAX_JOB, count // (4 * max(num_workers, 1))))
-        for start in range(0, count, size):
+    @property
+    def is_whole(self) -> bool:
+        """Whether all completions have come."""
+        return not self._num_missing
+
+    def check_whole(self) -> None:
+        """Raise ValueError where completions are missing."""
+        if self._num_missing:
+            raise ValueError(f"{self._num_missing} of the {len(self._problems)} completions have not been added")
+
+    def add(self, start: int, completions: Sequence[str], completion_ids: Sequence[Sequence[int]] | None) -> None:
+        """Completions `start`, `start + 1`, ... have come.
+
+        Raises TypeError for what is no text, ValueError for lists that do not fit, before anything is kept.
+        """
+        places = range(start, start + len(completions))
+        if completion_ids is not None and len(completion_ids) != len(completions):
+            raise ValueError(f"{len(completions)} completions were added with {len(completion_ids)} completion_ids")
+        if start < 0 or places.stop > len(self._problems):
+            raise ValueError(f"completions {start} to {places.stop - 1} were added to a batch of {len(self._problems)}")
+        if (odd := next((c for c in completions if not isinstance(c, str)), None)) is not None:
+            raise TypeError(f"a completion is text, got {type(odd).__name__}: {odd!r:.80}")
+        if (twice := next((i for i in places if self._completions[i] is not None), None)) is not None:
+            raise ValueError(f"completion {twice} was added twice")
+        self._completions[start : places.stop] = completions
+        if completion_ids is not None:
+            self._completion_ids[start : places.stop] = completion_ids
+        self._unplanned += places
+        self._num_missing -= len(completions)
+
+    def plan(self, num_workers: int) -> list[Job]:
+        """Jobs that make every call on what has come since the last plan once: a batch function gets all of a group, as
+        soon as it is there, one-completion functions are spread.
+        """
+        fresh, self._unplanned = sorted(self._unplanned), []
+        jobs = [
+            Job(calls=(Call(reward=name, items=items),))
+            for items in dict.fromkeys(self._group_of[item] for item in fresh)
+            if all(self._completions[item] is not None for item in items)
+            for name in self._rewards[items[0]]
+            if not self._kinds[name].takes_one
+        ]
+        size = max(1, min(MAX_JOB, len(self._problems) // (4 * max(num_workers, 1))))
+        for start in range(0, len(fresh), size):
             calls = [
                 Call(reward=name, items=(item,))
-                for item in range(start, min(start + size, count))
+                for item in fresh[start : start + size]
                 for name in self._rewards[item]
                 if self._kinds[name].takes_one
             ]
@@ -118,11 +156,11 @@ class Batch:
         position = {item: index for index, item in enumerate(items)}
         texts = {text: index for index, text in enumerate(dict.fromkeys(self._problems[item] for item in items))}
         takes_ids = any(self._kinds[call.reward].takes_completion_ids for call in job.calls)
-        ids = [self._completion_ids[item] for item in items] if takes_ids and self._completion_ids is not None else None
+        ids = [self._completion_ids[item] for item in items] if takes_ids else None
         rest = json.dumps(
             {
                 "completions": [self._completions[item] for item in items],
-                "completion_ids": ids,
+                "completion_ids": ids if ids is not None and all(each is not None for each in ids) else None,
                 "calls": [
                     [call.reward, texts[self._problems[call.items[0]]], [position[item] for item in call.items]]
                     for call in job.calls
@@ -164,10 +202,6 @@ class Batch:
             _merge([(labels[name], weight, parts[name]) for name, weight in zip(names, weights, strict=True)])
             for names, parts in zip(self._rewards, self.parts, strict=True)
         ]
-
-    def _groups(self) -> Iterator[tuple[int, ...]]:
-        for _, items in groupby(range(len(self._problems)), key=self._problems.__getitem__):
-            yield tuple(items)
 
 
 def _merge(parts: Sequence[tuple[str, float, Part]]) -> RewardResult:

@@ -11,10 +11,11 @@ import contextlib
 import json
 import os
 import selectors
+import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -37,6 +38,46 @@ class GraderError(RuntimeError):
     """The grader cannot grade; the message says why and what to change."""
 
 
+class GivenUpError(GraderError):
+    """The batch was cancelled, or the grader closed, before all of it was graded."""
+
+
+class JobQueue:
+    """Jobs of one batch on their way to a pool; more may come while others are done, from another thread."""
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        """`wake` ends the pool's wait for something to happen."""
+        self._wake = wake
+        self.waiting: deque[Job] = deque()
+        self.is_closed = False
+        """No more will come."""
+        self.is_cancelled = False
+        """What is there is not wanted any more."""
+        self.busy_s = 0.0
+        """Seconds in which jobs were waiting or being done."""
+
+    def put(self, jobs: Iterable[Job]) -> None:
+        """More to do. Raises GivenUpError where that is not wanted any more."""
+        self.check_wanted()
+        self.waiting.extend(jobs)
+        self._wake()
+
+    def check_wanted(self) -> None:
+        """Raise GivenUpError once the queue is cancelled."""
+        if self.is_cancelled:
+            raise GivenUpError("the batch was given up before it was graded")
+
+    def close(self) -> None:
+        """Nothing more will come: the pool leaves when it is done."""
+        self.is_closed = True
+        self._wake()
+
+    def cancel(self) -> None:
+        """The pool leaves at once, with an error."""
+        self.is_cancelled = True
+        self._wake()
+
+
 @dataclass(kw_only=True, slots=True)
 class _Slot:
     """A place for a worker."""
@@ -53,6 +94,9 @@ class _Slot:
 
 class WorkerPool:
     """A fixed number of workers that all have loaded the same rewards."""
+
+    is_apart: Final = True
+    """Grades beside whatever the process does."""
 
     def __init__(
         self,
@@ -71,10 +115,19 @@ class WorkerPool:
         self._names: list[str] = []
         self._slots = [_Slot() for _ in range(num_workers)]
         self._selector = selectors.PollSelector()
+        self._alarm, self._bell = socket.socketpair()
+        for end in (self._alarm, self._bell):
+            end.setblocking(False)
+        self._selector.register(self._alarm, selectors.EVENT_READ)
         self._failed_starts = 0
         self._reply: Mapping[str, Any] = {}
         self.restarts = 0
         """Workers that were replaced."""
+
+    @property
+    def num_workers(self) -> int:
+        """Processes that grade at once."""
+        return len(self._slots)
 
     def load(self, names: Sequence[str]) -> Mapping[str, Any]:
         """Imports rewards in every worker, those started later included; returns what `Executor.load` replies.
@@ -95,16 +148,30 @@ class WorkerPool:
                 self._names = before
         return self._reply
 
-    def run(self, jobs: deque[Job], batch: Batch) -> None:
-        """Makes every call of the jobs and lets the batch record the replies; a failed call fails alone."""
+    def run(self, jobs: JobQueue, batch: Batch) -> None:
+        """Makes every call of the jobs, until the queue is closed, and lets the batch record the replies; a failed call
+        fails alone. Raises GivenUpError, busy workers ended, once the queue is cancelled.
+        """
         with self._abandon_on_error():
-            while jobs or any(slot.pending for slot in self._slots):
+            while not jobs.is_closed or jobs.waiting or self._is_busy:
+                jobs.check_wanted()
+                started, has_work = time.perf_counter(), bool(jobs.waiting) or self._is_busy
                 for slot in self._slots:
-                    if jobs and not slot.pending and not slot.is_loading:
-                        self._assign(slot, jobs, batch)
-                self._wait()
+                    if jobs.waiting and not slot.pending and not slot.is_loading:
+                        self._assign(slot, jobs.waiting, batch)
+                self._wait(may_idle=not jobs.is_closed)
                 for slot in self._slots:
-                    jobs.extend(self._advance(slot, batch))
+                    jobs.waiting.extend(self._advance(slot, batch))
+                jobs.busy_s += time.perf_counter() - started if has_work else 0.0
+
+    def wake(self) -> None:
+        """Have `run` look at its jobs now; from any thread."""
+        with contextlib.suppress(OSError):  # closed, or full of calls that it has not heard yet
+            self._bell.send(b"!")
+
+    @property
+    def _is_busy(self) -> bool:
+        return any(slot.pending for slot in self._slots)
 
     def close(self) -> None:
         """Ends all workers: idle ones by themselves, busy ones by force."""
@@ -116,6 +183,8 @@ class WorkerPool:
             is_busy = bool(slot.pending) or slot.is_loading
             self._end(slot, within_s=0.0 if is_busy else max(0.0, deadline - time.monotonic()))
         self._selector.close()
+        self._alarm.close()
+        self._bell.close()
 
     @contextlib.contextmanager
     def _abandon_on_error(self) -> Iterator[None]:
@@ -172,10 +241,15 @@ class WorkerPool:
             jobs.appendleft(job)
             self._replace(slot)
 
-    def _wait(self) -> None:
+    def _wait(self, *, may_idle: bool = False) -> None:
+        """Until something happens, or a deadline; with nothing under way only if it `may_idle`."""
         deadlines = [slot.deadline for slot in self._slots if slot.pending or slot.is_loading]
         if deadlines:
             self._selector.select(max(0.0, min(_TICK_S, min(deadlines) - time.monotonic())))
+        elif may_idle:
+            self._selector.select()
+        with contextlib.suppress(BlockingIOError):
+            self._alarm.recv(1 << 12)
 
     def _advance(self, slot: _Slot, batch: Batch | None) -> list[Job]:
         """Takes what a worker has answered and notices if it is late or dead; returns jobs to do again."""
@@ -241,6 +315,9 @@ def _collect_rest(pending: deque[Call]) -> list[Job]:
 class InProcess:
     """Stands in for a pool where there are no workers: same messages, no deadline, no limit, no protection."""
 
+    is_apart: Final = False
+    num_workers: Final = 0
+
     def __init__(self) -> None:
         self._executor = Executor()
         self.restarts = 0
@@ -250,12 +327,18 @@ class InProcess:
         """Imports rewards here."""
         return self._executor.load(names)
 
-    def run(self, jobs: deque[Job], batch: Batch) -> None:
+    def run(self, jobs: JobQueue, batch: Batch) -> None:
         """Makes every call of the jobs here, one after the other."""
-        while jobs:
-            job = jobs.popleft()
+        started = time.perf_counter()
+        while jobs.waiting:
+            jobs.check_wanted()
+            job = jobs.waiting.popleft()
             for call, reply in zip(job.calls, self._executor.run(json.loads(batch.encode(job))), strict=True):
-                jobs.extend(batch.record(call, reply))
+                jobs.put(batch.record(call, reply))
+        jobs.busy_s = time.perf_counter() - started
+
+    def wake(self) -> None:
+        """Nobody waits."""
 
     def close(self) -> None:
         """Ends the event loop of the `async def` rewards."""

@@ -16,12 +16,13 @@ import torch
 from policy import Policy
 from rollouts.block_manager import BlockManager
 from rollouts.engine import DEFAULT_CACHE_GIB, EngineConfig
+from rollouts.groups import Groups
 from rollouts.model_runner import ModelRunner
 from rollouts.sampler import mix, prompt_seeds_of, sample
 from rollouts.scheduler import Admission, RunningBatch, Scheduler
 from rollouts.sequence import Prefill, Sequence
 from rollouts.speculative import Speculator, window_of
-from rollouts.types import Completion, EngineError, FinishReason, SamplingError, SamplingParams, check_prompts
+from rollouts.types import Completion, EngineError, FinishReason, OnGroup, SamplingError, SamplingParams, check_prompts
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -71,16 +72,19 @@ class BuiltinEngine:
         num_generations: int,
         params: SamplingParams,
         prompt_seeds: SequenceOf[int] | None = None,
+        on_group: OnGroup | None = None,
     ) -> list[list[Completion]]:
         """See `Engine.generate`. Raises SamplingError for an empty or too long prompt, or a cache too small for one.
 
-        Where memory runs out, all is done again with half as many sequences at once: a completion does not depend on
-        who shares its batch.
+        Where memory runs out, what had not ended is done again with half as many sequences at once: a completion does
+        not depend on who shares its batch.
         """
         most = min(self.max_num_seqs, max(1, len(prompts) * num_generations))
+        done = Groups(len(prompts), num_generations, on_group)
         while True:
             try:
-                return self._generate(prompts, num_generations, params, prompt_seeds)
+                self._generate(prompts, num_generations, params, prompt_seeds, done)
+                return done.all()
             except torch.OutOfMemoryError as error:
                 reason = str(error).partition("\n")[0]
             # After the handler: until then the error's frames hold what the attempt had computed.
@@ -100,7 +104,9 @@ class BuiltinEngine:
         num_generations: int,
         params: SamplingParams,
         prompt_seeds: SequenceOf[int] | None,
-    ) -> list[list[Completion]]:
+        done: Groups,
+    ) -> None:
+        """Sample what is not `done` yet."""
         seeds = prompt_seeds_of(params, len(prompts)) if prompt_seeds is None else prompt_seeds
         groups = [
             Prefill(
@@ -108,19 +114,20 @@ class BuiltinEngine:
                 sequences=[
                     Sequence(place=place * num_generations + g, prompt=list(prompt), seed=int(mix(seed, g)))
                     for g in range(num_generations)
+                    if not done.has(place * num_generations + g)
                 ],
             )
             for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
-        if not groups or not num_generations:
-            return [[] for _ in groups]
+        groups = [group for group in groups if group.sequences]
+        if not groups:
+            return
         scheduler, runner = self._prepare(groups, num_generations, params)
         speculator = self._speculator
         drafted_before = (0, 0)
         if speculator is not None:
             speculator.begin_call()
             drafted_before = speculator.num_drafted, speculator.num_accepted
-        done: dict[int, Completion] = {}
         while scheduler.waiting or len(scheduler.running):
             admission = scheduler.admit()
             if admission.starts:
@@ -138,7 +145,6 @@ class BuiltinEngine:
         if speculator is not None:
             self.num_drafted += speculator.num_drafted - drafted_before[0]
             self.num_accepted += speculator.num_accepted - drafted_before[1]
-        return [[done[p * num_generations + g] for g in range(num_generations)] for p in range(len(groups))]
 
     def _prepare(
         self, groups: list[Prefill], num_generations: int, params: SamplingParams
@@ -272,7 +278,7 @@ class BuiltinEngine:
         running.length[:size] += kept_B
         speculator.count(drafted.accepted_IB, kept_B)
 
-    def _retire(self, scheduler: Scheduler, params: SamplingParams, done: dict[int, Completion]) -> None:
+    def _retire(self, scheduler: Scheduler, params: SamplingParams, done: Groups) -> None:
         """Take finished sequences out of the batch and make their completions."""
         running, size = scheduler.running, len(scheduler.running)
         last, count = running.last_token[:size], running.count[:size]
@@ -283,10 +289,11 @@ class BuiltinEngine:
         for row in np.flatnonzero(finished):
             reason: FinishReason = "abort" if aborted[row] else "stop" if stopped[row] else "length"
             length = int(count[row]) - bool(aborted[row])
-            done[running.sequences[row].place] = Completion(
+            completion = Completion(
                 token_ids=running.token_ids[row, :length].tolist(),
                 logprobs=running.logprobs[row, :length].tolist(),
                 finish_reason=reason,
                 policy_version=self.policy_version,
             )
+            done.add(running.sequences[row].place, completion)
         scheduler.retire(finished)

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from policy import Policy, load
-from rollouts.types import Completion, SamplingParams
+from rollouts.types import Completion, OnGroup, SamplingParams
 
 
 class Engine(Protocol):
@@ -22,11 +22,14 @@ class Engine(Protocol):
         num_generations: int,
         params: SamplingParams,
         prompt_seeds: Sequence[int] | None = None,
+        on_group: OnGroup | None = None,
     ) -> list[list[Completion]]:
         """`num_generations` completions of each prompt, [P][G], in the order asked.
 
         `prompt_seeds` [P] replaces the seeds that follow from `params.seed` and each prompt's place in the call, so
-        that a prompt's completions do not depend on how prompts were dealt to calls or ranks.
+        that a prompt's completions do not depend on how prompts were dealt to calls or ranks. `on_group` is told of
+        each prompt once, as soon as its completions are there while others are still sampled, in any order and always
+        by the thread that called; what it raises ends the call.
         """
         ...
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -76,3 +76,7 @@ class Completion:
     """Why it ended."""
     policy_version: int
     """Version of the weights that sampled it, as given to `Engine.load_weights`."""
+
+
+OnGroup = Callable[[int, list[Completion]], None]
+"""Told of a prompt's place in the call and of its completions, [G], as soon as the last of them has ended."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from policy import Policy
 from rollouts.engine import DEFAULT_CACHE_GIB, EngineConfig
 from rollouts.sampler import prompt_seeds_of
-from rollouts.types import Completion, EngineError, SamplingParams
+from rollouts.types import Completion, EngineError, OnGroup, SamplingParams
 from rollouts.vllm_cpu import after_reload, before_reload, cpu_arguments, cpu_environment
 from rollouts.vllm_requests import check_request, completion_of, request_params
 from rollouts.vllm_weights import trunk_tensors
@@ -76,6 +77,7 @@ class VllmColocateEngine:
         num_generations: int,
         params: SamplingParams,
         prompt_seeds: Sequence[int] | None = None,
+        on_group: OnGroup | None = None,
     ) -> list[list[Completion]]:
         """See `Engine.generate`. Raises SamplingError for an empty or too long prompt."""
         check_request(prompts, params, self.policy.config.max_position_embeddings)
@@ -86,24 +88,47 @@ class VllmColocateEngine:
         if "weights" in self._asleep and self.sleep_level == 2:
             self.load_weights(self.policy, self.policy_version)
         self._wake("weights", "kv_cache")
-        answers = self._llm.generate([{"prompt_token_ids": list(p)} for p in prompts], wanted, use_tqdm=False)
+        groups: list[list[Completion]] = [[] for _ in prompts]
+        with closing(self._answers(prompts, wanted)) as answers:
+            for place, answer in answers:
+                groups[place] = [
+                    completion_of(
+                        output.token_ids,
+                        [
+                            of_token[token].logprob
+                            for token, of_token in zip(output.token_ids, output.logprobs, strict=True)
+                        ],
+                        output.finish_reason,
+                        params=params,
+                        version=self.policy_version,
+                    )
+                    for output in sorted(answer.outputs, key=lambda output: output.index)
+                ]
+                if on_group is not None:
+                    on_group(place, groups[place])
         self._sleep()
-        return [
-            [
-                completion_of(
-                    output.token_ids,
-                    [
-                        of_token[token].logprob
-                        for token, of_token in zip(output.token_ids, output.logprobs, strict=True)
-                    ],
-                    output.finish_reason,
-                    params=params,
-                    version=self.policy_version,
-                )
-                for output in sorted(answer.outputs, key=lambda output: output.index)
-            ]
-            for answer in answers
-        ]
+        return groups
+
+    def _answers(self, prompts: Sequence[Sequence[int]], wanted: Sequence[Any]) -> Generator[tuple[int, Any]]:
+        """Places of the prompts in the order in which vLLM is done with them, with its outputs.
+
+        `LLM.generate` has the same loop, but gives nothing before the end. Left early, it drops what is not done.
+        """
+        from vllm.sampling_params import RequestOutputKind
+
+        engine, unfinished = self._llm.llm_engine, dict[str, int]()
+        try:
+            for place, (prompt, params) in enumerate(zip(prompts, wanted, strict=True)):
+                params.output_kind = RequestOutputKind.FINAL_ONLY
+                unfinished[str(place)] = place
+                engine.add_request(str(place), {"type": "token", "prompt_token_ids": list(prompt)}, params)
+            while unfinished:
+                for output in engine.step():
+                    if output.finished:
+                        yield unfinished.pop(output.request_id), output
+        finally:
+            if unfinished:
+                engine.abort_request(list(unfinished))
 
     def close(self) -> None:
         """Stop vLLM and give its memory back."""

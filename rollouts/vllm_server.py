@@ -20,7 +20,7 @@ import torch.distributed as dist
 from policy import Policy
 from rollouts.engine import VllmServerConfig
 from rollouts.sampler import prompt_seeds_of
-from rollouts.types import Completion, EngineError, SamplingError, SamplingParams
+from rollouts.types import Completion, EngineError, OnGroup, SamplingError, SamplingParams
 from rollouts.vllm_client import ServedModel, ServerFault, VllmClient, mismatches
 from rollouts.vllm_cpu import missing_options
 from rollouts.vllm_requests import check_request, completion_of, request_params
@@ -50,6 +50,8 @@ class VllmServerEngine:
     def __init__(self, policy: Policy, config: VllmServerConfig) -> None:
         self.config, self.policy = config, policy
         self.policy_version = 0
+        self._turn = threading.Lock()
+        self._board, self._is_closed = Board(0), False
         self._transfer: WeightTransfer = (
             NcclTransfer(config.transfer_host)
             if config.weight_transfer == "nccl"
@@ -71,8 +73,13 @@ class VllmServerEngine:
     def load_weights(self, policy: Policy, version: int) -> None:
         """Send them to every server; one that does not answer gets them when it is back, but one must answer.
 
-        Of several ranks that share the servers the first sends, while the others wait.
+        Of several ranks that share the servers the first sends, while the others wait. A call of `generate` in another
+        thread comes to its end first: all its completions are of one version.
         """
+        with self._turn:
+            self._load_weights(policy, version)
+
+    def _load_weights(self, policy: Policy, version: int) -> None:
         self.policy, self.policy_version = policy, version
         for server in self._servers:
             server.loaded = None
@@ -92,14 +99,32 @@ class VllmServerEngine:
         num_generations: int,
         params: SamplingParams,
         prompt_seeds: Sequence[int] | None = None,
+        on_group: OnGroup | None = None,
     ) -> list[list[Completion]]:
-        """See `Engine.generate`. Raises EngineError once no server answered for `retry_timeout` seconds."""
+        """See `Engine.generate`. Raises EngineError once no server answered for `retry_timeout` seconds.
+
+        New weights that another thread brings wait for the end of the call, and so does another call.
+        """
+        with self._turn:
+            return self._generate(prompts, num_generations, params, prompt_seeds, on_group)
+
+    def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_generations: int,
+        params: SamplingParams,
+        prompt_seeds: Sequence[int] | None,
+        on_group: OnGroup | None,
+    ) -> list[list[Completion]]:
         context = min(server.served.max_model_len for server in self._servers if server.served)
         check_request(prompts, params, min(context, self.policy.config.max_position_embeddings))
         if not prompts or not num_generations:
             return [[] for _ in prompts]
         seeds = prompt_seeds_of(params, len(prompts)) if prompt_seeds is None else prompt_seeds
         board, version = Board(len(prompts)), self.policy_version
+        self._board = board
+        if self._is_closed:
+            raise EngineError("the engine was closed")
 
         def ask(server: Server, place: int) -> list[Completion]:
             assert server.served is not None
@@ -119,10 +144,12 @@ class VllmServerEngine:
         for call in calls:
             for _ in range(min(len(prompts), _room(call.server, num_generations))):
                 board.join(partial(self._work, call, ask))
-        return board.wait(lambda: "; ".join(str(server.fault) for server in self._servers if server.fault))
+        return board.wait(lambda: "; ".join(str(server.fault) for server in self._servers if server.fault), on_group)
 
     def close(self) -> None:
-        """Leave the servers, which run on."""
+        """Leave the servers, which run on; a call in another thread ends with an error."""
+        self._is_closed = True
+        self._board.fail(EngineError("the engine was closed"))
         self._transfer.close()
 
     def _work(self, call: Call, ask: Callable[[Server, int], list[Completion]]) -> None:
@@ -268,18 +295,32 @@ class Board:
         with self._changed:
             return self._changed.wait_for(self._is_over, pause_s)
 
-    def wait(self, faults: Callable[[], str]) -> list[list[Completion]]:
-        """All completions, [P][G]; raises what `fail` was given, or EngineError if every worker left before the end."""
+    def wait(self, faults: Callable[[], str], on_group: OnGroup | None = None) -> list[list[Completion]]:
+        """All completions, [P][G], each prompt's told to `on_group` when they come.
+
+        Raises what `fail` was given, what `on_group` raises, or EngineError if every worker left before the end.
+        """
+        told = 0
+        try:
+            while fresh := self._results_after(told, faults):
+                for place, completions in fresh:
+                    if on_group is not None:
+                        on_group(place, completions)
+                told += len(fresh)
+            return [self._results[place] for place in range(self._count)]
+        finally:  # after an interrupt, too, nobody goes on
+            self.fail(EngineError("the call has ended"))
+
+    def _results_after(self, told: int, faults: Callable[[], str]) -> list[tuple[int, list[Completion]]]:
+        """Those that came after the first `told`, as soon as there is one; none once all were told."""
         with self._changed:
-            try:
-                self._changed.wait_for(lambda: self._is_over() or not self._workers)
-                if self._error is not None:
-                    raise self._error
-                if len(self._results) < self._count:
-                    raise EngineError(_gone(faults()))
-                return [self._results[place] for place in range(self._count)]
-            finally:  # after an interrupt, too, nobody goes on
-                self._error = self._error or EngineError("the call has ended")
+            self._changed.wait_for(lambda: len(self._results) > told or self._is_over() or not self._workers)
+            if self._error is not None:
+                raise self._error
+            fresh = list(self._results.items())[told:]
+            if not fresh and told < self._count:
+                raise EngineError(_gone(faults()))
+            return fresh
 
     def _is_over(self) -> bool:
         return self._error is not None or len(self._results) == self._count

@@ -123,3 +123,15 @@ def test_metrics_count_every_problem_once() -> None:
 def test_ranges_that_cross_are_refused() -> None:
     with pytest.raises(ValidationError, match=r"target_low <= target_high <= retire_at, got target_low=0.9"):
         CurriculumConfig(target_low=0.9)
+
+
+def test_a_saved_state_stays_as_it_was_while_the_curriculum_goes_on() -> None:
+    """A step that is given up is saved as it was before it had asked."""
+    curriculum = make(6)
+    rate = dict.fromkeys(range(6), 0.5)
+    asked(curriculum, 3, 0, 0, rate)
+    saved = curriculum.state()
+    written = json.dumps(saved)
+    asked(curriculum, 1, 3, 1, rate)
+    assert json.dumps(saved) == written
+    assert json.dumps(curriculum.state()) != written

@@ -17,7 +17,14 @@ from rollouts import EngineConfig, EngineError, make_engine
 from rollouts.engine import VllmColocateConfig
 from tests.policies import TINY_QWEN3_MOE, tiny_llama, tiny_policy
 from tests.recipes import TINY, write_recipe
-from tests.rollouts.vllm_checks import SERVABLE, check_greedy, check_logprobs, check_seeds, check_truncation
+from tests.rollouts.vllm_checks import (
+    SERVABLE,
+    check_greedy,
+    check_groups_are_told,
+    check_logprobs,
+    check_seeds,
+    check_truncation,
+)  # fmt: skip
 
 pytestmark = pytest.mark.vllm
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -55,6 +62,7 @@ def test_colocated_engine_is_the_policy(family: str) -> None:
         check_logprobs(engine, policy)
         check_truncation(engine)
         check_seeds(engine)
+        check_groups_are_told(engine)
         engine.load_weights(other, version=3)
         check_greedy(engine, other, version=3)
         check_logprobs(engine, other)

@@ -20,7 +20,14 @@ from rollouts.engine import VllmServerConfig
 from rollouts.vllm_server import VllmServerEngine
 from tests.policies import tiny_policy
 from tests.recipes import TINY, write_recipe
-from tests.rollouts.vllm_checks import SERVABLE, check_greedy, check_logprobs, check_seeds, check_truncation
+from tests.rollouts.vllm_checks import (
+    SERVABLE,
+    check_greedy,
+    check_groups_are_told,
+    check_logprobs,
+    check_seeds,
+    check_truncation,
+)  # fmt: skip
 from tests.rollouts.vllm_process import VllmProcess
 
 pytestmark = pytest.mark.vllm
@@ -70,6 +77,7 @@ def test_served_engine_is_the_policy(server: VllmProcess) -> None:
     check_logprobs(engine, policy)
     check_truncation(engine)
     check_seeds(engine)
+    check_groups_are_told(engine)
 
 
 def test_completions_follow_the_weights(server: VllmProcess) -> None:
@@ -100,6 +108,20 @@ def test_training_with_a_server(server: VllmProcess, recipe: Path) -> None:
     metrics = read_metrics(recipe, "tiny")
     assert [step["step"] for step in metrics] == [1, 2]
     assert all(0 < step["sampling/logp_difference_max"] < 1e-4 for step in metrics)
+
+
+def test_training_one_step_off(server: VllmProcess, recipe: Path) -> None:
+    """Twice, to the last digit: the server samples one step while this process trains another."""
+    settings = ["rollout_lag=1", "max_steps=4", "learning_rate=1e-2", "evaluation.eval_steps=2"]
+    for name in ("ahead", "ahead_again"):
+        run(recipe, [*overrides(server), *settings, f"name={name}"], resume=False)
+    metrics, again = read_metrics(recipe, "ahead"), read_metrics(recipe, "ahead_again")
+    assert [step["sampling/policy_lag"] for step in metrics] == [0, 1, 1, 1]
+    assert 0 < metrics[0]["sampling/logp_difference_max"] < 1e-4
+    for one, two in zip(metrics, again, strict=True):
+        assert {key for key in one if one[key] != two[key]} <= {"step_time", "tokens_per_second"} | {
+            key for key in one if key.startswith("time/")
+        }
 
 
 @pytest.mark.multi

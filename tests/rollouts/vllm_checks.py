@@ -57,3 +57,27 @@ def check_seeds(engine: Engine) -> None:
     assert tokens(engine.generate(PROMPTS[:1], 3, params, seeds[:1])) == first[:1]
     assert tokens(engine.generate(PROMPTS, 3, params)) == tokens(engine.generate(PROMPTS, 3, params)) != first
     assert all(len({tuple(completion) for completion in group}) == 3 for group in first)
+
+
+def check_groups_are_told(engine: Engine) -> None:
+    """Each prompt once, with what is returned; what is raised there ends the call, and no other."""
+    params, told = (
+        SamplingParams(max_completion_length=16, stop_token_ids=(2, 9), seed=4),
+        dict[int, list[Completion]](),
+    )
+
+    def note(place: int, completions: list[Completion]) -> None:
+        assert place not in told
+        told[place] = completions
+
+    def refuse(place: int, completions: list[Completion]) -> None:
+        raise ZeroDivisionError
+
+    groups = engine.generate(PROMPTS, 3, params, on_group=note)
+    assert [told[place] for place in range(len(PROMPTS))] == groups
+    try:
+        engine.generate(PROMPTS, 3, params, on_group=refuse)
+    except ZeroDivisionError:
+        assert tokens(engine.generate(PROMPTS, 3, params)) == tokens(groups)
+    else:
+        raise AssertionError("an error was swallowed")
