@@ -80,31 +80,31 @@ class Batch:
         `kinds` what they take.
         """
         self._problems = _encode_problems(problems)
-        groups = [tuple(items) for _, items in groupby(range(len(problems)), key=self._problems.__getitem__)]
-        self._group_of = [items for items in groups for _ in items]
+        self._groups = [tuple(items) for _, items in groupby(range(len(problems)), key=self._problems.__getitem__)]
+        self._group_of = [index for index, items in enumerate(self._groups) for _ in items]
+        self._missing = [len(items) for items in self._groups]
         self._completions: list[str | None] = [None] * len(problems)
         self._completion_ids: list[Sequence[int] | None] = [None] * len(problems)
         self._rewards = rewards
         self._kinds = kinds
         self._unplanned: list[int] = []
-        self._num_missing = len(problems)
         self.parts: list[dict[str, Part]] = [{} for _ in problems]
         """What came back, by completion and name of the reward."""
 
     @property
     def longest_group(self) -> int:
         """Completions of the largest group."""
-        return max(map(len, self._group_of), default=0)
+        return max(map(len, self._groups), default=0)
 
     @property
     def is_whole(self) -> bool:
         """Whether all completions have come."""
-        return not self._num_missing
+        return not any(self._missing)
 
     def check_whole(self) -> None:
         """Raise ValueError where completions are missing."""
-        if self._num_missing:
-            raise ValueError(f"{self._num_missing} of the {len(self._problems)} completions have not been added")
+        if num_missing := sum(self._missing):
+            raise ValueError(f"{num_missing} of the {len(self._problems)} completions have not been added")
 
     def add(self, start: int, completions: Sequence[str], completion_ids: Sequence[Sequence[int]] | None) -> None:
         """Completions `start`, `start + 1`, ... have come.
@@ -124,7 +124,8 @@ class Batch:
         if completion_ids is not None:
             self._completion_ids[start : places.stop] = completion_ids
         self._unplanned += places
-        self._num_missing -= len(completions)
+        for item in places:
+            self._missing[self._group_of[item]] -= 1
 
     def plan(self, num_workers: int) -> list[Job]:
         """Jobs that make every call on what has come since the last plan once: a batch function gets all of a group, as
@@ -132,10 +133,10 @@ class Batch:
         """
         fresh, self._unplanned = sorted(self._unplanned), []
         jobs = [
-            Job(calls=(Call(reward=name, items=items),))
-            for items in dict.fromkeys(self._group_of[item] for item in fresh)
-            if all(self._completions[item] is not None for item in items)
-            for name in self._rewards[items[0]]
+            Job(calls=(Call(reward=name, items=self._groups[group]),))
+            for group in dict.fromkeys(self._group_of[item] for item in fresh)
+            if not self._missing[group]
+            for name in self._rewards[self._groups[group][0]]
             if not self._kinds[name].takes_one
         ]
         size = max(1, min(MAX_JOB, len(self._problems) // (4 * max(num_workers, 1))))

@@ -69,6 +69,7 @@ def make_run(folder, *, steps=40, text="<think>1 + 1 = 2</think> <answer>1 + 1</
                 "moe/max_load": 1.5,
                 "moe/load": [[0.25, 0.75], [0.5, 0.5]],
                 "time/sample": 0.6,
+                "time/sample_busy": 0.9,
                 "time/update": 0.4,
                 "step_time": 1.0,
                 "tokens_per_second": 9000.0,
