@@ -25,6 +25,7 @@ from grpo.entropy import EntropyState, adapted, applied_coefficient
 from grpo.evaluate import Evaluator, make_evaluator
 from grpo.metrics import graded, rollout_metrics, update_metrics
 from grpo.optimizer import MasterAdamW, learning_rate_at
+from grpo.optimizers import make_optimizer
 from grpo.penalties import penalised_rewards
 from grpo.record import RunFolder
 from grpo.reference import Reference
@@ -83,12 +84,7 @@ class Trainer:
 
     def _train(self, engine: Engine, watchdog: Watchdog) -> int:
         config = self.config
-        optimizer = MasterAdamW(
-            self.policy,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-        )
+        optimizer = make_optimizer(self.policy, config)
         reference = Reference(self.policy, is_offloaded=config.offload_ref_model) if config.beta else None
         collector = make_collector(config, self.policy, self.tokenizer, self.grader, engine)
         asker = make_asker(collector, self.ranks, self.dataset)

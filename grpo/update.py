@@ -112,7 +112,7 @@ def update(
             if loss.isfinite():
                 norms.append(optimizer.step(learning_rate, config.max_grad_norm))
             else:
-                optimizer.inner.zero_grad(set_to_none=True)
+                optimizer.forget_gradients()
                 norms.append(math.nan)
             auxiliary_stats = auxiliary.finish(is_skipped=not math.isfinite(norms[-1]))
             if not math.isfinite(norms[-1]):
@@ -131,7 +131,7 @@ def _accumulate(
     def attempt(batches: Sequence[Batch]) -> tuple[Tensor, _Sums]:
         loss, sums = torch.zeros((), dtype=torch.float64, device=policy.device), before.copy()
         policy.zero_grad(set_to_none=True)
-        optimizer.inner.zero_grad(set_to_none=True)
+        optimizer.forget_gradients()
         auxiliary.restart()
         for batch in batches:
             loss += backward(policy, batch, step, config, sums, auxiliary).loss.detach()
