@@ -144,6 +144,8 @@ def choose_curves(run: RunFiles) -> list[Curve]:
     wanted += [_make_curve(rows, title, unit, labels) for title, unit, labels in CURVES]
     others = {key: _shorten_name(key) for key in means[1:]}
     phases = {key: key.removeprefix("time/") for key in names if key.startswith("time/")}
+    if "time/forward_backward" in phases:  # a part of the update, which would count twice
+        phases.pop("time/update", None)
     wanted.append(_make_curve(rows, "Further rewards", "", others))
     wanted.append(_make_curve(rows, "Step time", "s", phases or {"step_time": "step"}, stacked=bool(phases)))
     return [curve for curve in wanted if curve.lines]

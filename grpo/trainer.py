@@ -10,8 +10,6 @@ from time import perf_counter
 from types import FrameType
 from typing import Any
 
-import torch
-
 from grpo.advantages import step_advantages
 from grpo.asking import Asked, Asker, make_asker
 from grpo.batch import make_minibatches, make_rows
@@ -30,10 +28,12 @@ from grpo.penalties import penalised_rewards
 from grpo.record import RunFolder
 from grpo.reference import Reference
 from grpo.replay import NonFiniteError, save_fault
+from grpo.throughput import ASKING, Phases, Spent, Throughput, measure_matmul_rate
 from grpo.types import Group
 from grpo.update import Step, UpdateStats, update
 from grpo.watchdog import Watchdog
 from policy import Policy
+from policy.flops import Flops
 from policy.tokenizer import Tokenizer
 from rewards import Grader, Problem
 from rollouts import Engine, make_engine
@@ -66,12 +66,21 @@ class Trainer:
     """Optimizer steps not taken because they were not finite."""
     max_tokens: int = field(init=False)
     """Padded tokens of one micro-batch on this rank; fewer than the recipe says once memory has run out."""
+    phases: Phases = field(init=False)
+    throughput: Throughput = field(init=False)
+    peak_gib: float = 0.0
+    """Most memory that torch allocated on a GPU in any step, GiB."""
     is_asking: bool = False
     """Whether nothing but the questions has moved since the last step, so that the step in hand can be given up."""
 
     def __post_init__(self) -> None:
         self.entropy = EntropyState(coefficient=self.config.entropy_coef)
         self.max_tokens = self.config.max_tokens_per_micro_batch
+        self.phases = Phases(self.policy.device)
+        self.throughput = Throughput(
+            flops=Flops.of(self.policy.config, self.config.lora),
+            matmul_rate=measure_matmul_rate(self.policy.device, self.policy.dtype),
+        )
 
     def train(self) -> int:
         """Evaluate, train, save, evaluate; gives the number of the last step done.
@@ -98,14 +107,15 @@ class Trainer:
         while self.step < config.max_steps and not self.ranks.any(self.stop_requested):
             watchdog.begin(self.step + 1)
             started = perf_counter()
-            with self._can_be_given_up(optimizer, asker, reference):
+            with self._can_be_given_up(optimizer, asker, reference), self.phases.phase(ASKING):
                 asked = asker.ask(self.step)
             first, groups = self.ranks.share([answer.group for answer in asked.filled.trained])
             advantages = self._advantages(groups, reference)
-            stats, update_s = self._update(groups, advantages, first, optimizer, reference)
+            stats, spent = self._update(groups, advantages, first, optimizer, reference)
             self.step += 1
-            engine.load_weights(self.policy, self.step)
-            self._record(asked, advantages, stats, update_s, started)
+            with self.phases.phase("sync"):
+                engine.load_weights(self.policy, self.step)
+            self._record(asked, advantages, stats, spent, started)
             watchdog.end()
             if config.evaluation.eval_steps and self.step % config.evaluation.eval_steps == 0:
                 with self._can_be_given_up(optimizer, asker, reference):
@@ -219,7 +229,7 @@ class Trainer:
         first: int,
         optimizer: MasterAdamW,
         reference: Reference | None,
-    ) -> tuple[UpdateStats, float]:
+    ) -> tuple[UpdateStats, Spent]:
         config, started = self.config, perf_counter()
         rows = make_rows(
             groups,
@@ -238,6 +248,7 @@ class Trainer:
             reference=reference if config.kl_in == "loss" else None,
             entropy_coef=applied_coefficient(self.entropy, config),
             on_fault=self._keep_fault,
+            phases=self.phases,
         )
         if stats.num_halvings:
             self.max_tokens = max(1, self.max_tokens >> stats.num_halvings)
@@ -249,7 +260,9 @@ class Trainer:
         self.entropy = adapted(self.entropy, stats.entropy_kept, config)
         if reference is not None and config.sync_ref_model and (self.step + 1) % config.ref_model_sync_steps == 0:
             reference.follow(self.policy, config.ref_model_mixup_alpha)
-        return stats, perf_counter() - started
+        lengths = [len(row) for row in rows if row.learned] * config.num_iterations
+        num_tokens = self.ranks.sum_number(sum(lengths))
+        return stats, Spent(seconds=perf_counter() - started, lengths=lengths, num_tokens=num_tokens)
 
     def _keep_fault(self, step: Step) -> None:
         """Say that an update was skipped, and keep what it would take to do it again."""
@@ -276,7 +289,7 @@ class Trainer:
         asked: Asked,
         advantages: Sequence[Sequence[float]],
         stats: UpdateStats,
-        update_s: float,
+        spent: Spent,
         started: float,
     ) -> None:
         dealt = self.ranks.gather([list(of_group) for of_group in advantages])
@@ -296,15 +309,23 @@ class Trainer:
             "step_time": elapsed,
             "time/sample": asked.sample_s,
             "time/grade": asked.grade_s,
-            "time/update": update_s,
+            **self._spent_metrics(asked, spent),
             "num_tokens": tokens,
             "tokens_per_second": tokens / elapsed,
         }
-        if self.policy.device.type == "cuda":
-            metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated(self.policy.device) / 2**30
         if self.ranks.is_main:
             self.folder.add_metrics(metrics)
         self.display.advance(metrics)
+
+    def _spent_metrics(self, asked: Asked, spent: Spent) -> dict[str, float]:
+        num_sampled = sum(len(c.token_ids) for group in asked.fresh for c in group.completions)
+        metrics = self.throughput.metrics(spent, self.phases, num_sampled=num_sampled, sample_s=asked.sample_s)
+        if self.policy.device.type == "cuda":
+            self.peak_gib = max(
+                self.peak_gib, metrics["memory/sample_peak_gib"], metrics["memory/update_peak_gib"]
+            )
+            metrics["memory/peak_gib"] = self.peak_gib
+        return metrics
 
     def _evaluate(self, evaluator: Evaluator, stage: str | int) -> None:
         if not evaluator.problems or any(e["stage"] == stage for e in self.folder.evaluations()):

@@ -27,7 +27,9 @@ from rewards import Grader
 from rewards.grader import RewardError
 from tests.recipes import TINY, write_recipe
 
-TIMES = ("step_time", "time/sample", "time/grade", "time/update", "tokens_per_second")
+PHASES = ("sample", "grade", "update", "logprobs", "forward_backward", "optimizer", "sync")
+RATES = ("tokens_per_second", "sample/tokens_per_second", "update/tokens_per_second", "update/mfu")
+TIMES = ("step_time", *(f"time/{phase}" for phase in PHASES), *RATES)
 CHANGES = {
     "base": TINY["base"] | {"max_steps": 30, "tokens_per_step": 1024, "learning_rate": 5e-3, "warmup_steps": 5},
     "prompts_per_step": 5,
