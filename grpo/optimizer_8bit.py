@@ -23,7 +23,7 @@ BYTES_PER_MOMENT = 1 + 4 / BLOCK
 MIN_NUMBERS = 4096
 """Smaller tensors (norms, biases) keep their moments in fp32, as in the paper's experiments; they weigh nothing."""
 CHUNK = 1 << 22
-"""Numbers stepped at once, a multiple of the block: what is made in between then takes some 100 MiB."""
+"""Numbers stepped at once: what is made in between then takes some 100 MiB."""
 
 
 def dynamic_values(*, is_signed: bool) -> Tensor:
@@ -74,8 +74,11 @@ class AdamW8bit(torch.optim.Optimizer):
         lr: float,
         betas: tuple[float, float],
         eps: float,
+        chunk: int = CHUNK,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        assert chunk % BLOCK == 0
+        self._chunk = chunk
         self._values: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
@@ -98,7 +101,7 @@ class AdamW8bit(torch.optim.Optimizer):
             _step_numbers(weight.view(-1), grad.view(-1), *(moment.view(-1) for moment in moments), step, group)
             return
         signed, unsigned = self._values_on(weight.device)
-        for place, blocks in _chunks(weight.numel()):
+        for place, blocks in _chunks(weight.numel(), self._chunk):
             mean = decode(state["exp_avg"][place], state["exp_avg_scale"][blocks], signed)
             square = decode(state["exp_avg_sq"][place], state["exp_avg_sq_scale"][blocks], unsigned)
             _step_numbers(weight.view(-1)[place], grad.view(-1)[place], mean, square, step, group)
@@ -126,10 +129,10 @@ class AdamW8bit(torch.optim.Optimizer):
         return self._values[device]
 
 
-def _chunks(count: int) -> Iterator[tuple[slice, slice]]:
+def _chunks(count: int, most: int) -> Iterator[tuple[slice, slice]]:
     """Slices of numbers, and of the blocks that they are."""
-    for start in range(0, count, CHUNK):
-        stop = min(count, start + CHUNK)
+    for start in range(0, count, most):
+        stop = min(count, start + most)
         yield slice(start, stop), slice(start // BLOCK, -(-stop // BLOCK))
 
 

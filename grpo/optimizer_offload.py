@@ -62,6 +62,7 @@ class OffloadedMasterAdamW(MasterAdamW):
         weight_decay: float,
         bucket: int = BUCKET,
     ) -> None:
+        assert bucket % 64 == 0, "a CPU rounds what is left over from its vectors otherwise"
         self._betas, self._eps, self._weight_decay = betas, eps, weight_decay
         self._weights = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
         self._device = policy.device

@@ -151,7 +151,7 @@ def inference_bytes(config: PolicyConfig, size: PassSize) -> int:
     """Bytes that a layer holds at once in a pass without gradients, where it holds most."""
     b, width, pairs = size.itemsize, config.hidden_size, config.num_experts_per_tok
     heads = config.num_attention_heads * (2 * config.qk_head_dim + 2 * (config.v_head_dim or config.head_dim))
-    inner = 3 * config.intermediate_size
+    inner = (3 if size.is_gpu else 4) * config.intermediate_size
     if config.num_moe_layers:
         inner = max(inner, pairs * (2 * width + 3 * config.moe_intermediate_size))
     return size.num_tokens * b * (3 * width + max(heads, inner))
@@ -244,7 +244,8 @@ def _working_bytes(config: PolicyConfig, layer: int, size: PassSize) -> float:
     if not size.is_gpu and size.longest > SHORT_ROW and config.family.attention == "latent":
         return b * config.num_attention_heads * size.longest  # attention's weights, written out
     if not config.is_moe_layer(layer):
-        return b * (width + (3 if remade else 2) * config.intermediate_size)
+        again = 1 if size.recomputation == "full" else 0  # the output, made again
+        return b * ((1 + again) * width + (3 if remade else 2) * config.intermediate_size)
     pairs, inner = config.num_experts_per_tok, config.moe_intermediate_size
     return b * (2 * width + pairs * (width + (2 * inner if remade else 0)))
 
@@ -347,8 +348,11 @@ def _latent_attention(config: PolicyConfig, size: PassSize) -> list[Piece]:
             Piece(name="keys", bytes_per_token=b * heads * key, is_remade=True),
             Piece(name="values", bytes_per_token=b * values, is_remade=not is_filled),
         ]
-    else:  # copies in the order of heads, which nothing makes again
-        pieces += _padded(heads * (2 * key + value), size)
+    else:  # of keys and values, copies in the order of heads, which nothing makes again
+        both = b * heads * (key + value)
+        pieces += [*_padded(heads * key, size), Piece(name="keys and values", bytes_per_token=both)]
+        if size.is_ragged:
+            pieces.append(Piece(name="keys and values before padding", bytes_per_token=both, is_remade=True))
     pieces += _attended(size, heads, key, value)
     names = ("q_proj",) if config.q_lora_rank is None else ("q_a_proj", "q_b_proj")
     return pieces + _adapters(size, (*names, "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"))
