@@ -22,8 +22,10 @@ BYTES_PER_MOMENT = 1 + 4 / BLOCK
 """A code, and a share of the block's scale in fp32."""
 MIN_NUMBERS = 4096
 """Smaller tensors (norms, biases) keep their moments in fp32, as in the paper's experiments; they weigh nothing."""
-CHUNK = 1 << 22
-"""Numbers stepped at once: what is made in between then takes some 100 MiB."""
+CHUNK = 1 << 24
+"""Numbers stepped at once."""
+WORK_BYTES = 14 * 4 * CHUNK
+"""Of what is made in between: moments, their quotients by the scales, codes as they are found."""
 
 
 def dynamic_values(*, is_signed: bool) -> Tensor:
