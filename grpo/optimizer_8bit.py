@@ -1,4 +1,4 @@
-"""AdamW with its two moments in 8 bits a number (Dettmers et al., 2022, "8-bit Optimizers via Block-wise Quantization").
+"""AdamW with its two moments in 8 bits (Dettmers et al., 2022, "8-bit Optimizers via Block-wise Quantization").
 
 A block of 256 numbers is divided by its largest magnitude, and each is replaced by the nearest of 256 values, fine near
 0 (the paper's dynamic tree: a decimal exponent, then a linear fraction). Moments take 2.03 bytes a weight instead of 8.
@@ -35,8 +35,7 @@ def dynamic_values(*, is_signed: bool) -> Tensor:
     values = [0.0, 1.0]
     for decade in range(7):
         parts = 2**decade if is_signed else 2 ** (decade + 1)
-        edges = [0.1 + 0.9 * i / parts for i in range(parts + 1)]
-        middles = [10.0 ** (decade - 6) * (low + high) / 2 for low, high in zip(edges[:-1], edges[1:], strict=True)]
+        middles = [10.0 ** (decade - 6) * (0.1 + 0.9 * (part + 0.5) / parts) for part in range(parts)]
         values += middles + ([-value for value in middles] if is_signed else [])
     return torch.tensor(sorted(values), dtype=torch.float32)
 
@@ -99,14 +98,13 @@ class AdamW8bit(torch.optim.Optimizer):
         state["step"] += 1
         step = int(state["step"])
         if "exp_avg_scale" not in state:
-            moments = state["exp_avg"], state["exp_avg_sq"]
-            _step_numbers(weight.view(-1), grad.view(-1), *(moment.view(-1) for moment in moments), step, group)
+            _step_numbers(weight, grad, state["exp_avg"], state["exp_avg_sq"], step, group)
             return
         signed, unsigned = self._values_on(weight.device)
         for place, blocks in _chunks(weight.numel(), self._chunk):
             mean = decode(state["exp_avg"][place], state["exp_avg_scale"][blocks], signed)
             square = decode(state["exp_avg_sq"][place], state["exp_avg_sq_scale"][blocks], unsigned)
-            _step_numbers(weight.view(-1)[place], grad.view(-1)[place], mean, square, step, group)
+            _step_numbers(weight.view(-1)[place], grad.reshape(-1)[place], mean, square, step, group)
             state["exp_avg"][place], state["exp_avg_scale"][blocks] = encode(mean, signed)
             state["exp_avg_sq"][place], state["exp_avg_sq_scale"][blocks] = encode(square, unsigned)
 

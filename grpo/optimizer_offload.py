@@ -1,7 +1,7 @@
-"""AdamW whose fp32 masters and moments stay in the host's memory: they pass through the device bucket by bucket.
+"""AdamW whose fp32 masters and moments stay in the host's memory, passing through the device bucket by bucket.
 
-While one bucket is stepped, the next one comes and the last one goes, each on a stream of its own. The numbers are those
-of `MasterAdamW`, to the bit, and so are its checkpoints.
+While one bucket is stepped, the next one comes and the last one goes, each on a stream of its own. The numbers are
+those of `MasterAdamW`, to the bit, and so are its checkpoints.
 """
 
 from __future__ import annotations

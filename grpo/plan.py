@@ -22,7 +22,7 @@ import torch
 from grpo.config import Config, ConfigError, load_config
 from grpo.countdown import generate_problems
 from grpo.data import to_problem
-from grpo.optimizer_8bit import BYTES_PER_MOMENT, WORK_BYTES
+from grpo.optimizer_8bit import BYTES_PER_MOMENT, CHUNK, WORK_BYTES
 from grpo.optimizer_offload import STAGING_BYTES
 from grpo.pretrain import base_shape
 from grpo.prompts import render_prompt
@@ -58,7 +58,7 @@ class Device:
 
     @classmethod
     def detect(cls, *, is_gpu: bool, memory_gib: float | None = None, name: str | None = None) -> Device:
-        """This machine's, as far as it is not said. Raises ConfigError for a GPU of unknown size where there is none."""
+        """This machine's, as far as it is not said. Raises ConfigError for a GPU of unknown size where none is here."""
         if is_gpu and not torch.cuda.is_available():
             if memory_gib is None:
                 raise ConfigError("no GPU here to look at; say how much memory it has: --memory-gib 80")
@@ -174,6 +174,7 @@ def estimate(
     held = weights + masters + moments - host + reference
     cache = _cache_bytes(config, shape, device, held, prompt_tokens, num_processes)
     batches = micro_batches(config, prompt_tokens, num_processes)
+    work = WORK_BYTES * min(CHUNK, parameters.largest) // CHUNK
     return Estimate(
         config=config,
         parameters=parameters,
@@ -187,8 +188,8 @@ def estimate(
         cache=cache,
         graphs=_graph_bytes(config, shape, device, num_processes),
         prefill=_prefill_bytes(config, shape, device, prompt_tokens, num_processes),
-        pass_peak=peak_of_pass(shape, _pass_size(config, device, batches), parameters),
-        optimizer_work=STAGING_BYTES if host else min(WORK_BYTES, 56 * parameters.trained) if is_8bit else 0,
+        pass_peak=peak_of_pass(shape, _pass_size(config, shape, device, batches), parameters),
+        optimizer_work=STAGING_BYTES if host else work if is_8bit else 0,
     )
 
 
@@ -347,7 +348,7 @@ def _num_rows(config: Config, num_processes: int) -> int:
     return -(-config.prompts_per_step // num_processes) * config.num_generations
 
 
-def _pass_size(config: Config, device: Device, batches: MicroBatches) -> PassSize:
+def _pass_size(config: Config, shape: PolicyConfig, device: Device, batches: MicroBatches) -> PassSize:
     return PassSize(
         num_tokens=batches.tokens,
         longest=batches.row_tokens,
@@ -355,7 +356,7 @@ def _pass_size(config: Config, device: Device, batches: MicroBatches) -> PassSiz
         is_gpu=device.is_gpu,
         recomputation=config.activation_recomputation,
         lora=config.lora,
-        num_ahead=1 if config.mtp_weight else 0,
+        num_ahead=shape.num_nextn_predict_layers if config.mtp_weight else 0,
         is_truncated=is_truncated(drawn_with(config)),
     )
 

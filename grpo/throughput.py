@@ -1,7 +1,7 @@
 """Where the time and memory of a step go, phase by phase, and how much of the device's rate the update uses.
 
-Phases, in the order of a step: sample, grade, logprobs (passes without a gradient: old policy, reference), forward_backward,
-optimizer, sync (gradients over ranks, weights to the engine).
+Phases, in the order of a step: sample, grade, logprobs (passes without a gradient: old policy, reference),
+forward_backward, optimizer, sync (gradients over ranks, weights to the engine).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from time import perf_counter
 import torch
 
 from policy.flops import Flops
-
 
 ASKING = "ask"
 """The phase of sampling and grading together, whose seconds are told apart elsewhere."""
@@ -108,8 +107,8 @@ class Throughput:
     """Operations a second of a large product on this rank's device."""
 
     def metrics(self, spent: Spent, phases: Phases, *, num_sampled: int, sample_s: float) -> dict[str, float]:
-        """Seconds of each phase of the update, tokens a second, this rank's model FLOP utilisation in the update, and on
-        a GPU the most memory of either half of the step.
+        """Seconds of each phase of the update, tokens a second, this rank's model FLOP utilisation in the update, and
+        on a GPU the most memory of either half of the step.
 
         `num_sampled` counts all ranks' completion tokens, `sample_s` seconds of sampling. `phases` starts anew.
         """

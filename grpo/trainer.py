@@ -321,9 +321,7 @@ class Trainer:
         num_sampled = sum(len(c.token_ids) for group in asked.fresh for c in group.completions)
         metrics = self.throughput.metrics(spent, self.phases, num_sampled=num_sampled, sample_s=asked.sample_s)
         if self.policy.device.type == "cuda":
-            self.peak_gib = max(
-                self.peak_gib, metrics["memory/sample_peak_gib"], metrics["memory/update_peak_gib"]
-            )
+            self.peak_gib = max(self.peak_gib, metrics["memory/sample_peak_gib"], metrics["memory/update_peak_gib"])
             metrics["memory/peak_gib"] = self.peak_gib
         return metrics
 

@@ -1,8 +1,8 @@
 """Operations that a policy does for packed rows: a multiplication and an addition for every weight that a token meets,
 and for every pair of a token and one that it attends to.
 
-The count of "model FLOP utilisation" (PaLM, appendix B; causal attention counted once): what the model asks for, however
-it is computed. What recomputation repeats does not count.
+The count of "model FLOP utilisation" (PaLM, appendix B; of causal attention the half that is needed): what the model
+asks for, however it is computed. What recomputation repeats does not count.
 """
 
 from __future__ import annotations

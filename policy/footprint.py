@@ -17,6 +17,7 @@ width, R latent width, P rotated width, I inner width, K experts per token, E ex
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -89,17 +90,20 @@ class ParameterCount:
     active: int
     """That one token meets, MTP modules included: of a layer's routed experts the K that it goes to."""
     met: int
-    """Of these, what the trunk and the head multiply a token with: without MTP modules, and an embedding is looked up."""
+    """Of these, what the trunk and the head multiply a token with; an embedding is looked up."""
     met_trained: int
     """Of these, what gets a gradient."""
     trained: int
     """Of all, what gets a gradient."""
+    largest: int
+    """Of the largest tensor that gets a gradient."""
     layers: tuple[int, ...]
     """Trained ones of each layer of the trunk; with those of MTP modules, embedding and head this is all `trained`."""
     embedding: int
     """Trained ones of the embedding, V x C or none; the head has as many, unless it is the same tensor."""
 
 
+@lru_cache(maxsize=16)
 def count_parameters(config: PolicyConfig, lora: LoraConfig | None = None) -> ParameterCount:
     """Counted on a policy of this shape without memory. Raises LoraError where `lora` names no layer of it."""
     with torch.device("meta"):
@@ -107,7 +111,7 @@ def count_parameters(config: PolicyConfig, lora: LoraConfig | None = None) -> Pa
     if lora is not None:
         add_adapters(policy, lora, seed=0)
     share = config.num_experts_per_tok / config.n_routed_experts if config.n_routed_experts else 0.0
-    total = trained = 0
+    total = trained = largest = 0
     active = met = met_trained = 0.0
     for name, weight in policy.named_parameters():
         own = weight.numel() * (share if ".experts." in name else 1.0)
@@ -116,7 +120,7 @@ def count_parameters(config: PolicyConfig, lora: LoraConfig | None = None) -> Pa
         is_looked_up = name == "embed_tokens.weight" and not config.tie_word_embeddings
         met += 0 if is_looked_up or name.startswith("mtp.") else own
         if weight.requires_grad:
-            trained += weight.numel()
+            trained, largest = trained + weight.numel(), max(largest, weight.numel())
             met_trained += 0 if is_looked_up or name.startswith("mtp.") else own
     return ParameterCount(
         total=total,
@@ -124,6 +128,7 @@ def count_parameters(config: PolicyConfig, lora: LoraConfig | None = None) -> Pa
         met=round(met),
         met_trained=round(met_trained),
         trained=trained,
+        largest=largest,
         layers=tuple(
             sum(weight.numel() for weight in cast(Block, layer).parameters() if weight.requires_grad)
             for layer in policy.layers
@@ -227,7 +232,7 @@ def _head_bytes(config: PolicyConfig, size: PassSize, *, is_trained: bool) -> in
         # Seven tensors of a chunk's logits and two masks; the head, and its gradient, in fp32.
         return 30 * min(MAX_ELEMENTS, num_tokens * vocabulary) + 8 * vocabulary * config.hidden_size
     if not size.is_gpu and num_tokens * vocabulary <= MAX_ELEMENTS:
-        # Logits as log-softmax and as probabilities, a product of the two, a gradient of each; operands widened to fp32.
+        # Log-softmax, probabilities, their product, and two gradients; in bf16, operands widened to fp32.
         widened = 4 * config.hidden_size * (num_tokens + vocabulary) if size.itemsize < 4 else 0
         return 5 * 4 * num_tokens * vocabulary + widened
     fitting = max(MIN_SLICE, MAX_ELEMENTS // max(1, num_tokens))

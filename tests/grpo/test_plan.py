@@ -13,7 +13,16 @@ from grpo.cli import app
 from grpo.config import Config, ConfigError
 from grpo.distributed import Ranks
 from grpo.optimizers import make_optimizer
-from grpo.plan import Device, Estimate, estimate, largest_micro_batch, micro_batches, plan_recipe, suggest
+from grpo.plan import (
+    CONTEXT_BYTES,
+    Device,
+    Estimate,
+    estimate,
+    largest_micro_batch,
+    micro_batches,
+    plan_recipe,
+    suggest,
+)
 from grpo.types import Group
 from grpo.update import update
 from policy import Policy, PolicyConfig, cast_weights
@@ -39,18 +48,18 @@ CARD = Device(name="a card", memory=80 * GIB, is_gpu=True)
 
 
 def full_groups() -> list[Group]:
-    """Two problems, eight completions each, all of full length, drawn at random."""
+    """Two problems, eight completions each, of full length or a little less, drawn at random."""
     generator = torch.Generator().manual_seed(0)
 
-    def completion() -> Completion:
-        ids = torch.randint(3, 61, (LENGTH,), generator=generator).tolist()
-        return Completion(token_ids=ids, logprobs=[-4.0] * LENGTH, finish_reason="length", policy_version=0)
+    def completion(length: int) -> Completion:
+        ids = torch.randint(3, 61, (length,), generator=generator).tolist()
+        return Completion(token_ids=ids, logprobs=[-4.0] * length, finish_reason="length", policy_version=0)
 
     return [
         Group(
             problem=Problem(id=str(p), prompt="?"),
             prompt_ids=list(range(3, 3 + PROMPT)),
-            completions=[completion() for _ in range(8)],
+            completions=[completion(LENGTH - less) for less in (2, 1, 1, 0, 0, 0, 0, 0)],
             texts=[""] * 8,
             results=[RewardResult(reward=float(g % 2), breakdown={}) for g in range(8)],
         )
@@ -72,7 +81,12 @@ UPDATES: dict[str, tuple[Policy, dict[str, Any]]] = {
 def test_a_real_update_takes_what_is_said(case: str) -> None:
     policy, changes = UPDATES[case]
     config = tiny_config(
-        **{"prompts_per_step": 2, "num_generations": 8, "max_completion_length": LENGTH, "max_tokens_per_micro_batch": 130}
+        **{
+            "prompts_per_step": 2,
+            "num_generations": 8,
+            "max_completion_length": LENGTH,
+            "max_tokens_per_micro_batch": 130,
+        }
         | changes
     )
     cast_weights(policy, getattr(torch, config.dtype))
@@ -92,7 +106,9 @@ def test_a_real_update_takes_what_is_said(case: str) -> None:
     device = Device(name="here", memory=8 * GIB, is_gpu=False)
     said = estimate(config, policy.config, device, prompt_tokens=PROMPT)
     assert said.micro_batches.count == len(minibatches[0].batches)
-    assert said.micro_batches.tokens == max(len(batch.token_ids_N) for batch in minibatches[0].batches)
+    assert said.micro_batches.tokens == max(
+        len(batch.rows.lengths) * batch.rows.longest for batch in minibatches[0].batches
+    )
     # Weights were there before; nothing was sampled.
     assert said.update_peak - said.weights - said.cache == pytest.approx(measured, rel=0.1)
 
@@ -105,7 +121,12 @@ def test_what_a_weight_takes() -> None:
     count = 494032768  # Qwen2.5-0.5B's
     plain = plan_of()
     assert plain.parameters.total == count
-    assert (plain.weights, plain.masters, plain.moments, plain.gradients) == (2 * count, 4 * count, 8 * count, 4 * count)
+    assert (plain.weights, plain.masters, plain.moments, plain.gradients) == (
+        2 * count,
+        4 * count,
+        8 * count,
+        4 * count,
+    )
     fp32 = plan_of(dtype="float32")
     assert (fp32.weights, fp32.masters, fp32.moments) == (4 * count, 0, 8 * count)
     assert plan_of(optimizer="adamw_8bit").moments == pytest.approx(2.03125 * count)
@@ -121,7 +142,7 @@ def test_the_cache_is_the_engines() -> None:
     # 256 sequences and 16 prompts of 36 blocks and one to spare, a quarter more; 2 bytes of 256 numbers in 24 layers.
     assert plan_of().cache == 272 * 37 * 5 // 4 * 16 * 2 * 256 * 24
     assert plan_of(engine={"cache_gib": 0.5}).cache == GIB // 2
-    small = Device(name="small", memory=int(8.7 * GIB), is_gpu=True)
+    small = Device(name="small", memory=8 * GIB + CONTEXT_BYTES, is_gpu=True)
     assert plan_of(small, max_completion_length=4096).cache == int(0.4 * (8 * GIB - 14 * 494032768))
 
 

@@ -106,9 +106,7 @@ def test_formulas_agree_with_an_h100(shape: PolicyConfig, kind: Recomputation, i
     when the weights are counted, but are when the pass begins.
     """
     parameters = count_parameters(shape)
-    size = PassSize(
-        num_tokens=32768, longest=1024, itemsize=2, is_gpu=True, is_ragged=is_ragged, recomputation=kind
-    )
+    size = PassSize(num_tokens=32768, longest=1024, itemsize=2, is_gpu=True, is_ragged=is_ragged, recomputation=kind)
     ours = 2 * parameters.total + peak_of_pass(shape, size, parameters).total
     assert ours / 2**30 == pytest.approx(measured_gib, rel=0.05)
 
