@@ -60,7 +60,7 @@ def plan(
     processes: Annotated[int, typer.Option(min=1, help="processes that share a step")] = 1,
 ) -> None:
     """Say what a recipe will need of the device's memory, and what to change if it does not fit (exit code 1)."""
-    from grpo.plan import plan_recipe
+    from grpo.plan_text import plan_recipe
 
     with _errors_in_one_line():
         told = plan_recipe(

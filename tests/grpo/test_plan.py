@@ -20,9 +20,9 @@ from grpo.plan import (
     estimate,
     largest_micro_batch,
     micro_batches,
-    plan_recipe,
     suggest,
 )
+from grpo.plan_text import plan_recipe
 from grpo.types import Group
 from grpo.update import update
 from policy import Policy, PolicyConfig, cast_weights
