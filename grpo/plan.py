@@ -91,23 +91,29 @@ class Estimate:
     """What one rank of a recipe needs, in bytes where nothing else is said."""
 
     config: Config
+    """The recipe."""
     parameters: ParameterCount
     micro_batches: MicroBatches
     weights: int
+    """In the policy's dtype; where that is fp32 they are their own masters."""
     masters: int
     """fp32 copies of trained weights, where the policy computes in less."""
     moments: int
+    """Of AdamW, both."""
     host: int
     """Masters and moments that stay in the host's memory instead."""
     gradients: int
     """In fp32, summed up over micro-batches."""
     reference: int
+    """A frozen copy of the weights, where the recipe has a penalty and the copy stays on the device."""
     cache: int
+    """Of the sampler, kept during the update too."""
     graphs: int
     """What captured decoding steps hold: logits, hidden states."""
     prefill: int
-    """A pass over prompts."""
+    """A pass over prompts, or what vLLM holds while it samples and lets go of."""
     pass_peak: PassPeak
+    """The worst moment of a micro-batch's forward and backward pass."""
     optimizer_work: int
     """What a step of the optimizer makes beside all this."""
 
@@ -193,7 +199,7 @@ def micro_batches(config: Config, prompt_tokens: int, num_processes: int = 1) ->
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Suggestion:
-    """Something to change in a recipe that needs too much, or that it could afford."""
+    """Something to change in a recipe that needs too much."""
 
     change: dict[str, Any]
     """Keys and their new values."""
@@ -242,7 +248,7 @@ def _changes(current: Estimate) -> Iterator[dict[str, Any]]:
     """What saves memory, in the order of what it costs in time."""
     config, batches = current.config, current.micro_batches
     budget = batches.tokens
-    while budget > 16384 and budget > batches.row_tokens:  # above, a GPU gains nothing by more tokens at once
+    while budget > 8192 and budget > batches.row_tokens:  # above, a GPU gains next to nothing by more tokens at once
         budget = max(batches.row_tokens, budget // 2)
         yield {"max_tokens_per_micro_batch": budget}
     if config.beta > 0 and config.lora is None and not config.offload_ref_model:
@@ -344,10 +350,12 @@ def _graph_bytes(config: Config, shape: PolicyConfig, device: Device, num_proces
 
 def _prefill_bytes(config: Config, shape: PolicyConfig, device: Device, prompt_tokens: int, num_processes: int) -> int:
     """The most of a pass over prompts, with the logits after each; or of a decoding step with its logits."""
-    if config.engine.kind != "builtin":
-        return 0
+    engine = config.engine
+    if engine.kind != "builtin":
+        sleeps = engine.kind == "vllm_colocate" and device.is_gpu and engine.vllm_colocate.sleep_level != 0
+        return int(engine.vllm_colocate.gpu_memory_utilization * device.memory) if sleeps else 0
     prompts = max(count for count, _ in _calls(config, num_processes))
-    at_once = max(1, min(prompts, config.engine.max_num_batched_tokens // prompt_tokens))
+    at_once = max(1, min(prompts, engine.max_num_batched_tokens // prompt_tokens))
     size = PassSize(
         num_tokens=at_once * prompt_tokens,
         longest=prompt_tokens,

@@ -67,7 +67,9 @@ class Trainer:
     max_tokens: int = field(init=False)
     """Padded tokens of one micro-batch on this rank; fewer than the recipe says once memory has run out."""
     phases: Phases = field(init=False)
+    """Seconds and memory of the step in hand."""
     throughput: Throughput = field(init=False)
+    """What makes rates of them."""
     peak_gib: float = 0.0
     """Most memory that torch allocated on a GPU in any step, GiB."""
     is_asking: bool = False

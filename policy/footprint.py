@@ -177,7 +177,7 @@ def peak_of_pass(config: PolicyConfig, size: PassSize, parameters: ParameterCoun
     moments = [
         PassPeak(
             activations=round(sum(kept) + around + scored),
-            head=_head_bytes(config, size, is_trained=parameters.embedding > 0),
+            head=_head_bytes(config, size),
             working=0,
             gradients=table,
         )
@@ -224,7 +224,7 @@ def _ahead_bytes(config: PolicyConfig, size: PassSize) -> float:
     return block + norms + 4 * size.itemsize * config.hidden_size
 
 
-def _head_bytes(config: PolicyConfig, size: PassSize, *, is_trained: bool) -> int:
+def _head_bytes(config: PolicyConfig, size: PassSize) -> int:
     """The head's backward pass: see policy/head.py."""
     num_tokens, vocabulary = size.num_tokens, config.vocab_size
     hidden_grad = 4 * num_tokens * config.hidden_size

@@ -1,11 +1,15 @@
 """Moments in 8 bits: how far off a number may be, that a policy learns as with exact moments, and resuming."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from grpo.checkpoint import load_checkpoint, save_checkpoint
 from grpo.optimizer import MasterAdamW
 from grpo.optimizer_8bit import BLOCK, CHUNK, MIN_NUMBERS, AdamW8bit, decode, dynamic_values, encode
 from policy import CheckpointError, Policy, cast_weights
+from policy.tokenizer import build_word_tokenizer
 from tests.policies import tiny_llama
 
 SETTINGS = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}
@@ -134,6 +138,23 @@ def test_restored_state_continues_bit_for_bit(dtype: torch.dtype) -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_a_checkpoint_brings_codes_and_scales_back(tmp_path: Path) -> None:
+    policy = small_policy()
+    optimizer = MasterAdamW(policy, **SETTINGS, is_8bit=True)
+    backward(policy, 0)
+    optimizer.gather_gradients()
+    optimizer.step(1e-3, 1.0)
+    tokenizer = build_word_tokenizer([f"w{n}" for n in range(124)], 128)
+    folder = save_checkpoint(tmp_path, 1, policy, tokenizer, optimizer, 1)
+    again = small_policy(seed=3)
+    restored = MasterAdamW(again, **SETTINGS, is_8bit=True)
+    load_checkpoint(folder, again, restored)
+    before, after = optimizer.state_tensors(), restored.state_tensors()
+    assert {tensor.dtype for tensor in after.values()} == {torch.uint8, torch.float32}
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize(("saved", "asked"), [(True, False), (False, True)])
