@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -144,7 +145,6 @@ class OffloadedMasterAdamW(MasterAdamW):
             with streams.coming(slot):
                 for row, source in zip(on_device, on_host, strict=True):
                     row.copy_(source, non_blocking=True)
-            streams.arrived(slot)
             self._step_one(bucket, on_device, gradient, learning_rate)
             with streams.going(slot):
                 for row, target in zip(on_device, on_host, strict=True):
@@ -210,46 +210,33 @@ class _Streams:
         if self._is_gpu:
             self._in.wait_stream(self._work)
 
-    def coming(self, slot: int) -> _On:
-        """Copies to the device, once the slot is free."""
+    @contextmanager
+    def coming(self, slot: int) -> Iterator[None]:
+        """Copies to the device, once the slot is free; work that follows waits for them."""
         if not self._is_gpu:
-            return _On(None, None)
+            yield
+            return
         self._in.wait_event(self._gone[slot])
-        return _On(self._in, self._came[slot])
+        with torch.cuda.stream(self._in):
+            yield
+            self._came[slot].record()
+        self._work.wait_event(self._came[slot])
 
-    def arrived(self, slot: int) -> None:
-        """Work goes on once the slot is full."""
-        if self._is_gpu:
-            self._work.wait_event(self._came[slot])
-
-    def going(self, slot: int) -> _On:
+    @contextmanager
+    def going(self, slot: int) -> Iterator[None]:
         """Copies to the host, once the work so far is done."""
         if not self._is_gpu:
-            return _On(None, None)
+            yield
+            return
         self._out.wait_stream(self._work)
-        return _On(self._out, self._gone[slot])
+        with torch.cuda.stream(self._out):
+            yield
+            self._gone[slot].record()
 
     def end(self) -> None:
         """Work that follows, and whoever gets the staging memory next, waits for the copies."""
         if self._is_gpu:
             self._work.wait_stream(self._out)
-
-
-class _On:
-    """Within, work goes to a stream; an event marks its end."""
-
-    def __init__(self, stream: torch.cuda.Stream | None, event: torch.cuda.Event | None) -> None:
-        self._stream, self._event = stream, event
-        self._context = None if stream is None else torch.cuda.stream(stream)
-
-    def __enter__(self) -> None:
-        if self._context is not None:
-            self._context.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        if self._context is not None and self._event is not None:
-            self._event.record(self._stream)
-            self._context.__exit__(*error)
 
 
 def _cut(weights: Mapping[str, Tensor], most: int) -> Iterator[Bucket]:

@@ -1,11 +1,15 @@
 """The optimizer on the host is the optimizer on the device, to the bit."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from grpo.checkpoint import load_checkpoint, save_checkpoint
 from grpo.optimizer import MasterAdamW
 from grpo.optimizer_offload import OffloadedMasterAdamW
 from policy import Policy, cast_weights
+from policy.tokenizer import build_word_tokenizer
 from tests.policies import tiny_llama, tiny_policy
 
 SETTINGS = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}
@@ -44,16 +48,17 @@ def test_steps_are_those_of_the_device(bucket: int, dtype: torch.dtype) -> None:
     expect_same((ours, offloaded), (theirs, plain))
 
 
-def test_checkpoints_are_interchangeable() -> None:
+def test_checkpoints_are_interchangeable(tmp_path: Path) -> None:
     one = cast_weights(tiny_policy(), torch.bfloat16)
     optimizer = MasterAdamW(one, **SETTINGS)
     train(one, optimizer, range(2))
     two = cast_weights(tiny_policy(seed=5), torch.bfloat16)
     offloaded = OffloadedMasterAdamW(two, **SETTINGS, bucket=512)
-    offloaded.load_state_tensors({name: tensor.clone() for name, tensor in optimizer.state_tensors().items()})
+    tokenizer = build_word_tokenizer([f"w{n}" for n in range(57)], 128)
+    load_checkpoint(save_checkpoint(tmp_path / "one", 2, one, tokenizer, optimizer, 1), two, offloaded)
     three = cast_weights(tiny_policy(seed=7), torch.bfloat16)
     back = MasterAdamW(three, **SETTINGS)
-    back.load_state_tensors({name: tensor.clone() for name, tensor in offloaded.state_tensors().items()})
+    load_checkpoint(save_checkpoint(tmp_path / "two", 2, two, tokenizer, offloaded, 1), three, back)
     for policy, its in ((one, optimizer), (two, offloaded), (three, back)):
         train(policy, its, range(2, 4))
     expect_same((one, optimizer), (two, offloaded))
