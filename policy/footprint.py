@@ -143,6 +143,8 @@ def layer_pieces(config: PolicyConfig, layer: int, size: PassSize) -> list[Piece
         pieces = _latent_attention(config, size)
     else:
         pieces = _grouped_query_attention(config, size)
+    if layer == 0 and size.lora is not None:
+        pieces = pieces[1:]  # with a frozen embedding, no gradient goes through the first norm
     return pieces + (_experts(config, size) if config.is_moe_layer(layer) else _feed_forward(config, size))
 
 

