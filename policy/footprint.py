@@ -366,12 +366,13 @@ def _latent_attention(config: PolicyConfig, size: PassSize) -> list[Piece]:
 
 
 def _feed_forward(config: PolicyConfig, size: PassSize) -> list[Piece]:
-    """policy/moe.py, `FeedForward`."""
+    """policy/moe.py, `FeedForward`; in a model with experts, adapters leave dense layers frozen too."""
+    names = ("gate_proj", "up_proj", "down_proj") if size.lora is None or not config.num_moe_layers else ()
     return [
         _norm(config.hidden_size, size, "feed-forward's norm"),
-        *_input("normed", config.hidden_size, size, ("gate_proj", "up_proj"), is_remade=True),
-        *_swiglu(config.intermediate_size, size, ("down_proj",)),
-        *_adapters(size, ("gate_proj", "up_proj", "down_proj")),
+        *_input("normed", config.hidden_size, size, names[:2], is_remade=True),
+        *_swiglu(config.intermediate_size, size, names[2:]),
+        *_adapters(size, names),
     ]
 
 
