@@ -4,8 +4,10 @@ Random weights of real shapes; a step samples P x G completions of fixed length,
 step. Ours is `grpo train` with everything that it writes; the peer is TRL's `GRPOTrainer`, in an interpreter of its own
 named by `--trl-python`. The first two steps of each are not counted.
 
-    python benchmarks/grpo_step.py [--works cpu_ds | qwen05 dsv3_05] [--trl-python PYTHON [--trl-modes hf vllm liger]]
-                                   [--set KEY=VALUE ...] [--json PATH]
+On a GPU it also prints what `grpo plan` says of each half of the step beside what was allocated.
+
+    python benchmarks/grpo_step.py [--works cpu_ds | qwen05 dsv3_05 qwen05_16k]
+                                   [--trl-python PYTHON [--trl-modes hf vllm liger]] [--set KEY=VALUE ...] [--json PATH]
 """
 
 from __future__ import annotations
@@ -32,9 +34,12 @@ sys.path[0] = str(ROOT)
 
 import policy as policies  # noqa: E402
 from benchmarks.rollouts import WORKS, machine  # noqa: E402
+from grpo.config import load_config  # noqa: E402
+from grpo.plan import Device, estimate  # noqa: E402
 from policy import Policy  # noqa: E402
+from policy.checkpoint import resolve_shape  # noqa: E402
 
-STEPS = {"cpu_ds": (16, 8, 64), "qwen05": (16, 16, 512), "dsv3_05": (16, 16, 512)}
+STEPS = {"cpu_ds": (16, 8, 64), "qwen05": (16, 16, 512), "dsv3_05": (16, 16, 512), "qwen05_16k": (1, 8, 16384)}
 """Prompts, completions of each, tokens of a completion."""
 
 REWARD = """
@@ -119,7 +124,7 @@ def compare(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     problems = make_problems()
     with tempfile.TemporaryDirectory() as scratch:
         folder, scratch_path = Path(scratch) / "model", Path(scratch)
-        make_model(name, arguments.layers, folder)
+        make_model(name, arguments.layers, folder, length + 512)
         ours = run_ours(scratch_path, folder, problems, (prompts, group, length), arguments)
         peers = {}
         for mode in arguments.trl_modes if arguments.trl_python else []:
@@ -156,9 +161,10 @@ def make_problems() -> list[dict[str, str]]:
     ]
 
 
-def make_model(name: str, layers: int | None, folder: Path) -> None:
-    """Random weights of a work's shape, with fewer layers if so asked, and a tokenizer."""
-    shape = WORKS[name].shape
+def make_model(name: str, layers: int | None, folder: Path, context: int = 0) -> None:
+    """Random weights of a work's shape, with fewer layers and a wider context if so asked, and a tokenizer."""
+    shape = WORKS[name.removesuffix("_16k")].shape
+    shape = shape.model_copy(update={"max_position_embeddings": max(shape.max_position_embeddings, context)})
     if layers:
         shape = shape.model_copy(update={"num_hidden_layers": layers})
     policy = Policy(shape)
@@ -190,7 +196,7 @@ def run_ours(
         "rewards": [f"{scratch / 'reward.py'}:distinct"],
         "prompts_per_step": prompts, "num_generations": group, "max_completion_length": length,
         "max_steps": arguments.steps, "learning_rate": 1e-6, "evaluation": {"num_problems": 0}, "save_steps": 0,
-        "max_tokens_per_micro_batch": 32768 if is_gpu else 16384,
+        "max_tokens_per_micro_batch": 8192 if is_gpu else 16384,
     }  # fmt: skip
     (scratch / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
     done = subprocess.run(
@@ -205,6 +211,8 @@ def run_ours(
     steps = [json.loads(line) for line in (scratch / "runs" / name / "metrics.jsonl").read_text().splitlines()]
     for step in steps:
         print({key: round(step[key], 3) for key in step if key == "step_time" or key.startswith("time/")}, flush=True)
+    if is_gpu:
+        compare_with_plan(scratch / f"{name}.yaml", arguments.set, steps[-1], prompts * group)
     count = statistics.median(prompts * group * step["completions/mean_length"] for step in steps[2:])
     medians = {
         key: statistics.median(step[key] for step in steps[2:])
@@ -218,6 +226,18 @@ def run_ours(
         "tokens_per_s": count / medians["step_time"],
         "peak_gib": max(step.get("memory/peak_gib") or 0.0 for step in steps) or None,
     }
+
+
+def compare_with_plan(recipe: Path, overrides: list[str], step: dict[str, Any], num_rows: int) -> None:
+    """Print what the plan says beside what torch allocated, GiB."""
+    config = load_config(recipe, overrides)
+    assert config.model is not None
+    prompt_tokens = round(step["num_tokens"] / num_rows - step["completions/mean_length"])
+    device = Device.detect(is_gpu=True)
+    said = estimate(config, resolve_shape(config.model), device, prompt_tokens=prompt_tokens)
+    for half, ours in (("sample", said.sampling_peak), ("update", said.update_peak)):
+        measured = step[f"memory/{half}_peak_gib"]
+        print(f"memory, {half}: planned {ours / 2**30:.2f}, measured {measured:.2f} GiB", flush=True)
 
 
 def run_trl(

@@ -191,8 +191,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def without_seconds(row: dict[str, Any]) -> dict[str, Any]:
     """What two equal runs have in common."""
-    timed = ("step_time", "tokens_per_second")
-    return {key: value for key, value in row.items() if key not in timed and not key.startswith("time/")}
+    timed = ("step_time", "tokens_per_second", "mfu")
+    return {key: value for key, value in row.items() if key.split("/")[-1] not in timed and not key.startswith("time/")}
 
 
 def compare(one: Path, other: Path) -> list[str]:

@@ -34,6 +34,7 @@ sys.path[0] = str(Path(__file__).parents[1])  # a script's own folder comes firs
 
 import policy as policies  # noqa: E402
 from policy import PackedRows, Policy, PolicyConfig  # noqa: E402
+from policy.flops import Flops  # noqa: E402
 from policy.logprobs import token_logprobs  # noqa: E402
 from policy.recompute import Recomputation  # noqa: E402
 
@@ -123,7 +124,7 @@ def compare(name: str, shape: PolicyConfig, rate: float, arguments: argparse.Nam
     peer = min(peers, key=lambda one: one.seconds)
     if abs(peer.loss - measured[0].loss) > 0.02:
         sys.exit(f"the two models differ: loss {measured[0].loss:.4f} against {peer.loss:.4f}")
-    operations = count_operations(shape, count, length)
+    operations = Flops.of(shape).training([length] * count)
     print(f"\n{name}: {count} rows of {length}; losses {measured[0].loss:.4f} and {peer.loss:.4f}")
     print(f"{'':<52}{'ms':>9}{'x peer':>8}{'GiB':>8}{'of peer':>9}{'of matmul rate':>16}{'first s':>9}")
     for one in (*measured, *peers):
@@ -271,21 +272,6 @@ def matmul_rate(device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return 20 * 2 * size**3 / (time.perf_counter() - start)
-
-
-def count_operations(shape: PolicyConfig, rows: int, length: int) -> float:
-    """Of forward and backward: 6 for every weight that a token meets, and causal attention three times over."""
-    with torch.device("meta"):
-        policy = Policy(shape)
-    met = 0.0
-    for name, weight in policy.named_parameters():
-        if name == "embed_tokens.weight" and not shape.tie_word_embeddings:
-            continue
-        share = shape.num_experts_per_tok / shape.n_routed_experts if ".experts." in name else 1.0
-        met += share * weight.numel()
-    value_width = shape.v_head_dim if shape.family.attention == "latent" else shape.head_dim
-    pairs = rows * length * (length + 1) / 2 * shape.num_attention_heads * shape.num_hidden_layers
-    return 6 * met * rows * length + 3 * 2 * pairs * (shape.qk_head_dim + value_width)
 
 
 def print_profile(run: Callable[[], float]) -> None:

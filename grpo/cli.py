@@ -1,4 +1,4 @@
-"""The command `grpo`: train, eval, sample, report, replay.
+"""The command `grpo`: train, plan, eval, sample, report, replay.
 
 Errors that a person can mend are one line and exit code 2.
 """
@@ -46,6 +46,34 @@ def train(
 
     with _errors_in_one_line():
         run(recipe, overrides or [], resume=resume)
+
+
+@app.command()
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    memory_gib: Annotated[
+        float | None, typer.Option(min=0.1, help="memory of the device, GiB; default: what is found here")
+    ] = None,
+    device_name: Annotated[str | None, typer.Option(help="what to call the device")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="tokens of a prompt; default: 256")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="processes that share a step")] = 1,
+) -> None:
+    """Say what a recipe will need of the device's memory, and what to change if it does not fit (exit code 1)."""
+    from grpo.plan_text import plan_recipe
+
+    with _errors_in_one_line():
+        told = plan_recipe(
+            recipe,
+            overrides or [],
+            memory_gib=memory_gib,
+            device_name=device_name,
+            prompt_tokens=prompt_tokens,
+            num_processes=processes,
+        )
+    typer.echo(told.text)
+    if not told.fits:
+        raise typer.Exit(1)
 
 
 @app.command("eval")

@@ -150,6 +150,12 @@ class Config(AlgorithmConfig):
     adam_beta2: float = Field(default=0.99, ge=0, lt=1)
     adam_epsilon: float = Field(default=1e-8, gt=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        default="adamw", description="adamw_8bit keeps the two moments in 8 bits a number"
+    )
+    offload_optimizer: bool = Field(
+        default=False, description="keep moments and fp32 masters in the host's memory between steps (adamw)"
+    )
     max_tokens_per_micro_batch: int = Field(default=8192, ge=1)
     max_skipped_steps: int = Field(default=5, ge=1, description="updates that are not finite before the run stops")
     activation_recomputation: Recomputation = Field(
@@ -222,6 +228,8 @@ class Config(AlgorithmConfig):
                 "`base` needs a prompt_template with {prompt} as a word of its own (its tokenizer knows whole words "
                 f"only), such as 'User : {{prompt}} Assistant :', got {self.prompt_template!r}"
             )
+        if self.offload_optimizer and self.optimizer != "adamw":
+            raise ValueError(f"offload_optimizer goes with optimizer: adamw, got optimizer: {self.optimizer}")
         if self.soft_punish_cache > self.max_completion_length:
             raise ValueError(
                 f"soft_punish_cache ({self.soft_punish_cache}) is above max_completion_length "

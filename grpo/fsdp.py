@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from grpo.config import Config, ConfigError
 from grpo.distributed import Ranks
-from grpo.weights import make_optimizer
+from grpo.optimizers import make_optimizer
 from policy import Policy
 
 

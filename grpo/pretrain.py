@@ -97,6 +97,14 @@ def _write(cache_dir: Path, write: Callable[[], None]) -> None:
 
 def build_policy(config: Config, base: BaseConfig, task: CountdownConfig) -> tuple[Policy, Tokenizer]:
     """An untrained policy of the recipe's shape, and the tokenizer of its task's words."""
+    shape, tokenizer = base_shape(config, base, task)
+    policy = Policy(shape)
+    initialise(policy, config.seed)
+    return cast_weights(policy, getattr(torch, config.dtype)), tokenizer
+
+
+def base_shape(config: Config, base: BaseConfig, task: CountdownConfig) -> tuple[PolicyConfig, Tokenizer]:
+    """The shape of the recipe's base model, and the tokenizer of its task's words."""
     words = [*vocabulary(task), *config.prompt_template.replace("{prompt}", " ").split()]
     context = int(base.shape.get("max_position_embeddings", DEFAULT_CONTEXT))
     tokenizer = build_word_tokenizer(words, context)
@@ -108,9 +116,7 @@ def build_policy(config: Config, base: BaseConfig, task: CountdownConfig) -> tup
         **base.shape,
         "vocab_size": len(tokenizer),
     }
-    policy = Policy(PolicyConfig.model_validate(shape))
-    initialise(policy, config.seed)
-    return cast_weights(policy, getattr(torch, config.dtype)), tokenizer
+    return PolicyConfig.model_validate(shape), tokenizer
 
 
 def train_base(

@@ -148,6 +148,8 @@ def choose_curves(run: RunFiles) -> list[Curve]:
         for key in names
         if key.startswith("time/") and not key.endswith("_busy")  # what goes on beside a phase is no part of the sum
     }
+    if "time/forward_backward" in phases:  # a part of the update, which would count twice
+        phases.pop("time/update", None)
     wanted.append(_make_curve(rows, "Further rewards", "", others))
     wanted.append(_make_curve(rows, "Step time", "s", phases or {"step_time": "step"}, stacked=bool(phases)))
     return [curve for curve in wanted if curve.lines]

@@ -10,8 +10,6 @@ from time import perf_counter
 from types import FrameType
 from typing import Any
 
-import torch
-
 from grpo.advantages import step_advantages
 from grpo.asking import Asked, Asking
 from grpo.batch import make_minibatches, make_rows
@@ -30,11 +28,13 @@ from grpo.pipeline import make_asking, moving
 from grpo.record import RunFolder
 from grpo.reference import Reference
 from grpo.replay import NonFiniteError, save_fault
+from grpo.throughput import ASKING, Phases, Spent, Throughput, measure_matmul_rate
 from grpo.types import Group
 from grpo.update import Step, UpdateStats, update
 from grpo.watchdog import Watchdog
 from grpo.weights import Weights, keep_weights
 from policy import Policy
+from policy.flops import Flops
 from policy.tokenizer import Tokenizer
 from rewards import Grader, Problem
 from rollouts import make_engine
@@ -69,12 +69,23 @@ class Trainer:
     """Padded tokens of one micro-batch on this rank; fewer than the recipe says once memory has run out."""
     weights: Weights = field(init=False)
     """The policy's, as the launcher's file has them kept over ranks."""
+    phases: Phases = field(init=False)
+    """Seconds and memory of the step in hand."""
+    throughput: Throughput = field(init=False)
+    """What makes rates of them."""
+    peak_gib: float = 0.0
+    """Most memory that torch allocated on a GPU in any step, GiB."""
     is_asking: bool = False
     """Whether nothing but the questions has moved since the last step, so that the step in hand can be given up."""
 
     def __post_init__(self) -> None:
         self.entropy = EntropyState(coefficient=self.config.entropy_coef)
         self.max_tokens = self.config.max_tokens_per_micro_batch
+        self.phases = Phases(self.ranks.device)
+        self.throughput = Throughput(
+            flops=Flops.of(self.policy.config, self.config.lora),
+            matmul_rate=measure_matmul_rate(self.ranks.device, self.policy.dtype),
+        )
         self.weights = keep_weights(self.policy, self.config, self.ranks)
 
     def train(self) -> int:
@@ -103,16 +114,17 @@ class Trainer:
         while self.step < config.max_steps and not self.ranks.any(self.stop_requested):
             watchdog.begin(self.step + 1)
             started = perf_counter()
-            with self._can_be_given_up(asker, reference):
+            with self._can_be_given_up(asker, reference), self.phases.phase(ASKING):
                 asked = asker.ask(self.step)
             asker.ask_ahead(self.step)
             groups = [answer.group for answer in asked.filled.trained]
             mine = self.ranks.deal([group.num_tokens for group in groups])
             advantages = self._advantages(groups, mine, reference)
-            stats, update_s = self._update(groups, advantages, mine, reference)
+            stats, spent = self._update(groups, advantages, mine, reference)
             self.step += 1
-            self._publish(asker)
-            self._record(asked, advantages, stats, update_s, started)
+            with self.phases.phase("sync"):
+                self._publish(asker)
+            self._record(asked, advantages, stats, spent, started)
             watchdog.end()
             if config.evaluation.eval_steps and self.step % config.evaluation.eval_steps == 0:
                 with self._can_be_given_up(asker, reference):
@@ -247,7 +259,7 @@ class Trainer:
         advantages: Sequence[Sequence[float]],
         mine: Sequence[int],
         reference: Reference | None,
-    ) -> tuple[UpdateStats, float]:
+    ) -> tuple[UpdateStats, Spent]:
         config, started = self.config, perf_counter()
         rows = make_rows(
             [groups[place] for place in mine],
@@ -266,6 +278,7 @@ class Trainer:
             reference=reference if config.kl_in == "loss" else None,
             entropy_coef=applied_coefficient(self.entropy, config),
             on_fault=self._keep_fault,
+            phases=self.phases,
         )
         if stats.num_halvings:
             self.max_tokens = max(1, self.max_tokens >> stats.num_halvings)
@@ -277,7 +290,9 @@ class Trainer:
         self.entropy = adapted(self.entropy, stats.entropy_kept, config)
         if reference is not None and config.sync_ref_model and (self.step + 1) % config.ref_model_sync_steps == 0:
             reference.follow(self.policy, config.ref_model_mixup_alpha)
-        return stats, perf_counter() - started
+        lengths = [len(row) for row in rows if row.learned] * config.num_iterations
+        num_tokens = self.ranks.sum_number(sum(lengths))
+        return stats, Spent(seconds=perf_counter() - started, lengths=lengths, num_tokens=num_tokens)
 
     def _keep_fault(self, step: Step) -> None:
         """Say that an update was skipped, and keep what it would take to do it again."""
@@ -305,7 +320,7 @@ class Trainer:
         asked: Asked,
         advantages: Sequence[Sequence[float]],
         stats: UpdateStats,
-        update_s: float,
+        spent: Spent,
         started: float,
     ) -> None:
         if self.ranks.is_main:
@@ -326,16 +341,23 @@ class Trainer:
             "time/sample": asked.sample_s,
             "time/grade": asked.grade_s,
             "time/grade_busy": asked.grade_busy_s,
-            "time/update": update_s,
+            **self._spent_metrics(asked, spent),
             "num_tokens": tokens,
             "tokens_per_second": tokens / elapsed,
         }
-        if self.policy.device.type == "cuda":
-            peak_gib = torch.cuda.max_memory_allocated(self.policy.device) / 2**30
-            metrics["memory/peak_gib"] = self.ranks.max_number(peak_gib)
         if self.ranks.is_main:
             self.folder.add_metrics(metrics)
         self.display.advance(metrics)
+
+    def _spent_metrics(self, asked: Asked, spent: Spent) -> dict[str, float]:
+        num_sampled = sum(len(c.token_ids) for group in asked.fresh for c in group.completions)
+        metrics = self.throughput.metrics(spent, self.phases, num_sampled=num_sampled, sample_s=asked.sample_s)
+        if self.ranks.device.type == "cuda":
+            for key in ("memory/sample_peak_gib", "memory/update_peak_gib"):
+                metrics[key] = self.ranks.max_number(metrics[key])
+                self.peak_gib = max(self.peak_gib, metrics[key])
+            metrics["memory/peak_gib"] = self.peak_gib
+        return metrics
 
     def _evaluate(self, evaluator: Evaluator, asker: Asking, stage: str | int) -> None:
         if not evaluator.problems or any(e["stage"] == stage for e in self.folder.evaluations()):

@@ -27,6 +27,7 @@ from grpo.optimizer import Optimizer
 from grpo.reference import Reference
 from grpo.scoring import drawn_with, score
 from grpo.support import is_truncated
+from grpo.throughput import Phases
 from grpo.types import Batch
 from policy import Policy
 from policy.logprobs import TokenLogprobs
@@ -92,6 +93,7 @@ def update(
     reference: Reference | None = None,
     entropy_coef: float = 0.0,
     on_fault: Callable[[Step], None] | None = None,
+    phases: Phases | None = None,
 ) -> UpdateStats:
     """`num_iterations` passes over the minibatches, an optimizer step each.
 
@@ -99,24 +101,30 @@ def update(
     log-probabilities are computed once beforehand (the sampler's would mix in how sampler and trainer differ).
     A step whose loss or gradient is not finite on any rank is not taken on any; `on_fault` sees it, the weights as they
     were. A step for which memory runs out is done again in smaller micro-batches, which also the passes after it keep.
-    Where weights lie in pieces, ranks with fewer micro-batches than others do idle ones.
+    Where weights lie in pieces, ranks with fewer micro-batches than others do idle ones. `phases` learns where the time
+    goes.
     """
-    minibatches = [replace(part, batches=fill_up(part.batches, policy, ranks)) for part in minibatches]
-    steps = prepare(policy, minibatches, config, ranks, reference, entropy_coef)
+    phases = phases or Phases(policy.device)
+    with phases.phase("logprobs"):
+        minibatches = [replace(part, batches=fill_up(part.batches, policy, ranks)) for part in minibatches]
+        steps = prepare(policy, minibatches, config, ranks, reference, entropy_coef)
     grad_norm, num_skipped = 0.0, 0
     for _ in range(config.num_iterations):
         sums, norms = _Sums(policy), list[float]()
         for index, given in enumerate(steps):
             busy, num_tokens = _busy(given.minibatch.batches), given.minibatch.counts.tokens
             auxiliary = Auxiliary(policy, busy, num_tokens=num_tokens, config=config, ranks=ranks)
-            loss, sums, step = _accumulate(policy, optimizer, given, config, sums, auxiliary, ranks)
+            with phases.phase("forward_backward"):
+                loss, sums, step = _accumulate(policy, optimizer, given, config, sums, auxiliary, ranks)
             steps[index] = step
-            optimizer.reduce(loss, ranks)
-            if loss.isfinite():
-                norms.append(optimizer.step(learning_rate, config.max_grad_norm))
-            else:
-                optimizer.restart()
-                norms.append(math.nan)
+            with phases.phase("sync"):
+                optimizer.reduce(loss, ranks)
+            with phases.phase("optimizer"):
+                if loss.isfinite():
+                    norms.append(optimizer.step(learning_rate, config.max_grad_norm))
+                else:
+                    optimizer.restart()
+                    norms.append(math.nan)
             auxiliary_stats = auxiliary.finish(is_skipped=not math.isfinite(norms[-1]))
             if not math.isfinite(norms[-1]):
                 num_skipped += 1

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from grpo.config import Config
 from grpo.distributed import Ranks
-from grpo.layout import Layout
-from grpo.optimizer import MasterAdamW, Optimizer
+from grpo.optimizer import Optimizer
+from grpo.optimizers import make_optimizer
 from policy import Policy
 
 
@@ -92,17 +92,6 @@ class WholeWeights:
     def restore(self, kept: Policy, whole: Mapping[str, Tensor]) -> None:
         """See `Weights.restore`."""
         kept.load_state_dict(dict(whole), strict=False)  # without the buffers, which do not move
-
-
-def make_optimizer(policy: Policy, config: Config, layout: Layout | None = None) -> MasterAdamW:
-    """The optimizer that a recipe asks for, over the policy's trained weights whole or as `layout` says."""
-    return MasterAdamW(
-        policy,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        layout=layout,
-    )
 
 
 def keep_weights(policy: Policy, config: Config, ranks: Ranks) -> Weights:

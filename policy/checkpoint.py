@@ -149,11 +149,30 @@ def resolve_folder(path_or_id: Path | str) -> Path:
     text = os.fspath(path_or_id)
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise CheckpointError(f"no folder {text!r}; give a folder with a {CONFIG}, or a hub id such as 'owner/name'")
+    return _download(text, ["*.json", "*.safetensors", "*.jinja", "tokenizer*"])
+
+
+def resolve_shape(path_or_id: Path | str) -> PolicyConfig:
+    """The shape of a local folder's or a hub id's model, from its `config.json` alone (a GGUF file is read whole).
+
+    Raises CheckpointError and ShapeError as `load` does.
+    """
+    folder = Path(path_or_id)
+    if folder.is_dir() or find_gguf(folder):
+        read = _read_gguf(folder)
+        return read[0] if read is not None else load_config(folder)
+    text = os.fspath(path_or_id)
+    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+        return load_config(resolve_folder(text))  # which says what is allowed
+    return load_config(_download(text, [CONFIG]))
+
+
+def _download(text: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*"]))
+        return Path(snapshot_download(text, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"no folder {text!r} here, and the hub did not give a model of that id: {error}"

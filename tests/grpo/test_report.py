@@ -348,3 +348,13 @@ def test_the_picture_falls_back_to_the_reward_and_says_when_there_is_nothing(tmp
     with pytest.raises(ValueError, match="neither a reward nor a mean length"):
         write_curve_svg(tmp_path, tmp_path / "d.svg")
     assert not (tmp_path / "d.svg").exists()
+
+
+def test_parts_of_the_update_take_its_place_among_the_phases(tmp_path):
+    run = make_run(tmp_path, steps=3)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    parts = {"time/logprobs": 0.1, "time/forward_backward": 0.25, "time/optimizer": 0.05, "time/sync": 0.0}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row | parts) + "\n" for row in rows))
+    curves = {curve.title: curve for curve in choose_curves(read_run(run))}
+    labels = {line.label for line in curves["Step time"].lines}
+    assert labels == {"sample", "logprobs", "forward_backward", "optimizer", "sync"}

@@ -27,6 +27,7 @@ from rewards import Grader
 from rewards.grader import RewardError
 from tests.recipes import TINY, write_recipe
 
+TIMED = ("step_time", "tokens_per_second", "sample/tokens_per_second", "update/tokens_per_second", "update/mfu")
 CHANGES = {
     "base": TINY["base"] | {"max_steps": 30, "tokens_per_step": 1024, "learning_rate": 5e-3, "warmup_steps": 5},
     "prompts_per_step": 5,
@@ -75,8 +76,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def metrics_of(folder: Path) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timed = ("step_time", "tokens_per_second")
-    return [{k: v for k, v in line.items() if k not in timed and not k.startswith("time/")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in TIMED and not k.startswith("time/")} for line in lines]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
