@@ -10,6 +10,7 @@ from typing import Any
 from grpo.routers import RouterStats
 from grpo.types import Group
 from grpo.update import UpdateStats
+from rollouts import EngineStats
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +61,24 @@ def rollout_metrics(groups: Sequence[Graded]) -> dict[str, Any]:
         "grading/timeout": statuses.count("timeout"),
         "grading/error": statuses.count("error"),
     }
+    return metrics
+
+
+def engine_metrics(stats: Sequence[EngineStats]) -> dict[str, Any]:
+    """What the samplers of all ranks did in a step; nothing of what did not happen."""
+    drafted, accepted, cached, preemptions = (
+        sum(counts)
+        for counts in zip(
+            *((s.num_drafted, s.num_accepted, s.num_cached_tokens, s.num_preemptions) for s in stats), strict=True
+        )
+    )
+    metrics: dict[str, Any] = {}
+    if drafted:
+        metrics |= {"sampling/drafted": drafted, "sampling/acceptance_rate": accepted / drafted}
+    if cached:
+        metrics["sampling/cached_prompt_tokens"] = cached
+    if preemptions:
+        metrics["sampling/preemptions"] = preemptions
     return metrics
 
 

@@ -62,7 +62,7 @@ def evaluate_model(recipe: Path, overrides: Sequence[str], model: Path | None) -
         raise ConfigError("evaluation.num_problems is 0: there is nothing to evaluate")
     with _setting(config) as setting, _grader(config) as grader:
         policy, tokenizer = _load(config, _resolve(model) if model else _last_checkpoint(config), setting.ranks)
-        with closing(make_engine(policy, config.engine)) as engine:
+        with closing(make_engine(policy, config.engine, tokenizer)) as engine:
             collector = make_collector(config, policy, tokenizer, grader, engine)
             evaluation = make_evaluator(collector, setting.ranks, problems).run(str(model or "last checkpoint"))
     if setting.ranks.is_main:
@@ -78,7 +78,7 @@ def sample_model(recipe: Path, overrides: Sequence[str], model: Path | None, pro
         raise ConfigError("evaluation.num_problems is 0, so no problem is held out; give --prompt TEXT")
     with _setting(config) as setting, _grader(config) as grader, ExitStack() as stack:
         policy, tokenizer = _load(config, _resolve(model) if model else _last_checkpoint(config), setting.ranks)
-        engine = stack.enter_context(closing(make_engine(policy, config.engine)))
+        engine = stack.enter_context(closing(make_engine(policy, config.engine, tokenizer)))
         collector = make_collector(config, policy, tokenizer, grader, engine)
         prompts, params = collector.render(problems[:1]), sampling_params(config, tokenizer)
         print(tokenizer.decode(prompts[0]))

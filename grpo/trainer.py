@@ -23,7 +23,7 @@ from grpo.display import Display
 from grpo.distributed import Ranks
 from grpo.entropy import EntropyState, adapted, applied_coefficient
 from grpo.evaluate import Evaluator, make_evaluator
-from grpo.metrics import graded, rollout_metrics, update_metrics
+from grpo.metrics import engine_metrics, graded, rollout_metrics, update_metrics
 from grpo.optimizer import MasterAdamW, learning_rate_at
 from grpo.penalties import penalised_rewards
 from grpo.record import RunFolder
@@ -35,7 +35,7 @@ from grpo.watchdog import Watchdog
 from policy import Policy
 from policy.tokenizer import Tokenizer
 from rewards import Grader, Problem
-from rollouts import Engine, make_engine
+from rollouts import Engine, EngineStats, make_engine
 
 
 class PreemptedError(KeyboardInterrupt):
@@ -78,7 +78,7 @@ class Trainer:
         Stops early, saved, once `stop_requested` is set.
         """
         watchdog = Watchdog(self.folder.path, self.ranks.rank, self.display.note)
-        with closing(watchdog), closing(make_engine(self.policy, self.config.engine)) as engine:
+        with closing(watchdog), closing(make_engine(self.policy, self.config.engine, self.tokenizer)) as engine:
             return self._train(engine, watchdog)
 
     def _train(self, engine: Engine, watchdog: Watchdog) -> int:
@@ -101,15 +101,16 @@ class Trainer:
         self.display.stage("GRPO", config.max_steps, done=self.step)
         while self.step < config.max_steps and not self.ranks.any(self.stop_requested):
             watchdog.begin(self.step + 1)
-            started = perf_counter()
+            started, stats_before = perf_counter(), engine.stats
             with self._can_be_given_up(optimizer, asker, reference):
                 asked = asker.ask(self.step)
+            sampled = engine.stats - stats_before
             first, groups = self.ranks.share([answer.group for answer in asked.filled.trained])
             advantages = self._advantages(groups, reference)
             stats, update_s = self._update(groups, advantages, first, optimizer, reference)
             self.step += 1
             engine.load_weights(self.policy, self.step)
-            self._record(asked, advantages, stats, update_s, started)
+            self._record(asked, sampled, advantages, stats, update_s, started)
             watchdog.end()
             if config.evaluation.eval_steps and self.step % config.evaluation.eval_steps == 0:
                 with self._can_be_given_up(optimizer, asker, reference):
@@ -278,6 +279,7 @@ class Trainer:
     def _record(
         self,
         asked: Asked,
+        sampled: EngineStats,
         advantages: Sequence[Sequence[float]],
         stats: UpdateStats,
         update_s: float,
@@ -292,6 +294,7 @@ class Trainer:
         metrics = {
             "step": self.step,
             **rollouts,
+            **engine_metrics(self.ranks.gather([sampled])),
             **asked.metrics,
             **update_metrics(stats),
             "entropy_coef": applied_coefficient(self.entropy, self.config),
@@ -315,6 +318,8 @@ class Trainer:
             return
         self.display.stage(f"evaluation ({stage})", len(self.ranks.share(evaluator.problems)[1]))
         evaluation = evaluator.run(stage, lambda count: self.display.advance(steps=count))
+        # A resumed run does not evaluate again, and must find the engine as this one does.
+        evaluator.collector.engine.reset_prefix_cache()
         if self.ranks.is_main:
             self.folder.add_evaluation(evaluation)
         self.display.note(
