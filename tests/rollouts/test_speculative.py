@@ -158,15 +158,18 @@ def test_drafts_are_those_of_the_modules_over_whole_rows(config: str, depth: int
 @pytest.mark.parametrize("most", [5, 8192])
 def test_a_beginning_that_the_modules_never_saw_is_read_again_before_it_is_drafted_for(most: int) -> None:
     """A batch too large to draft for leaves its prompts in the cache without the modules' rows."""
-    policy, prompt, seed = drafting_policy(2), ALIKE[0], 11
-    params = SamplingParams(max_completion_length=40, stop_token_ids=(2,))
+    policy, prompt, seeds = drafting_policy(2), ALIKE[0], [11, 12, 13]
+    params = SamplingParams(max_completion_length=20)
     engine = engine_of(policy, 2, {"block_size": 4, "max_num_batched_tokens": most}, max_batch=1)
-    engine.generate([prompt], 2, SamplingParams(max_completion_length=40))  # both end at once
+    engine.generate([prompt], 2, params)  # both end at once
     assert engine.num_drafted == 0
-    [completion] = engine.generate([prompt], 1, params, prompt_seeds=[seed])[0]
-    assert engine.num_cached_tokens == 20
-    wanted = count_naively(policy, prompt, list(completion.token_ids), int(mix(seed, 0)), 2)
-    assert [engine.num_drafted, engine.num_accepted] == wanted
+    completions = [engine.generate([prompt], 1, params, prompt_seeds=[seed])[0][0] for seed in seeds]
+    assert engine.num_cached_tokens == 3 * 20
+    counts = [
+        count_naively(policy, prompt, list(completion.token_ids), int(mix(seed, 0)), 2)
+        for seed, completion in zip(seeds, completions, strict=True)
+    ]
+    assert [engine.num_drafted, engine.num_accepted] == np.sum(counts, axis=0).tolist()
     assert engine.num_accepted > 0
 
 
