@@ -33,6 +33,7 @@ from policy.lora import LoraError, add_adapters
 from policy.tokenizer import Tokenizer, load_tokenizer
 from rewards import Grader, Problem
 from rollouts import make_engine
+from rollouts.stop_strings import stop_strings_of
 
 PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1)
 """What a scheduler sends to a job that has to leave: before a kill, and ahead of the end of its time (Slurm)."""
@@ -123,6 +124,7 @@ def _train(config: Config, setting: _Setting, folder: RunFolder) -> int:
         held_out = _held_out(config)
         policy, tokenizer = _load(config, _start(config, setting), ranks)
         check_auxiliary(config, policy.config)
+        stop_strings_of(sampling_params(config, tokenizer), tokenizer)
         policy.recomputation = config.activation_recomputation
         if config.lora is not None:
             try:

@@ -160,6 +160,21 @@ def test_preemption_among_prompts_in_parts_that_begin_alike_changes_nothing(fami
     assert engine.num_cached_tokens > 0
 
 
+def test_a_long_prompt_is_computed_in_parts_of_the_budget() -> None:
+    """Of 8,000 tokens, which a pass over all of it must agree with."""
+    policy = tiny_llama(max_position_embeddings=8192, hidden_size=16, num_hidden_layers=2, initializer_range=0.5)
+    prompt = torch.randint(3, 61, (8000,), generator=torch.Generator().manual_seed(0)).tolist()
+    params = SamplingParams(max_completion_length=3, temperature=0.0)
+    passes: list[int] = []
+    hook = policy.norm.register_forward_hook(lambda module, inputs, output: passes.append(len(output)))
+    engine = make_engine(policy, EngineConfig(max_num_batched_tokens=2048))
+    [[completion]] = engine.generate([prompt], 1, params)
+    hook.remove()
+    assert passes == [2048, 2048, 2048, 8000 - 3 * 2048, 1, 1]
+    [(token_ids, _)] = sample_naively(policy, [prompt], [0], params)
+    assert completion.token_ids == token_ids
+
+
 def test_what_old_weights_left_in_the_cache_is_not_used() -> None:
     policy = tiny_policy()
     engine = BuiltinEngine(policy, EngineConfig(block_size=4))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from policy import Policy, load, save
+from policy.tokenizer import Tokenizer
 from rollouts import Completion, EngineConfig, EngineError, SamplingError, SamplingParams, make_engine
 from rollouts.engine import VllmServerConfig
 from rollouts.sampler import prompt_seeds_of
@@ -17,6 +18,7 @@ from rollouts.vllm_requests import completion_of, request_params
 from rollouts.vllm_server import Board, VllmServerEngine, pauses
 from tests.policies import tiny_policy
 from tests.rollouts.policy_server import serving
+from tests.tokenizers import word_tokenizer
 
 PROMPTS = [[5, 9, 11, 3], list(range(3, 20)), [7] * 8, [40, 41], list(range(20, 52)), [1]]
 PARAMS = SamplingParams(max_completion_length=12, temperature=0.9, top_k=30, stop_token_ids=(2, 9), seed=3)
@@ -28,9 +30,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def connect(policy: Policy, *urls: str, **options: object) -> VllmServerEngine:
-    values = {"urls": urls, "retry_timeout": 20, **options}
-    engine = make_engine(policy, EngineConfig(kind="vllm_server", vllm_server=VllmServerConfig.model_validate(values)))
+def connect(policy: Policy, *urls: str, tokenizer: Tokenizer | None = None, **options: object) -> VllmServerEngine:
+    server = VllmServerConfig.model_validate({"urls": urls, "retry_timeout": 20, **options})
+    engine = make_engine(policy, EngineConfig(kind="vllm_server", vllm_server=server), tokenizer)
     assert isinstance(engine, VllmServerEngine)
     return engine
 
@@ -84,6 +86,26 @@ def test_a_policy_other_than_the_served_one_is_sent_before_the_first_request(fol
     policy = perturbed(tiny_policy())
     with serving(folder) as server:
         assert tokens(connect(policy, server.url).generate(PROMPTS, 1, PARAMS)) == tokens(sample_here(policy, 1))
+
+
+@pytest.mark.parametrize("num_beyond", [0, 3])
+def test_stop_strings_end_completions_there_too(tmp_path: Path, num_beyond: int) -> None:
+    tokenizer = word_tokenizer()
+    policy = tiny_policy(vocab_size=len(tokenizer))
+    save(policy, tmp_path)
+    params = SamplingParams(max_completion_length=30, stop_strings=("the", "is 4"), seed=1)
+    prompts = [[5, 9], [7, 8, 3]]
+    with serving(tmp_path, tokenizer=tokenizer, num_beyond=num_beyond) as server:
+        groups = connect(policy, server.url, tokenizer=tokenizer).generate(prompts, 4, params)
+        with pytest.raises(SamplingError, match="need a tokenizer"):
+            connect(policy, server.url).generate(prompts, 4, params)
+    completions = [completion for group in groups for completion in group if completion.finish_reason == "stop"]
+    assert completions
+    for completion in completions:
+        *before, last = tokenizer.decode(completion.token_ids).split()
+        assert last == "the" or (last[0] == "4" and before[-1][-2:] == "is")
+        assert "the" not in " ".join(before)
+        assert len(completion.logprobs) == len(completion.token_ids)
 
 
 def test_transient_faults_cost_time_and_nothing_else(folder: Path) -> None:
