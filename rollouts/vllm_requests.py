@@ -31,8 +31,8 @@ def request_params(params: SamplingParams, num_generations: int, prompt_seed: in
     """The fields of vLLM's SamplingParams for all completions of one prompt.
 
     vLLM gives completion g the seed `seed + g`; seeds are hashed once more, so that those of two prompts do not meet.
-    Only `stop_token_ids` and `stop_strings` end a completion, no end-of-text token of the server's own choosing. Text is
-    made for stop strings alone, of all tokens, as rewards see it.
+    Only `stop_token_ids` and `stop_strings` end a completion: an end-of-text token of the server's own choosing does
+    not. Text is made for stop strings alone, of all tokens, as rewards see it.
     """
     return {
         "n": num_generations,
