@@ -59,7 +59,8 @@ class Tokenizer:
         """What each token adds to a text that has begun, [len(self)]; REPLACEMENT where it ends or begins inside a
         character, or where it changes what stands before it.
         """
-        anchor = self.encode("a")[-1:]
+        first = (*self.encode("a")[-1:], *range(len(self)))
+        anchor = [next(token for token in first if (text := self.decode([token])).strip() and REPLACEMENT not in text)]
         before = self.decode(anchor)
         texts = self.decode_many([[*anchor, token] for token in range(len(self))])
         return [text[len(before) :] if text.startswith(before) else REPLACEMENT for text in texts]

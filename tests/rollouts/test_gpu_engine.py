@@ -143,13 +143,16 @@ def test_stop_strings_end_completions_however_far_it_runs_ahead(run_ahead: int) 
     assert same >= len(unbounded) - 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", ["deepseek_v3", "llama"])
-def test_a_context_of_32k(family: str) -> None:
-    """30,000 tokens of prompt and 64 more, in bf16, against whole rows through the trunk."""
-    shape: dict[str, object] = {"max_position_embeddings": 32768, "vocab_size": 1024, "hidden_size": 256}
+def test_a_context_of_32k(family: str, dtype: torch.dtype) -> None:
+    """30,000 tokens of prompt and 64 more are the likeliest ones of the whole row through the trunk."""
+    shape: dict[str, object] = dict(  # noqa: C408
+        max_position_embeddings=32768, vocab_size=1024, hidden_size=256, initializer_range=0.06
+    )
     wide = {"qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32, "kv_lora_rank": 64}
-    policy = tiny_policy(**shape, **wide) if family == "deepseek_v3" else tiny_llama(**shape)
-    policy = cast_weights(policy, torch.bfloat16).to("cuda")
+    policy = tiny_policy(**shape, **wide) if family == "deepseek_v3" else tiny_llama(**shape, num_key_value_heads=4)
+    policy = cast_weights(policy, dtype).to("cuda")
     prompt = torch.randint(3, 1024, (30_000,), generator=torch.Generator().manual_seed(0)).tolist()
     engine = BuiltinEngine(policy, EngineConfig(cache_gib=1.0))
     [[completion]] = engine.generate([prompt], 1, SamplingParams(max_completion_length=64, temperature=0.0))
@@ -160,10 +163,9 @@ def test_a_context_of_32k(family: str) -> None:
         hidden_NC = policy(row, rows.position_ids_N, Expanded(rows=rows)).hidden_NC
         logits = policy.project(hidden_NC[len(prompt) - 1 : -1])
     said = torch.tensor(completion.token_ids, device="cuda")
-    # Greedy, but for logits that rounding cannot tell apart.
-    lost = logits.max(dim=-1).values - logits.gather(1, said[:, None]).squeeze(1)
-    assert (lost <= 0.02 * logits.std(dim=-1)).float().mean() > 0.9
-    assert lost.max() <= 0.5 * logits.std()
+    # By how much a token lost, in deviations of the logits: rounding decides between neighbours, no more.
+    lost = (logits.max(dim=-1).values - logits.gather(1, said[:, None]).squeeze(1)) / logits.std(dim=-1)
+    assert lost.max() < (1e-3 if dtype == torch.float32 else 0.2)
 
 
 def test_weights_that_moved_are_captured_anew() -> None:
