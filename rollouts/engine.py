@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol, Self
+from typing import TYPE_CHECKING, Literal, Protocol, Self
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from policy import Policy, load
-from policy.tokenizer import Tokenizer
 from rollouts.types import Completion, EngineStats, SamplingParams
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from policy.tokenizer import Tokenizer
 
 
 class Engine(Protocol):
