@@ -66,19 +66,15 @@ def rollout_metrics(groups: Sequence[Graded]) -> dict[str, Any]:
 
 def engine_metrics(stats: Sequence[EngineStats]) -> dict[str, Any]:
     """What the samplers of all ranks did in a step; nothing of what did not happen."""
-    drafted, accepted, cached, preemptions = (
-        sum(counts)
-        for counts in zip(
-            *((s.num_drafted, s.num_accepted, s.num_cached_tokens, s.num_preemptions) for s in stats), strict=True
-        )
-    )
-    metrics: dict[str, Any] = {}
+    drafted = sum(of_rank.num_drafted for of_rank in stats)
+    counts: dict[str, Any] = {
+        "sampling/drafted": drafted,
+        "sampling/cached_prompt_tokens": sum(of_rank.num_cached_tokens for of_rank in stats),
+        "sampling/preemptions": sum(of_rank.num_preemptions for of_rank in stats),
+    }
+    metrics = {name: count for name, count in counts.items() if count}
     if drafted:
-        metrics |= {"sampling/drafted": drafted, "sampling/acceptance_rate": accepted / drafted}
-    if cached:
-        metrics["sampling/cached_prompt_tokens"] = cached
-    if preemptions:
-        metrics["sampling/preemptions"] = preemptions
+        metrics["sampling/acceptance_rate"] = sum(of_rank.num_accepted for of_rank in stats) / drafted
     return metrics
 
 

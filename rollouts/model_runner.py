@@ -34,8 +34,6 @@ CAPTURED_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1
 class PromptPass:
     """The trunk's pass over prompts, whose cache rows it wrote."""
 
-    token_ids_N: Tensor
-    """int64."""
     position_ids_N: Tensor
     """Position of each token within its prompt, int64."""
     plan: Expanded | Continued
@@ -47,10 +45,8 @@ class PromptPass:
         """Of each row, how many tokens come before the first whose hidden states are not all numbers, [P]."""
         is_sound_N = self.hidden_NC.isfinite().all(dim=-1).cpu()
         return [
-            length if is_sound.all() else int(is_sound.int().argmin())
-            for length, is_sound in zip(
-                self.plan.rows.lengths, is_sound_N.split(list(self.plan.rows.lengths)), strict=True
-            )
+            len(is_sound) if is_sound.all() else int(is_sound.int().argmin())
+            for is_sound in is_sound_N.split(list(self.plan.rows.lengths))
         ]
 
 
@@ -109,7 +105,7 @@ class ModelRunner:
             positions = [np.arange(chunk.begin, chunk.end) for chunk in chunks]
             position_ids_N = torch.from_numpy(np.concatenate(positions)).to(device)
         hidden_NC = self.policy(token_ids_N, position_ids_N, plan).hidden_NC
-        return PromptPass(token_ids_N=token_ids_N, position_ids_N=position_ids_N, plan=plan, hidden_NC=hidden_NC)
+        return PromptPass(position_ids_N=position_ids_N, plan=plan, hidden_NC=hidden_NC)
 
     def logits_after(self, read: PromptPass) -> Tensor:
         """Logits after each row's last token, [P, V]."""
