@@ -65,10 +65,10 @@ def completion_of(
 
     Logits that are not numbers abort the completion where they were met. Greedy draws have log-probability 0, as they
     come from a point mass, where vLLM gives that of temperature 1. Tokens after the one that completes a stop string
-    are dropped: a server that runs ahead may have let them through.
+    are dropped: a server that runs ahead may have let them through, and texts across padding vLLM does not see.
     """
     end = None if stop_strings is None else stop_strings.first_end(np.asarray(token_ids, dtype=np.int64))
-    if end is not None and end < len(token_ids):
+    if end is not None:
         token_ids, logprobs, finish_reason = token_ids[:end], logprobs[:end], "stop"
     bad = next((i for i, x in enumerate(logprobs) if not math.isfinite(x) or x <= NO_LOGPROB), None)
     kept = len(token_ids) if bad is None else bad

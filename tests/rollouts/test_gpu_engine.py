@@ -18,7 +18,7 @@ from rollouts.builtin_engine import BuiltinEngine
 from rollouts.stop_strings import StopStrings
 from tests.policies import TINY_QWEN3_MOE, tiny_llama, tiny_policy
 from tests.rollouts.agreement import recorded_and_trained
-from tests.tokenizers import byte_tokenizer
+from tests.tokenizer_kinds import byte_tokenizer
 
 pytestmark = [
     pytest.mark.gpu,

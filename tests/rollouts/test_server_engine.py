@@ -14,11 +14,12 @@ from policy.tokenizer import Tokenizer
 from rollouts import Completion, EngineConfig, EngineError, SamplingError, SamplingParams, make_engine
 from rollouts.engine import VllmServerConfig
 from rollouts.sampler import prompt_seeds_of
+from rollouts.stop_strings import StopStrings
 from rollouts.vllm_requests import completion_of, request_params
 from rollouts.vllm_server import Board, VllmServerEngine, pauses
 from tests.policies import tiny_policy
 from tests.rollouts.policy_server import serving
-from tests.tokenizers import word_tokenizer
+from tests.tokenizer_kinds import word_tokenizer
 
 PROMPTS = [[5, 9, 11, 3], list(range(3, 20)), [7] * 8, [40, 41], list(range(20, 52)), [1]]
 PARAMS = SamplingParams(max_completion_length=12, temperature=0.9, top_k=30, stop_token_ids=(2, 9), seed=3)
@@ -233,6 +234,22 @@ def test_logits_that_are_no_numbers_abort_the_completion() -> None:
         completion = completion_of([4, 5, 6], [-1.0, bad, -1.0], "stop", params=PARAMS, version=2)
         assert (completion.token_ids, completion.logprobs) == ([4], [-1.0])
         assert completion.finish_reason == "abort"
+
+
+def test_tokens_that_complete_a_stop_string_end_a_completion_whatever_vllm_says() -> None:
+    tokenizer = word_tokenizer()
+    token_ids = [
+        *tokenizer.encode("So the"),
+        0,
+        *tokenizer.encode("end it"),
+    ]  # with padding, of which rewards see nothing
+    params = SamplingParams(max_completion_length=5, stop_strings=("the end",))
+    stops = StopStrings(tokenizer, params.stop_strings)
+    for count, kept, reason in ((5, 4, "stop"), (4, 4, "stop"), (3, 3, "length")):
+        completion = completion_of(
+            token_ids[:count], [-1.0] * count, "length", params=params, version=1, stop_strings=stops
+        )
+        assert (completion.token_ids, completion.finish_reason) == (token_ids[:kept], reason)
 
 
 def test_greedy_completions_are_certain() -> None:

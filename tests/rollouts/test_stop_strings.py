@@ -11,7 +11,7 @@ from rollouts import EngineConfig, SamplingError, SamplingParams, make_engine
 from rollouts.builtin_engine import BuiltinEngine
 from rollouts.stop_strings import StopStrings
 from tests.policies import tiny_policy
-from tests.tokenizers import byte_tokenizer, piece_tokenizer, word_tokenizer
+from tests.tokenizer_kinds import byte_tokenizer, piece_tokenizer, word_tokenizer
 
 TOKENIZERS = [byte_tokenizer, piece_tokenizer, word_tokenizer]
 PROMPTS = [[5, 9, 11, 3], list(range(3, 20)), [7] * 8]
