@@ -112,4 +112,5 @@ def sampling_params(
         top_p=config.top_p,
         min_p=config.min_p,
         stop_token_ids=(tokenizer.eos_token_id,),
+        stop_strings=config.stop_strings,
     )

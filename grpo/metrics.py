@@ -10,6 +10,7 @@ from typing import Any
 from grpo.routers import RouterStats
 from grpo.types import Group
 from grpo.update import UpdateStats
+from rollouts import EngineStats
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +70,20 @@ def policy_lag(groups: Sequence[Group], version: int) -> float:
     """
     versions = [completion.policy_version for group in groups for completion in group.completions]
     return version - fmean(versions) if versions else 0.0
+
+
+def engine_metrics(stats: Sequence[EngineStats]) -> dict[str, Any]:
+    """What the samplers of all ranks did in a step; nothing of what did not happen."""
+    drafted = sum(of_rank.num_drafted for of_rank in stats)
+    counts: dict[str, Any] = {
+        "sampling/drafted": drafted,
+        "sampling/cached_prompt_tokens": sum(of_rank.num_cached_tokens for of_rank in stats),
+        "sampling/preemptions": sum(of_rank.num_preemptions for of_rank in stats),
+    }
+    metrics = {name: count for name, count in counts.items() if count}
+    if drafted:
+        metrics["sampling/acceptance_rate"] = sum(of_rank.num_accepted for of_rank in stats) / drafted
+    return metrics
 
 
 def update_metrics(stats: UpdateStats) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from policy.lora import LoraError, add_adapters
 from policy.tokenizer import Tokenizer, load_tokenizer
 from rewards import Grader, Problem
 from rollouts import make_engine
+from rollouts.stop_strings import stop_strings_of
 
 PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1)
 """What a scheduler sends to a job that has to leave: before a kill, and ahead of the end of its time (Slurm)."""
@@ -62,7 +63,7 @@ def evaluate_model(recipe: Path, overrides: Sequence[str], model: Path | None) -
         raise ConfigError("evaluation.num_problems is 0: there is nothing to evaluate")
     with _setting(config) as setting, _grader(config) as grader:
         policy, tokenizer = _load(config, _resolve(model) if model else _last_checkpoint(config), setting.ranks.device)
-        with closing(make_engine(policy, config.engine)) as engine:
+        with closing(make_engine(policy, config.engine, tokenizer)) as engine:
             collector = make_collector(config, policy, tokenizer, grader, engine)
             evaluation = make_evaluator(collector, setting.ranks, problems).run(str(model or "last checkpoint"))
     if setting.ranks.is_main:
@@ -78,7 +79,7 @@ def sample_model(recipe: Path, overrides: Sequence[str], model: Path | None, pro
         raise ConfigError("evaluation.num_problems is 0, so no problem is held out; give --prompt TEXT")
     with _setting(config) as setting, _grader(config) as grader, ExitStack() as stack:
         policy, tokenizer = _load(config, _resolve(model) if model else _last_checkpoint(config), setting.ranks.device)
-        engine = stack.enter_context(closing(make_engine(policy, config.engine)))
+        engine = stack.enter_context(closing(make_engine(policy, config.engine, tokenizer)))
         collector = make_collector(config, policy, tokenizer, grader, engine)
         prompts, params = collector.render(problems[:1]), sampling_params(config, tokenizer)
         print(tokenizer.decode(prompts[0]))
@@ -124,6 +125,7 @@ def _train(config: Config, setting: _Setting, folder: RunFolder) -> int:
         # What comes in pieces may be larger than a device.
         policy, tokenizer = _load(config, _start(config, setting), "cpu" if ranks.sharding else ranks.device)
         check_auxiliary(config, policy.config)
+        stop_strings_of(sampling_params(config, tokenizer), tokenizer)
         policy.recomputation = config.activation_recomputation
         if config.lora is not None:
             try:

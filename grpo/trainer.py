@@ -21,7 +21,7 @@ from grpo.display import Display
 from grpo.distributed import Ranks
 from grpo.entropy import EntropyState, adapted, applied_coefficient
 from grpo.evaluate import Evaluator, make_evaluator
-from grpo.metrics import graded, policy_lag, rollout_metrics, update_metrics
+from grpo.metrics import engine_metrics, graded, policy_lag, rollout_metrics, update_metrics
 from grpo.optimizer import learning_rate_at
 from grpo.penalties import penalised_rewards
 from grpo.pipeline import make_asking, moving
@@ -37,7 +37,7 @@ from policy import Policy
 from policy.flops import Flops
 from policy.tokenizer import Tokenizer
 from rewards import Grader, Problem
-from rollouts import make_engine
+from rollouts import EngineStats, make_engine
 
 
 class PreemptedError(KeyboardInterrupt):
@@ -94,7 +94,8 @@ class Trainer:
         Stops early, saved, once `stop_requested` is set.
         """
         watchdog = Watchdog(self.folder.path, self.ranks.rank, self.display.note)
-        with closing(watchdog), closing(make_engine(self.weights.sampler, self.config.engine)) as engine:
+        engine = make_engine(self.weights.sampler, self.config.engine, self.tokenizer)
+        with closing(watchdog), closing(engine):
             collector = make_collector(self.config, self.policy, self.tokenizer, self.grader, engine)
             with closing(make_asking(collector, self.ranks, self.dataset, self.weights)) as asker:
                 return self._train(collector, asker, watchdog)
@@ -113,9 +114,10 @@ class Trainer:
         self.display.stage("GRPO", config.max_steps, done=self.step)
         while self.step < config.max_steps and not self.ranks.any(self.stop_requested):
             watchdog.begin(self.step + 1)
-            started = perf_counter()
+            started, stats_before = perf_counter(), collector.engine.stats
             with self._can_be_given_up(asker, reference), self.phases.phase(ASKING):
                 asked = asker.ask(self.step)
+            sampled = collector.engine.stats - stats_before
             asker.ask_ahead(self.step)
             groups = [answer.group for answer in asked.filled.trained]
             mine = self.ranks.deal([group.num_tokens for group in groups])
@@ -124,7 +126,7 @@ class Trainer:
             self.step += 1
             with self.phases.phase("sync"):
                 self._publish(asker)
-            self._record(asked, advantages, stats, spent, started)
+            self._record(asked, sampled, advantages, stats, spent, started)
             watchdog.end()
             if config.evaluation.eval_steps and self.step % config.evaluation.eval_steps == 0:
                 with self._can_be_given_up(asker, reference):
@@ -318,6 +320,7 @@ class Trainer:
     def _record(
         self,
         asked: Asked,
+        sampled: EngineStats,
         advantages: Sequence[Sequence[float]],
         stats: UpdateStats,
         spent: Spent,
@@ -331,6 +334,7 @@ class Trainer:
         metrics = {
             "step": self.step,
             **rollouts,
+            **engine_metrics(self.ranks.gather([sampled])),
             **asked.metrics,
             "sampling/policy_lag": policy_lag([answer.group for answer in asked.filled.trained], self.step - 1),
             **update_metrics(stats),
@@ -365,6 +369,8 @@ class Trainer:
         asker.settle(self.weights.sampler, self.step)
         self.display.stage(f"evaluation ({stage})", len(self.ranks.share(evaluator.problems)[1]))
         evaluation = evaluator.run(stage, lambda count: self.display.advance(steps=count))
+        # A resumed run does not evaluate again, and must find the engine as this one does.
+        evaluator.collector.engine.reset_prefix_cache()
         if self.ranks.is_main:
             self.folder.add_evaluation(evaluation)
         self.display.note(

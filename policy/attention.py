@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from policy.continued_attention import Continued
 from policy.gpu_attention import attend_on_gpu, takes_unpadded
 from policy.packing import PackedRows
 from policy.paged_attention import Absorbed
@@ -28,7 +29,7 @@ class Expanded:
     """Flat position of each token in the cache, block * block_size + offset."""
 
 
-AttentionPlan = Expanded | Absorbed
+AttentionPlan = Expanded | Continued | Absorbed
 
 
 SHORT_ROW = 256

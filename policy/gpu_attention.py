@@ -5,7 +5,7 @@ has them, are filled up with zeros. cuDNN's takes a batch of rows of one length 
 1.8 times as fast on an H100, but plans anew for every number and length of rows, which takes as long as a whole pass:
 it serves training, and there only rows of one length that are several.
 
-Shapes: N packed tokens, H query heads, G key-value heads, Q query and key width, V value width.
+Shapes: N packed tokens, L packed keys, B rows, H query heads, G key-value heads, Q query and key width, V value width.
 """
 
 from __future__ import annotations
@@ -38,11 +38,27 @@ def attend_on_gpu(query_NHQ: Tensor, key_NGQ: Tensor, value_NGV: Tensor, rows: P
                     query, key, value, is_causal=True, scale=scale, enable_gqa=is_grouped
                 )
             return rows.unpad(out.transpose(1, 2))
-    width, wide = value_NGV.shape[-1], query_NHQ.shape[-1]
-    value_NGQ = F.pad(value_NGV, (0, wide - width)) if width < wide else value_NGV
+    return attend_unpadded(query_NHQ, key_NGQ, value_NGV, rows.bounds, rows.bounds, rows.longest, rows.longest, scale)
+
+
+def attend_unpadded(
+    query_NHQ: Tensor,
+    key_LGQ: Tensor,
+    value_LGV: Tensor,
+    bounds: Tensor,
+    key_bounds: Tensor,
+    longest: int,
+    longest_keys: int,
+    scale: float,
+) -> Tensor:
+    """FlashAttention-2 over packed rows, [N, H, V]: a row's queries are the last of its tokens, its keys are all.
+
+    `bounds` and `key_bounds` (int32 [B + 1]) say where rows start, `longest` and `longest_keys` how long they get.
+    """
+    width, wide = value_LGV.shape[-1], query_NHQ.shape[-1]
+    value_LGQ = F.pad(value_LGV, (0, wide - width)) if width < wide else value_LGV
     # What `torch.nn.attention.varlen.varlen_attn` calls, whose own arguments change from version to version.
     out_NHQ: Tensor = torch.ops.aten._flash_attention_forward(
-        query_NHQ, key_NGQ, value_NGQ, rows.bounds, rows.bounds, rows.longest, rows.longest,
-        0.0, True, False, scale=scale,
-    )[0]  # fmt: skip
+        query_NHQ, key_LGQ, value_LGQ, bounds, key_bounds, longest, longest_keys, 0.0, True, False, scale=scale
+    )[0]
     return out_NHQ[..., :width]

@@ -2,7 +2,8 @@
 
 A cache entry is the token's rotated keys, then its values, of all key-value heads.
 
-Shapes: N packed tokens, C model width, H query heads, G key-value heads, D head width.
+Shapes: N packed tokens, L tokens of packed rows with those before them, C model width, H query heads, G key-value
+heads, D head width.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from policy.attention import AttentionPlan, attend_in_rows, write_cache
 from policy.config import PolicyConfig
+from policy.continued_attention import Continued, attend_to_context
 from policy.paged_attention import Absorbed, CacheLayout, attend_over_cache
 from policy.rope import Rotation, attention_scale, rotate
 
@@ -43,6 +45,10 @@ class GroupedQueryAttention(nn.Module):
         if isinstance(plan, Absorbed):
             write_cache(plan.cache[self.layer], plan.slot_B, _entries(key_NGD, value_NGD))
             attended = attend_over_cache(query_NHD, self.layer, plan, self.layout, self.scale)
+        elif isinstance(plan, Continued):
+            write_cache(plan.cache[self.layer], plan.slot_N, _entries(key_NGD, value_NGD))
+            key_LGD, value_LGD = plan.read(self.layer).unflatten(-1, (-1, head)).chunk(2, dim=1)
+            attended = attend_to_context(query_NHD, key_LGD, value_LGD, plan, self.scale)
         else:
             if plan.cache is not None:
                 assert plan.slot_N is not None

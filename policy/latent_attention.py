@@ -5,7 +5,7 @@ Absorbed (decoding): the up-projections are folded into query and output, so tha
 latent and one rotated key, and attention runs over these as if there were one key-value head.
 
 Shapes: N packed tokens, B sequences, C model width, H heads, D qk_nope, P rope, V value width, R kv_lora_rank,
-W = R + P cache width, L cached positions.
+W = R + P cache width, L cached positions (of all rows together, where rows go on from the cache).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from policy.attention import AttentionPlan, Expanded, attend_in_rows, write_cache
 from policy.config import PolicyConfig
+from policy.continued_attention import Continued, attend_to_context
 from policy.fused import split_keys_values
 from policy.paged_attention import Absorbed, CacheLayout, attend_over_cache
 from policy.recompute import remade
@@ -58,6 +59,8 @@ class LatentAttention(nn.Module):
         k_rope_NP = rotate(k_rope_NP[:, None], rotation)[:, 0]
         if isinstance(plan, Absorbed):
             attended = self._absorbed(query_NHQ, latent_NR, k_rope_NP, plan)
+        elif isinstance(plan, Continued):
+            attended = self._continued(query_NHQ, latent_NR, k_rope_NP, plan)
         else:
             attended = self._expanded(query_NHQ, latent_NR, k_rope_NP, plan)
         out: Tensor = self.o_proj(attended.flatten(-2))
@@ -74,6 +77,12 @@ class LatentAttention(nn.Module):
             write_cache(plan.cache[self.layer], plan.slot_N, torch.cat((latent_NR, k_rope_NP), dim=-1))
         key_NHQ, value_NHV = remade(self._keys_and_values, latent_NR, k_rope_NP)
         return attend_in_rows(query_NHQ, key_NHQ, value_NHV, plan.rows, self.scale)
+
+    def _continued(self, query_NHQ: Tensor, latent_NR: Tensor, k_rope_NP: Tensor, plan: Continued) -> Tensor:
+        config = self.config
+        write_cache(plan.cache[self.layer], plan.slot_N, torch.cat((latent_NR, k_rope_NP), dim=-1))
+        latent_LR, k_rope_LP = plan.read(self.layer).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        return attend_to_context(query_NHQ, *self._keys_and_values(latent_LR, k_rope_LP), plan, self.scale)
 
     def _keys_and_values(self, latent_NR: Tensor, k_rope_NP: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [N, H, Q] and values [N, H, V] of every head."""

@@ -17,6 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from policy.gguf import GgufError, find_gguf
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+"""What stands in a decoded text for bytes that are no whole character."""
 
 
 class TokenizerError(Exception):
@@ -52,6 +54,16 @@ class Tokenizer:
     def decode_many(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """`decode` of each row."""
         return [self.decode(row) for row in rows]
+
+    def pieces(self) -> list[str]:
+        """What each token adds to a text that has begun, [len(self)]; REPLACEMENT where it ends or begins inside a
+        character, or where it changes what stands before it.
+        """
+        first = (*self.encode("a")[-1:], *range(len(self)))
+        anchor = [next(token for token in first if (text := self.decode([token])).strip() and REPLACEMENT not in text)]
+        before = self.decode(anchor)
+        texts = self.decode_many([[*anchor, token] for token in range(len(self))])
+        return [text[len(before) :] if text.startswith(before) else REPLACEMENT for text in texts]
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation under the tokenizer's own chat template, opened for the assistant's turn."""

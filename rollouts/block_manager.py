@@ -31,6 +31,11 @@ class BlockManager:
         self._references[taken] = 1
         return taken
 
+    def holders(self, blocks: np.ndarray) -> np.ndarray:
+        """How often each of these is held."""
+        held: np.ndarray = self._references[blocks]
+        return held
+
     def share(self, blocks: np.ndarray) -> None:
         """Hold each of these once more."""
         self._references[blocks] += 1

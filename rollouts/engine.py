@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from policy import Policy, load
-from rollouts.types import Completion, OnGroup, SamplingParams
+from rollouts.types import Completion, EngineStats, OnGroup, SamplingParams
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from policy.tokenizer import Tokenizer
 
 
 class Engine(Protocol):
     """Samples groups of completions under the newest weights it was given."""
+
+    @property
+    def stats(self) -> EngineStats:
+        """What it has done so far."""
+        ...
 
     def generate(
         self,
@@ -35,6 +43,10 @@ class Engine(Protocol):
 
     def load_weights(self, policy: Policy, version: int) -> None:
         """Take the policy's weights as version `version`; free where engine and trainer share them."""
+        ...
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what is cached of earlier prompts, so that no bit of what follows depends on them."""
         ...
 
     def close(self) -> None:
@@ -111,7 +123,9 @@ class EngineConfig(BaseModel):
     kind: Literal["builtin", "vllm_colocate", "vllm_server"] = Field(default="builtin", description="which sampler")
     block_size: int = Field(default=16, ge=1, description="tokens of one cache block (builtin)")
     max_num_seqs: int = Field(default=256, ge=1, description="sequences decoded at once")
-    max_num_batched_tokens: int = Field(default=8192, ge=1, description="prompt tokens prefilled at once")
+    max_num_batched_tokens: int = Field(
+        default=8192, ge=1, description="prompt tokens prefilled at once; a longer prompt takes several passes"
+    )
     cache_gib: float | None = Field(
         default=None,
         gt=0,
@@ -122,9 +136,23 @@ class EngineConfig(BaseModel):
     vllm_colocate: VllmColocateConfig = Field(default_factory=VllmColocateConfig)
     vllm_server: VllmServerConfig = Field(default_factory=VllmServerConfig)
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind != "builtin" and self.speculative.num_speculative_tokens:
+            raise ValueError(
+                f"engine.speculative.num_speculative_tokens is {self.speculative.num_speculative_tokens}, but only the "
+                f"built-in engine drafts with the policy's MTP modules: set it to 0, or engine.kind to builtin (it is "
+                f"{self.kind})"
+            )
+        return self
 
-def make_engine(policy_or_path: Policy | Path | str, config: EngineConfig) -> Engine:
+
+def make_engine(
+    policy_or_path: Policy | Path | str, config: EngineConfig, tokenizer: Tokenizer | None = None
+) -> Engine:
     """The engine that `config.kind` names, holding the weights of a policy, or of a folder or hub id.
+
+    Without a tokenizer it can end completions at tokens, but not at `SamplingParams.stop_strings`.
 
     Raises EngineError where vLLM is needed and absent, or a server does not answer or serves something else.
     """
@@ -133,12 +161,12 @@ def make_engine(policy_or_path: Policy | Path | str, config: EngineConfig) -> En
         case "builtin":
             from rollouts.builtin_engine import BuiltinEngine
 
-            return BuiltinEngine(policy, config)
+            return BuiltinEngine(policy, config, tokenizer)
         case "vllm_colocate":
             from rollouts.vllm_colocate import VllmColocateEngine
 
-            return VllmColocateEngine(policy, config)
+            return VllmColocateEngine(policy, config, tokenizer)
         case "vllm_server":
             from rollouts.vllm_server import VllmServerEngine
 
-            return VllmServerEngine(policy, config.vllm_server)
+            return VllmServerEngine(policy, config.vllm_server, tokenizer)

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from policy import PackedRows, Policy
 from policy.attention import Expanded
+from policy.continued_attention import Continued
 from policy.paged_attention import Absorbed
 from rollouts.sampler import sample
 from rollouts.scheduler import RunningBatch
+from rollouts.sequence import Chunk
 from rollouts.types import SamplingParams
 
 CAPTURED_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -32,12 +34,20 @@ CAPTURED_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1
 class PromptPass:
     """The trunk's pass over prompts, whose cache rows it wrote."""
 
-    token_ids_N: Tensor
-    """int64."""
-    plan: Expanded
+    position_ids_N: Tensor
+    """Position of each token within its prompt, int64."""
+    plan: Expanded | Continued
     """Rows, cache and slots."""
     hidden_NC: Tensor
     """After the final norm."""
+
+    def sound_lengths(self) -> list[int]:
+        """Of each row, how many tokens come before the first whose hidden states are not all numbers, [P]."""
+        is_sound_N = self.hidden_NC.isfinite().all(dim=-1).cpu()
+        return [
+            len(is_sound) if is_sound.all() else int(is_sound.int().argmin())
+            for is_sound in is_sound_N.split(list(self.plan.rows.lengths))
+        ]
 
 
 class ModelRunner:
@@ -63,8 +73,8 @@ class ModelRunner:
             device=policy.device,
         )
         self._graphs: dict[int, _DecodeGraph] = {}
-        self.weights = _addresses(policy)
-        """Where the weights lie, from which graphs read."""
+        self.captured = _addresses(policy)
+        """Where the weights lie that graphs read."""
 
     def suits(self, num_blocks: int, max_blocks: int) -> bool:
         """Whether it can serve a batch that wants so many blocks, in tables of so many."""
@@ -73,24 +83,40 @@ class ModelRunner:
 
     def follow_weights(self) -> None:
         """Graphs read from fixed addresses: where the policy's weights have moved, they are captured anew."""
-        if (weights := _addresses(self.policy)) != self.weights:
+        if (now := _addresses(self.policy)) != self.captured:
             self._graphs.clear()
-            self.weights = weights
+            self.captured = now
 
-    def prefill(self, rows: Sequence[Sequence[int]], blocks: Sequence[np.ndarray]) -> Tensor:
-        """Write each row of tokens into its blocks; logits after each row's last token, [P, V]."""
-        read = self.read(rows, blocks)
+    def weights(self) -> tuple[tuple[int, int], ...]:
+        """Where each of the policy's tensors lies and how often it was written in place, so far as torch counts that:
+        another answer means other weights."""
+        tensors = (*self.policy.parameters(), *self.policy.buffers())
+        return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
+
+    def read(self, chunks: Sequence[Chunk]) -> PromptPass:
+        """Write parts of prompts into their blocks, in the trunk's layers.
+
+        A part attends over what comes before it, which is in the prompt's blocks already or is written by another
+        chunk of this pass.
+        """
+        device, lengths = self.policy.device, [chunk.end for chunk in chunks]
+        packed = PackedRows.of([chunk.end - chunk.begin for chunk in chunks], device)
+        token_ids_N = torch.tensor([token for chunk in chunks for token in chunk.token_ids], device=device)
+        slots = [self._slots(chunk, chunk.begin) for chunk in chunks]
+        slot_N = torch.from_numpy(np.concatenate(slots)).to(device)
+        plan: Expanded | Continued = Expanded(rows=packed, cache=self.cache, slot_N=slot_N)
+        position_ids_N = packed.position_ids_N
+        if any(chunk.begin for chunk in chunks):
+            slot_L = torch.from_numpy(np.concatenate([self._slots(chunk, 0) for chunk in chunks])).to(device)
+            plan = Continued.of(packed, self.cache, slot_N, lengths, slot_L)
+            positions = [np.arange(chunk.begin, chunk.end) for chunk in chunks]
+            position_ids_N = torch.from_numpy(np.concatenate(positions)).to(device)
+        hidden_NC = self.policy(token_ids_N, position_ids_N, plan).hidden_NC
+        return PromptPass(position_ids_N=position_ids_N, plan=plan, hidden_NC=hidden_NC)
+
+    def logits_after(self, read: PromptPass) -> Tensor:
+        """Logits after each row's last token, [P, V]."""
         return self.policy.project(read.hidden_NC.index_select(0, read.plan.rows.last_N))
-
-    def read(self, rows: Sequence[Sequence[int]], blocks: Sequence[np.ndarray]) -> PromptPass:
-        """Write each row of tokens into its blocks, in the trunk's layers."""
-        packed = PackedRows.of([len(row) for row in rows], self.policy.device)
-        token_ids_N = torch.tensor([token for row in rows for token in row], device=self.policy.device)
-        slots = [self._slots(b, np.arange(len(row))) for row, b in zip(rows, blocks, strict=True)]
-        slot_N = torch.from_numpy(np.concatenate(slots)).to(self.policy.device)
-        plan = Expanded(rows=packed, cache=self.cache, slot_N=slot_N)
-        hidden_NC = self.policy(token_ids_N, packed.position_ids_N, plan).hidden_NC
-        return PromptPass(token_ids_N=token_ids_N, plan=plan, hidden_NC=hidden_NC)
 
     def decode(self, running: RunningBatch, params: SamplingParams, steps: int) -> tuple[np.ndarray, np.ndarray]:
         """Feed each sequence its last token and sample the next, `steps` times: tokens and log-probabilities [S, B].
@@ -119,7 +145,10 @@ class ModelRunner:
         source = torch.from_numpy(sources).to(self.cache.device)
         self.cache[:, torch.from_numpy(targets).to(self.cache.device)] = self.cache[:, source]
 
-    def _slots(self, blocks: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    def _slots(self, chunk: Chunk, begin: int) -> np.ndarray:
+        """Where in the cache the tokens lie from `begin` to the chunk's end."""
+        positions, blocks = np.arange(begin, chunk.end), chunk.prefill.blocks
+        assert blocks is not None
         slots: np.ndarray = blocks[positions // self.block_size] * self.block_size + positions % self.block_size
         return slots
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from rollouts.block_manager import BlockManager
-from rollouts.sequence import Prefill, Sequence
+from rollouts.prefix_cache import PrefixCache
+from rollouts.sequence import Chunk, Prefill, Sequence
 
 
 class RunningBatch:
@@ -30,6 +31,8 @@ class RunningBatch:
         self.count = np.zeros(capacity, dtype=np.int64)
         """Tokens sampled so far."""
         self.seed = np.zeros(capacity, dtype=np.uint64)
+        self.is_stopped = np.zeros(capacity, dtype=bool)
+        """Whether the last token completed a stop string."""
         self.slot = np.arange(capacity)
         """A number below the capacity that stays with a sequence while rows close up: where others keep its state."""
         self.num_blocks = np.zeros(capacity, dtype=np.int64)
@@ -50,6 +53,7 @@ class RunningBatch:
         row = len(self.sequences)
         self.sequences.append(sequence)
         self.length[row], self.count[row], self.seed[row] = length, len(sequence.token_ids), sequence.seed
+        self.is_stopped[row] = False
         self.num_blocks[row] = len(blocks)
         self.block_table[row, : len(blocks)] = blocks
         self.token_ids[row, : len(sequence.token_ids)] = sequence.token_ids
@@ -84,11 +88,17 @@ class RunningBatch:
         self.count[rows] += kept_B
         return kept_B
 
+    def stop(self, row: int, count: int) -> int:
+        """End a row at its token number `count`, which completed a stop string; gives how many come after it."""
+        dropped = int(self.count[row]) - count
+        self.count[row], self.last_token[row], self.is_stopped[row] = count, self.token_ids[row, count - 1], True
+        return dropped
+
     def keep(self, mask: np.ndarray) -> None:
         """Drop the rows where `mask` is false; the others close up, in order."""
         kept = int(mask.sum())
         for array in (
-            self.last_token, self.length, self.count, self.seed, self.num_blocks,
+            self.last_token, self.length, self.count, self.seed, self.is_stopped, self.num_blocks,
             self.block_table, self.token_ids, self.logprobs,
         ):  # fmt: skip
             array[:kept] = array[: len(mask)][mask]
@@ -100,8 +110,8 @@ class RunningBatch:
 class Admission:
     """What starts now."""
 
-    to_prefill: list[Prefill]
-    """Prompts to be computed first; their blocks are allocated."""
+    to_prefill: list[Chunk]
+    """Prompts, or parts of them, to be computed first, in one pass; their blocks are allocated."""
     starts: list[tuple[int, Prefill]]
     """Rows that were added, each with the prompt it continues."""
     copies: list[tuple[int, int]]
@@ -120,8 +130,9 @@ class Scheduler:
         max_num_seqs: int,
         max_prefill_tokens: int,
         private_tail: int = 0,
+        prefixes: PrefixCache | None = None,
     ) -> None:
-        self.blocks, self.running = blocks, running
+        self.blocks, self.running, self.prefixes = blocks, running, prefixes
         self.max_num_seqs, self.max_prefill_tokens = max_num_seqs, max_prefill_tokens
         self.private_tail = private_tail
         """Last tokens of a prompt that every sequence writes again, in some layer: their blocks are not shared."""
@@ -129,18 +140,22 @@ class Scheduler:
         self.num_preemptions = 0
 
     def admit(self) -> Admission:
-        """Start as many waiting sequences as rows and blocks allow, in order."""
+        """Start as many waiting sequences as rows and blocks allow, in order.
+
+        A prompt of more than `max_prefill_tokens` takes several calls, while the others go on being decoded.
+        """
         admission = Admission(to_prefill=[], starts=[], copies=[])
         budget = self.max_prefill_tokens
         while self.waiting and len(self.running) < self.max_num_seqs:
             prefill = self.waiting[0]
-            if prefill.blocks is None:
-                first = not admission.to_prefill
-                if (len(prefill.token_ids) > budget and not first) or not self._fits(prefill):
+            if not prefill.is_computed:
+                chunk = self._next_chunk(prefill, budget, is_first=not admission.to_prefill)
+                if chunk is None:
                     break
-                budget -= len(prefill.token_ids)
-                prefill.blocks = self.blocks.allocate(self.blocks.blocks_for(len(prefill.token_ids)))
-                admission.to_prefill.append(prefill)
+                budget -= chunk.end - chunk.begin
+                admission.to_prefill.append(chunk)
+                if not chunk.is_last:
+                    break
             while prefill.sequences and len(self.running) < self.max_num_seqs and self._start(prefill, admission):
                 pass
             if prefill.sequences:
@@ -159,12 +174,12 @@ class Scheduler:
             ahead = steps if most is None else np.minimum(steps, most - running.count[:size])
             lacking = -(-(running.length[:size] + ahead) // self.blocks.block_size) - running.num_blocks[:size]
             lacking = np.maximum(lacking, 0)
-            if lacking.sum() <= self.blocks.num_free:
+            if self._has(int(lacking.sum())):
                 break
             if not self._drop_idle_prefills():
                 assert size > 1
                 self._preempt(size - 1)
-        fresh, taken = self.blocks.allocate(int(lacking.sum())), 0
+        fresh, taken = self._allocate(int(lacking.sum())), 0
         for extra in range(int(lacking.max(initial=0))):
             needy = np.flatnonzero(lacking > extra)
             running.block_table[needy, running.num_blocks[needy]] = fresh[taken : taken + len(needy)]
@@ -177,17 +192,61 @@ class Scheduler:
         self.blocks.release(np.concatenate(held))
         self.running.keep(~finished)
 
-    def _fits(self, prefill: Prefill) -> bool:
+    def _next_chunk(self, prefill: Prefill, budget: int, *, is_first: bool) -> Chunk | None:
+        """What of a prompt to compute now; None where it must wait. Only a prompt alone is cut at the budget."""
+        if prefill.blocks is None and not self._begin(prefill, None if is_first else budget):
+            return None
+        assert prefill.blocks is not None
+        begin, whole = prefill.num_computed, len(prefill.token_ids)
+        if whole - begin > budget and not is_first:
+            return None
+        chunk = Chunk(prefill=prefill, begin=begin, end=min(begin + budget, whole))
+        prefill.num_computed = chunk.end
+        if self.prefixes is not None and prefill.keys is not None:
+            size = self.blocks.block_size
+            full = slice(begin // size, min(chunk.end // size, len(prefill.keys)))
+            self.prefixes.keep(prefill.keys[full], prefill.blocks[full])
+        return chunk
+
+    def _begin(self, prefill: Prefill, most: int | None) -> bool:
+        """Have blocks for a prompt, those that hold its beginning already among them; False where there are not enough,
+        or more than `most` tokens are left to compute."""
+        size, length = self.blocks.block_size, len(prefill.token_ids)
+        found = np.zeros(0, dtype=np.int64)
+        if self.prefixes is not None:
+            if prefill.keys is None:
+                prefill.keys = self.prefixes.keys_of(prefill.token_ids)
+            # What is sampled from, or drafted from, must be computed here.
+            found = self.prefixes.hold(prefill.keys[: max(length - max(self.private_tail, 1), 0) // size])
+        needed = self.blocks.blocks_for(length) - len(found)
+        if (most is not None and length - len(found) * size > most) or not self._fits(prefill, needed):
+            self.blocks.release(found)
+            return False
+        prefill.blocks = np.concatenate((found, self._allocate(needed)))
+        prefill.num_computed = prefill.num_found = len(found) * size
+        return True
+
+    def _fits(self, prefill: Prefill, needed: int) -> bool:
         # One block beyond the prompt for each running sequence and for this one, so that what starts does not step
         # right back.
-        needed = self.blocks.blocks_for(len(prefill.token_ids))
-        spare = max(1, needed - self._num_shared(prefill))
-        if needed + spare + len(self.running) <= self.blocks.num_free:
+        spare = max(1, self.blocks.blocks_for(len(prefill.token_ids)) - self._num_shared(prefill))
+        if self._has(needed + spare + len(self.running)):
             return True
         if len(self.running):
             return False
         self._drop_idle_prefills()
-        return needed <= self.blocks.num_free
+        return self._has(needed)
+
+    def _has(self, count: int) -> bool:
+        """Whether so many blocks are free, or kept for nothing but what they hold."""
+        if count <= self.blocks.num_free or self.prefixes is None:
+            return count <= self.blocks.num_free
+        return count <= self.blocks.num_free + self.prefixes.num_idle
+
+    def _allocate(self, count: int) -> np.ndarray:
+        if self.prefixes is not None and count > self.blocks.num_free:
+            self.prefixes.give_back(count - self.blocks.num_free)
+        return self.blocks.allocate(count)
 
     def _num_shared(self, prefill: Prefill) -> int:
         """Blocks of a prompt, from its start, that its sequences only read."""
@@ -203,9 +262,9 @@ class Scheduler:
             own = prefill.blocks
             self.blocks.share(own)
         else:
-            if self.blocks.num_free < len(self.running) + len(to_copy):
+            if not self._has(len(self.running) + len(to_copy)):
                 return False
-            targets = self.blocks.allocate(len(to_copy))
+            targets = self._allocate(len(to_copy))
             self.blocks.share(shared)
             own = np.concatenate((shared, targets))
             admission.copies.extend(zip(to_copy.tolist(), targets.tolist(), strict=True))
@@ -224,10 +283,10 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _drop_idle_prefills(self) -> bool:
-        """Give back the blocks of computed prompts that wait to be continued; they are computed again later."""
+        """Give back the blocks of prompts that wait, computed in whole or in part; they are computed again later."""
         idle = [prefill for prefill in self.waiting if prefill.blocks is not None]
         for prefill in idle:
             assert prefill.blocks is not None
             self.blocks.release(prefill.blocks)
-            prefill.blocks, prefill.logits_V, prefill.tail_WC = None, None, None
+            prefill.put_aside()
         return bool(idle)

@@ -33,8 +33,46 @@ class Prefill:
     sequences: list[Sequence]
     """Those that have not started yet."""
     blocks: np.ndarray | None = None
-    """Cache blocks holding these tokens, once they are computed."""
+    """Cache blocks for these tokens, once there is room for them."""
+    num_computed: int = 0
+    """Of these tokens, from the first: those that are in the blocks, or will be after the pass in hand."""
+    num_found: int = 0
+    """Of them, those that another prompt had put there."""
+    keys: list[bytes] | None = None
+    """Of its full blocks in the prefix cache, once they are made."""
     logits_V: Tensor | None = None
     """Next-token logits after the last token, once computed."""
     tail_WC: Tensor | None = None
     """The trunk's hidden states at the last W tokens, where they were computed for speculation."""
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether all of these tokens are in the cache, or will be after the pass in hand."""
+        return self.num_computed == len(self.token_ids)
+
+    def put_aside(self) -> None:
+        """Forget what was computed: its blocks go to others."""
+        self.blocks, self.logits_V, self.tail_WC = None, None, None
+        self.num_computed, self.num_found = 0, 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """A part of a prompt that one pass computes."""
+
+    prefill: Prefill
+    """What it is a part of."""
+    begin: int
+    """Index of its first token."""
+    end: int
+    """Index after its last token."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Its tokens."""
+        return self.prefill.token_ids[self.begin : self.end]
+
+    @property
+    def is_last(self) -> bool:
+        """Whether what comes after it can be sampled."""
+        return self.end == len(self.prefill.token_ids)

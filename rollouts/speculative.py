@@ -33,10 +33,10 @@ import torch
 from torch import Tensor, nn
 
 from policy.paged_attention import Absorbed
-from rollouts.model_runner import CAPTURED_ROWS, ModelRunner
+from rollouts.model_runner import CAPTURED_ROWS, ModelRunner, PromptPass
 from rollouts.sampler import sample
 from rollouts.scheduler import RunningBatch
-from rollouts.sequence import Prefill
+from rollouts.sequence import Chunk, Prefill
 from rollouts.types import SamplingParams
 
 PROBE = 1024
@@ -86,9 +86,12 @@ def window_of(num_drafts: int, num_modules: int) -> int:
 class Speculator:
     """Drafts and checks for running sequences; keeps the window of each under its `slot`."""
 
-    def __init__(self, runner: ModelRunner, num_drafts: int, max_batch: int, capacity: int) -> None:
+    def __init__(
+        self, runner: ModelRunner, num_drafts: int, max_batch: int, capacity: int, max_prefill_tokens: int
+    ) -> None:
         policy, config = runner.policy, runner.policy.config
         self.runner, self.num_drafts, self.max_batch = runner, num_drafts, max_batch
+        self.max_prefill_tokens = max_prefill_tokens
         self.num_modules = min(num_drafts, config.num_nextn_predict_layers)
         self.window = window_of(num_drafts, config.num_nextn_predict_layers)
         self.capacity = capacity
@@ -137,21 +140,24 @@ class Speculator:
         """Whether a sequence would have to be read again first."""
         return bool(self._is_stale[running.slot[: len(running)]].any())
 
-    def prefill(self, rows: Sequence[Sequence[int]], blocks: Sequence[np.ndarray]) -> tuple[Tensor, list[Tensor]]:
-        """`ModelRunner.prefill` that fills the modules' cache too: logits [P, V], and hidden states [W, C] of each end.
+    def read(self, chunks: Sequence[Chunk]) -> tuple[PromptPass, list[Tensor]]:
+        """`ModelRunner.read` that fills the modules' cache too; also the hidden states [W, C] up to each chunk's end.
 
-        What lies before a row's first token is zeros. The modules' last rows lack tokens still to come; the first
-        round writes them.
+        They go on from those that the chunk's prompt has; what lies before its first token is zeros. At a prompt's end
+        the modules' last rows lack tokens still to come; the first round writes them.
         """
-        policy, read = self.runner.policy, self.runner.read(rows, blocks)
-        packed = read.plan.rows
-        hidden_NC, ahead_N = read.hidden_NC, read.token_ids_N
+        policy, read = self.runner.policy, self.runner.read(chunks)
+        hidden_NC = read.hidden_NC
         for module in range(self.num_modules):
-            ahead_N = ahead_N.roll(-1)
-            hidden_NC = policy.draft(hidden_NC, ahead_N, packed.position_ids_N, read.plan, module=module).hidden_NC
-        ends = [hidden_SC[-self.window :] for hidden_SC in read.hidden_NC.split(list(packed.lengths))]
-        tails = [torch.cat((end.new_zeros(self.window - len(end), end.shape[1]), end)) for end in ends]
-        return policy.project(read.hidden_NC.index_select(0, packed.last_N)), tails
+            ahead = [_ahead(chunk, module + 1) for chunk in chunks]
+            ahead_N = torch.tensor([token for row in ahead for token in row], device=policy.device)
+            hidden_NC = policy.draft(hidden_NC, ahead_N, read.position_ids_N, read.plan, module=module).hidden_NC
+        ends = []
+        for chunk, hidden_SC in zip(chunks, read.hidden_NC.split(list(read.plan.rows.lengths)), strict=True):
+            before = chunk.prefill.tail_WC
+            before = hidden_SC.new_zeros(self.window, hidden_SC.shape[1]) if before is None else before
+            ends.append(torch.cat((before, hidden_SC))[-self.window :])
+        return read, ends
 
     def begin(self, running: RunningBatch, starts: Iterable[tuple[int, Prefill]]) -> None:
         """Take the windows of sequences that start, each (row, what it continues)."""
@@ -167,8 +173,11 @@ class Speculator:
         for row in np.flatnonzero(self._is_stale[running.slot[: len(running)]]).tolist():
             count, length = int(running.count[row]), int(running.length[row])
             token_ids = (running.sequences[row].prompt + running.token_ids[row, :count].tolist())[:length]
-            _, tails = self.prefill([token_ids], [running.blocks_of(row)])
-            self._begin(int(running.slot[row]), token_ids, tails[0])
+            again = Prefill(token_ids=token_ids, sequences=[], blocks=running.blocks_of(row))
+            for begin in range(0, length, self.max_prefill_tokens):
+                chunk = Chunk(prefill=again, begin=begin, end=min(begin + self.max_prefill_tokens, length))
+                _, [again.tail_WC] = self.read([chunk])
+            self._begin(int(running.slot[row]), token_ids, again.tail_WC)
 
     def decode(self, running: RunningBatch, params: SamplingParams, num_rounds: int = 1) -> Drafted:
         """Rounds for every running sequence; they must hold blocks for as many tokens of these as they may keep."""
@@ -236,7 +245,7 @@ class Speculator:
     def _graph(self, size: int, params: SamplingParams) -> _RoundGraph:
         """The graph of the next captured batch size, for one way of drawing."""
         drawing = (params.temperature, params.top_k, params.top_p, params.min_p)
-        now = (drawing, self.runner.weights)
+        now = (drawing, self.runner.captured)
         if self._captured != now:
             self._graphs.clear()
             self._captured = now
@@ -324,6 +333,12 @@ class _RoundGraph:
 def _in_order(x_IBS: np.ndarray) -> np.ndarray:
     """Each sequence's tokens of all rounds, one after another, [I * S, B]."""
     return x_IBS.transpose(0, 2, 1).reshape(-1, x_IBS.shape[1])
+
+
+def _ahead(chunk: Chunk, count: int) -> list[int]:
+    """The token `count` places after each of a chunk's; 0 where the prompt does not reach so far."""
+    ahead = chunk.prefill.token_ids[chunk.begin + count : chunk.end + count]
+    return ahead + [0] * (chunk.end - chunk.begin - len(ahead))
 
 
 def _size(module: nn.Module) -> int:

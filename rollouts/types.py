@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort"]
-"""`stop`: a stop token was sampled; `length`: the limit was reached; `abort`: the engine gave this sequence up."""
+"""`stop`: a stop token or the last token of a stop string was sampled; `length`: the limit was reached; `abort`: the
+engine gave this sequence up."""
 
 
 class SamplingError(ValueError):
@@ -34,6 +35,8 @@ class SamplingParams:
     """Keep tokens at least this fraction as likely as the most likely one."""
     stop_token_ids: tuple[int, ...] = ()
     """A completion ends with the first of these, which is part of it."""
+    stop_strings: tuple[str, ...] = ()
+    """A completion ends with the token that completes the first of these in its text, which is part of it."""
     seed: int = 0
     """A completion depends on this, its place in the call and its prompt; not on what else is sampled beside it."""
 
@@ -48,6 +51,8 @@ class SamplingParams:
             raise SamplingError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if not 0 <= self.min_p < 1:
             raise SamplingError(f"min_p must be at least 0 and below 1, got {self.min_p}")
+        if "" in self.stop_strings:
+            raise SamplingError(f"stop_strings must not hold an empty text, got {list(self.stop_strings)}")
 
 
 def check_prompts(
@@ -76,6 +81,29 @@ class Completion:
     """Why it ended."""
     policy_version: int
     """Version of the weights that sampled it, as given to `Engine.load_weights`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStats:
+    """What an engine has done over its life, as far as it tells; the difference of two is what it did in between."""
+
+    num_drafted: int = 0
+    """Tokens drafted by speculation."""
+    num_accepted: int = 0
+    """Of them, tokens that became part of a completion."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that another prompt had left in the cache; a group's prompt counts as one."""
+    num_preemptions: int = 0
+    """Sequences that stepped back for want of cache blocks."""
+
+    def __sub__(self, before: EngineStats) -> EngineStats:
+        """What was done since `before`."""
+        return EngineStats(
+            num_drafted=self.num_drafted - before.num_drafted,
+            num_accepted=self.num_accepted - before.num_accepted,
+            num_cached_tokens=self.num_cached_tokens - before.num_cached_tokens,
+            num_preemptions=self.num_preemptions - before.num_preemptions,
+        )
 
 
 OnGroup = Callable[[int, list[Completion]], None]

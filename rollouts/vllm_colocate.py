@@ -20,9 +20,11 @@ import torch
 import torch.distributed as dist
 
 from policy import Policy
+from policy.tokenizer import Tokenizer
 from rollouts.engine import DEFAULT_CACHE_GIB, EngineConfig
 from rollouts.sampler import prompt_seeds_of
-from rollouts.types import Completion, EngineError, OnGroup, SamplingParams
+from rollouts.stop_strings import StopStrings, stop_strings_of
+from rollouts.types import Completion, EngineError, EngineStats, OnGroup, SamplingParams
 from rollouts.vllm_cpu import after_reload, before_reload, cpu_arguments, cpu_environment
 from rollouts.vllm_requests import check_request, completion_of, request_params
 from rollouts.vllm_weights import trunk_tensors
@@ -34,7 +36,7 @@ KNOWN_VERSIONS = ("0.22.1", "0.32.0")
 class VllmColocateEngine:
     """An `Engine` with a vLLM of its own; the only one in the process."""
 
-    def __init__(self, policy: Policy, config: EngineConfig) -> None:
+    def __init__(self, policy: Policy, config: EngineConfig, tokenizer: Tokenizer | None = None) -> None:
         if find_spec("vllm") is None:
             raise EngineError(
                 "engine.kind: vllm_colocate needs vLLM, which is not installed; install it with: "
@@ -42,7 +44,8 @@ class VllmColocateEngine:
             )
         on_cpu = policy.device.type == "cpu"
         level = config.vllm_colocate.sleep_level
-        self.policy, self.policy_version = policy, 0
+        self.policy, self.policy_version, self.tokenizer = policy, 0, tokenizer
+        self._stop_strings: StopStrings | None = None
         self.sleep_level: int = (0 if on_cpu else 2) if level == "auto" else level
         """What is freed while the policy trains; see `VllmColocateConfig`."""
         if on_cpu and self.sleep_level:
@@ -51,11 +54,16 @@ class VllmColocateEngine:
         self._owns_process_group = not dist.is_initialized()
         _prepare_environment(policy)
         try:
-            self._llm, self._params = _start(policy, config, can_sleep=self.sleep_level > 0)
+            self._llm, self._params = _start(policy, config, tokenizer, can_sleep=self.sleep_level > 0)
         except ValueError as error:  # a shape, or a cache that holds no sequence of max_position_embeddings
             self._leave_groups()
             raise EngineError(f"vLLM does not start with engine.cache_gib={config.cache_gib}: {error}") from None
         self.load_weights(policy, 0)
+
+    @property
+    def stats(self) -> EngineStats:
+        """Nothing: vLLM does not tell of these."""
+        return EngineStats()
 
     def load_weights(self, policy: Policy, version: int) -> None:
         """Copy the weights into vLLM's and forget the prefixes cached under the old ones."""
@@ -68,6 +76,10 @@ class VllmColocateEngine:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": trunk_tensors(policy)})
             if on_cpu:
                 self._llm.apply_model(after_reload)
+        self.reset_prefix_cache()
+
+    def reset_prefix_cache(self) -> None:
+        """See `Engine.reset_prefix_cache`."""
         if not self._llm.reset_prefix_cache():
             raise EngineError("vLLM did not reset its prefix cache; was `generate` interrupted? Make another engine")
 
@@ -83,6 +95,7 @@ class VllmColocateEngine:
         check_request(prompts, params, self.policy.config.max_position_embeddings)
         if not prompts or not num_generations:
             return [[] for _ in prompts]
+        self._stop_strings = stop_strings_of(params, self.tokenizer, self._stop_strings)
         seeds = prompt_seeds_of(params, len(prompts)) if prompt_seeds is None else prompt_seeds
         wanted = [self._params(**request_params(params, num_generations, seed)) for seed in seeds]
         if "weights" in self._asleep and self.sleep_level == 2:
@@ -101,6 +114,7 @@ class VllmColocateEngine:
                         output.finish_reason,
                         params=params,
                         version=self.policy_version,
+                        stop_strings=self._stop_strings,
                     )
                     for output in sorted(answer.outputs, key=lambda output: output.index)
                 ]
@@ -180,14 +194,16 @@ def _cache_bytes(policy: Policy, config: EngineConfig) -> int | None:
     return int((config.cache_gib or DEFAULT_CACHE_GIB) * 2**30)
 
 
-def _start(policy: Policy, config: EngineConfig, *, can_sleep: bool) -> tuple[Any, type[Any]]:
+def _start(
+    policy: Policy, config: EngineConfig, tokenizer: Tokenizer | None, *, can_sleep: bool
+) -> tuple[Any, type[Any]]:
     """vLLM's engine with the policy's shape and no weights yet, and its class of sampling parameters."""
     import vllm
     from vllm.engine.arg_utils import EngineArgs
 
     arguments: dict[str, Any] = {
         "load_format": "dummy",  # the weights come from the policy
-        "skip_tokenizer_init": True,  # tokens in, tokens out
+        "skip_tokenizer_init": tokenizer is None,  # tokens in, tokens out; it finds stop strings alone
         "dtype": str(policy.dtype).removeprefix("torch."),
         "max_model_len": policy.config.max_position_embeddings,
         "max_num_seqs": config.max_num_seqs,
@@ -210,4 +226,6 @@ def _start(policy: Policy, config: EngineConfig, *, can_sleep: bool) -> tuple[An
     with TemporaryDirectory(prefix="grpo_vllm_") as folder:
         values = policy.config.to_hf() | {"dtype": arguments["dtype"]}
         (Path(folder) / "config.json").write_text(json.dumps(values))
+        if tokenizer is not None:
+            tokenizer.save(folder)
         return vllm.LLM(model=folder, **arguments), vllm.SamplingParams

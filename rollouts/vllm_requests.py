@@ -6,7 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from rollouts.sampler import mix
+from rollouts.stop_strings import StopStrings
 from rollouts.types import Completion, FinishReason, SamplingError, SamplingParams, check_prompts
 
 LEAST_TEMPERATURE = 0.01
@@ -28,7 +31,8 @@ def request_params(params: SamplingParams, num_generations: int, prompt_seed: in
     """The fields of vLLM's SamplingParams for all completions of one prompt.
 
     vLLM gives completion g the seed `seed + g`; seeds are hashed once more, so that those of two prompts do not meet.
-    Only `stop_token_ids` end a completion: an end-of-text token of the server's own choosing does not.
+    Only `stop_token_ids` and `stop_strings` end a completion: an end-of-text token of the server's own choosing does
+    not. Text is made for stop strings alone, of all tokens, as rewards see it.
     """
     return {
         "n": num_generations,
@@ -41,7 +45,10 @@ def request_params(params: SamplingParams, num_generations: int, prompt_seed: in
         "ignore_eos": True,
         "max_tokens": params.max_completion_length,
         "logprobs": 0,  # of the sampled token alone
-        "detokenize": False,
+        "detokenize": bool(params.stop_strings),
+        "skip_special_tokens": False,
+        "stop": list(params.stop_strings),
+        "include_stop_str_in_output": True,
     }
 
 
@@ -52,12 +59,17 @@ def completion_of(
     *,
     params: SamplingParams,
     version: int,
+    stop_strings: StopStrings | None = None,
 ) -> Completion:
     """One completion of ours from vLLM's tokens, log-probabilities (of the distribution sampled) and reason.
 
     Logits that are not numbers abort the completion where they were met. Greedy draws have log-probability 0, as they
-    come from a point mass, where vLLM gives that of temperature 1.
+    come from a point mass, where vLLM gives that of temperature 1. Tokens after the one that completes a stop string
+    are dropped: a server that runs ahead may have let them through, and texts across padding vLLM does not see.
     """
+    end = None if stop_strings is None else stop_strings.first_end(np.asarray(token_ids, dtype=np.int64))
+    if end is not None:
+        token_ids, logprobs, finish_reason = token_ids[:end], logprobs[:end], "stop"
     bad = next((i for i, x in enumerate(logprobs) if not math.isfinite(x) or x <= NO_LOGPROB), None)
     kept = len(token_ids) if bad is None else bad
     reason: FinishReason = "abort"

@@ -18,9 +18,11 @@ from functools import partial
 import torch.distributed as dist
 
 from policy import Policy
+from policy.tokenizer import Tokenizer
 from rollouts.engine import VllmServerConfig
 from rollouts.sampler import prompt_seeds_of
-from rollouts.types import Completion, EngineError, OnGroup, SamplingError, SamplingParams
+from rollouts.stop_strings import StopStrings, stop_strings_of
+from rollouts.types import Completion, EngineError, EngineStats, OnGroup, SamplingError, SamplingParams
 from rollouts.vllm_client import ServedModel, ServerFault, VllmClient, mismatches
 from rollouts.vllm_cpu import missing_options
 from rollouts.vllm_requests import check_request, completion_of, request_params
@@ -47,11 +49,12 @@ class Server:
 class VllmServerEngine:
     """An `Engine` over servers; `load_weights` sends the weights, and so does whatever finds a server without them."""
 
-    def __init__(self, policy: Policy, config: VllmServerConfig) -> None:
-        self.config, self.policy = config, policy
+    def __init__(self, policy: Policy, config: VllmServerConfig, tokenizer: Tokenizer | None = None) -> None:
+        self.config, self.policy, self.tokenizer = config, policy, tokenizer
         self.policy_version = 0
         self._turn = threading.Lock()
         self._board, self._is_closed = Board(0), False
+        self._stop_strings: StopStrings | None = None
         self._transfer: WeightTransfer = (
             NcclTransfer(config.transfer_host)
             if config.weight_transfer == "nccl"
@@ -69,6 +72,11 @@ class VllmServerEngine:
             for url in config.urls
         ]
         self._retry(lambda: self._describe(self._servers))
+
+    @property
+    def stats(self) -> EngineStats:
+        """Nothing: servers do not say."""
+        return EngineStats()
 
     def load_weights(self, policy: Policy, version: int) -> None:
         """Send them to every server; one that does not answer gets them when it is back, but one must answer.
@@ -120,6 +128,7 @@ class VllmServerEngine:
         check_request(prompts, params, min(context, self.policy.config.max_position_embeddings))
         if not prompts or not num_generations:
             return [[] for _ in prompts]
+        self._stop_strings = stop_strings = stop_strings_of(params, self.tokenizer, self._stop_strings)
         seeds = prompt_seeds_of(params, len(prompts)) if prompt_seeds is None else prompt_seeds
         board, version = Board(len(prompts)), self.policy_version
         self._board = board
@@ -136,6 +145,7 @@ class VllmServerEngine:
                     choice["finish_reason"],
                     params=params,
                     version=version,
+                    stop_strings=stop_strings,
                 )
                 for choice in server.client.complete(server.served.name, list(prompts[place]), wanted)
             ]
@@ -145,6 +155,9 @@ class VllmServerEngine:
             for _ in range(min(len(prompts), _room(call.server, num_generations))):
                 board.join(partial(self._work, call, ask))
         return board.wait(lambda: "; ".join(str(server.fault) for server in self._servers if server.fault), on_group)
+
+    def reset_prefix_cache(self) -> None:
+        """Nothing: who shares a batch on a server depends on timing, and the last bits on that already."""
 
     def close(self) -> None:
         """Leave the servers, which run on; a call in another thread ends with an error."""

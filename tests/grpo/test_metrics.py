@@ -5,12 +5,12 @@ import math
 import pytest
 
 from grpo.auxiliary import AuxiliaryStats
-from grpo.metrics import Graded, graded, rollout_metrics, update_metrics
+from grpo.metrics import Graded, engine_metrics, graded, rollout_metrics, update_metrics
 from grpo.routers import RouterStats
 from grpo.types import Group
 from grpo.update import UpdateStats
 from rewards import Problem, RewardResult
-from rollouts import Completion
+from rollouts import Completion, EngineStats
 
 
 def make_group(
@@ -139,3 +139,15 @@ def test_a_dense_policy_has_no_expert_load() -> None:
     metrics = update_metrics(make_stats(None, num_skipped=1))
     assert metrics["update/skipped"] == 1
     assert not any(name.startswith("moe/") for name in metrics)
+
+
+def test_what_samplers_did_is_summed_over_ranks_and_what_did_not_happen_is_left_out() -> None:
+    before = EngineStats(num_drafted=10, num_accepted=9, num_cached_tokens=3)
+    after = EngineStats(num_drafted=18, num_accepted=11, num_cached_tokens=3, num_preemptions=2)
+    assert engine_metrics([after - before, EngineStats(num_drafted=2, num_accepted=1)]) == {
+        "sampling/drafted": 10,
+        "sampling/acceptance_rate": 0.3,
+        "sampling/preemptions": 2,
+    }
+    assert engine_metrics([EngineStats(num_cached_tokens=16)]) == {"sampling/cached_prompt_tokens": 16}
+    assert engine_metrics([EngineStats(), EngineStats()]) == {}

@@ -25,6 +25,7 @@ from grpo.trainer import Trainer
 from policy.tokenizer import load_tokenizer
 from rewards import Grader
 from rewards.grader import RewardError
+from rollouts import SamplingError
 from tests.recipes import TINY, write_recipe
 
 TIMED = ("step_time", "tokens_per_second", "sample/tokens_per_second", "update/tokens_per_second", "update/mfu")
@@ -179,6 +180,32 @@ def test_every_question_is_accounted_for(stateful: Path) -> None:
 def read_rollouts(folder: Path, step: int) -> list[dict]:
     lines = (folder / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def test_a_run_that_drafts_and_ends_completions_at_stop_strings(recipe: Path) -> None:
+    settings = [
+        "engine.speculative.num_speculative_tokens=1",
+        "stop_strings=['- ', '= 4']",
+        "evaluation.num_problems=0",
+    ]
+    run(recipe, [f"output_dir={recipe.parent}", "name=drafts", "max_steps=1", *settings], resume=False)
+    [metrics] = metrics_of(recipe.parent / "drafts")
+    assert 0 <= metrics["sampling/acceptance_rate"] <= 1
+    assert metrics["sampling/drafted"] > 0
+    lines = (recipe.parent / "drafts" / "rollouts" / "step_000001.jsonl").read_text().splitlines()
+    ends = set()
+    for completion in (c for line in lines for c in json.loads(line)["completions"]):
+        before, stop, after = re.fullmatch(r"(.*?)(- |= 4|$)(.*)", completion["text"]).groups()  # type: ignore[union-attr]
+        assert " " not in after
+        ends.add((bool(stop), completion["finish_reason"]))
+    assert (True, "stop") in ends
+    assert (True, "length") not in ends
+
+
+def test_stop_strings_that_the_tokenizer_cannot_spell_end_a_run_before_it_begins(recipe: Path) -> None:
+    settings = [f"output_dir={recipe.parent}", "name=unspelled", "stop_strings=['</answer>', 'stop here']"]
+    with pytest.raises(SamplingError, match="stop_strings: no tokens of the tokenizer spell 'stop here'"):
+        run(recipe, settings, resume=False)
 
 
 def test_a_list_reward_of_the_wrong_count_ends_the_run_even_if_evaluation_cannot_tell(recipe: Path) -> None:

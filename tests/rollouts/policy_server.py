@@ -12,6 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 from policy import load
+from policy.tokenizer import Tokenizer
 from rollouts import EngineConfig, SamplingParams, make_engine
 
 
@@ -28,9 +29,13 @@ class PolicyServer(ThreadingHTTPServer):
         logprobs_mode: str = "processed_logprobs",
         key: str = "",
         device: str = "cuda",
+        tokenizer: Tokenizer | None = None,
+        num_beyond: int = 0,
     ) -> None:
         super().__init__(("127.0.0.1", port), Route)
-        self.engine = make_engine(load(folder), EngineConfig())
+        self.tokenizer, self.num_beyond = tokenizer, num_beyond
+        """So many more tokens come back after a stop string, as of a server that runs ahead."""
+        self.engine = make_engine(load(folder), EngineConfig(), tokenizer)
         self.shape = json.loads((folder / "config.json").read_text())
         self.instance, self.logprobs_mode, self.key, self.device = uuid4().hex, logprobs_mode, key, device
         self.lock = threading.Lock()
@@ -88,14 +93,17 @@ class PolicyServer(ThreadingHTTPServer):
             top_p=wanted["top_p"],
             min_p=wanted["min_p"],
             stop_token_ids=tuple(wanted["stop_token_ids"]),
+            stop_strings=tuple(wanted["stop"]),
         )
+        assert wanted["include_stop_str_in_output"]
+        assert wanted["detokenize"] == bool(params.stop_strings)
         [group] = self.engine.generate([body["token_ids"]], wanted["n"], params, [wanted["seed"]])
         self.prompts.append(body["token_ids"])
         choices = [
             {
                 "index": index,
-                "token_ids": completion.token_ids,
-                "logprobs": {"content": [{"logprob": x} for x in completion.logprobs]},
+                "token_ids": [*completion.token_ids, *[5] * self.num_beyond],
+                "logprobs": {"content": [{"logprob": x} for x in [*completion.logprobs, *[-1.0] * self.num_beyond]]},
                 "finish_reason": completion.finish_reason,
             }
             for index, completion in enumerate(group)
@@ -106,7 +114,7 @@ class PolicyServer(ThreadingHTTPServer):
         if body["method"] == "get_model_inspection":
             return self.inspect()
         assert body["method"] == "reload_weights"
-        self.engine = make_engine(load(body["kwargs"]["weights_path"]), EngineConfig())
+        self.engine = make_engine(load(body["kwargs"]["weights_path"]), EngineConfig(), self.tokenizer)
         self.num_reloads += 1
         return None
 

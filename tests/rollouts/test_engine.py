@@ -32,6 +32,18 @@ def test_urls_are_checked(url: str) -> None:
         VllmServerConfig(urls=(url,))
 
 
+@pytest.mark.parametrize("kind", ["vllm_colocate", "vllm_server"])
+def test_speculation_is_refused_where_vllm_samples(tmp_path: Path, kind: str) -> None:
+    settings = [f"engine.kind={kind}", "engine.speculative.num_speculative_tokens=2"]
+    with pytest.raises(ConfigError, match=rf"num_speculative_tokens is 2, but only the built-in engine .* is {kind}"):
+        load_config(write_recipe(tmp_path), settings)
+
+
+def test_an_empty_stop_string_is_refused_by_its_key(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"stop_strings.1: .* at least 1 character"):
+        load_config(write_recipe(tmp_path), ["stop_strings=['a', '']"])
+
+
 def test_one_url_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="listed twice"):
         VllmServerConfig(urls=("http://127.0.0.1:8000", "http://127.0.0.1:8000"))

@@ -4,22 +4,30 @@ Shapes: B sequences.
 """
 
 import copy
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from policy import Policy, cast_weights
+from policy import PackedRows, Policy, cast_weights
+from policy.attention import Expanded
+from policy.tokenizer import REPLACEMENT
 from rollouts import Completion, EngineConfig, SamplingParams
 from rollouts.builtin_engine import BuiltinEngine
+from rollouts.stop_strings import StopStrings
 from tests.policies import TINY_QWEN3_MOE, tiny_llama, tiny_policy
 from tests.rollouts.agreement import recorded_and_trained
 from tests.rollouts.test_speculative import drafting_policy
+from tests.tokenizer_kinds import byte_tokenizer
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+SYSTEM = list(range(10, 37))
+ALIKE = [[*SYSTEM, 3, 4], [*SYSTEM, 5], [*SYSTEM[:9], 7, 8], [50, *SYSTEM], [*SYSTEM, 3, 4, 5, 6, 7, 8, 9]]
 PROMPTS = [[5, 9, 11, 3], list(range(3, 20)), [7] * 8, [40, 41], list(range(20, 52))]
 
 
@@ -78,6 +86,87 @@ def test_recorded_logprobs_equal_the_trainers_and_follow_the_weights(family: str
             for weight in policy.parameters():
                 weight.mul_(0.9)
         engine.load_weights(policy, version + 1)
+
+
+@pytest.mark.parametrize("changes", [{"max_num_batched_tokens": 9}, {}], ids=["in_parts", "whole"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "llama", "qwen3_moe"])
+def test_parts_and_shared_beginnings_change_nothing(family: str, changes: dict[str, int]) -> None:
+    """In fp32, where attention over what is cached has another kernel than in bf16."""
+    policy = make_policy(family)
+    params = SamplingParams(max_completion_length=16, stop_token_ids=(2, 9))
+    wanted = BuiltinEngine(policy, EngineConfig(block_size=64)).generate(ALIKE, 3, params)
+    config = EngineConfig.model_validate({"block_size": 4, "cache_gib": 0.1} | changes)
+    engine = BuiltinEngine(policy.to("cuda"), config)
+    for _ in range(2):
+        found = engine.num_cached_tokens
+        got = engine.generate(ALIKE, 3, params)
+        same = [a.token_ids == b.token_ids for x, y in zip(got, wanted, strict=True) for a, b in zip(x, y, strict=True)]
+        assert sum(same) >= len(same) - 1
+        assert engine.num_cached_tokens > found
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "llama"])
+def test_in_bf16_parts_and_shared_beginnings_record_the_trainers_logprobs(family: str) -> None:
+    """Widths that the fused kernel takes: what it makes of a row's second part is what the whole row gives."""
+    wide = {"qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 16, "initializer_range": 0.1}
+    policy = tiny_policy(**wide) if family == "deepseek_v3" else tiny_llama(initializer_range=0.1)
+    policy = cast_weights(policy, torch.bfloat16).to("cuda")
+    params = SamplingParams(max_completion_length=16)
+    differences = []
+    for most in (8192, 9):
+        config = EngineConfig(block_size=4, cache_gib=0.1, max_num_batched_tokens=most)
+        groups = BuiltinEngine(policy, config).generate(ALIKE, 4, params)
+        ours, theirs = recorded_and_trained(policy, ALIKE, groups)
+        differences.append(float((ours - theirs).abs().mean()))
+    assert max(differences) < 5e-2
+    assert differences[1] < 3 * differences[0] + 1e-3
+
+
+@pytest.mark.parametrize("run_ahead", [1, 8])
+def test_stop_strings_end_completions_however_far_it_runs_ahead(run_ahead: int) -> None:
+    tokenizer = byte_tokenizer()
+    policy = tiny_policy(vocab_size=len(tokenizer)).to("cuda")
+    config = EngineConfig(block_size=4, cache_gib=0.1, run_ahead=run_ahead)
+    engine = BuiltinEngine(policy, config, tokenizer)
+    params = SamplingParams(max_completion_length=24, seed=3)
+    unbounded = [c for group in engine.generate(PROMPTS, 4, params) for c in group]
+    texts = [tokenizer.decode(c.token_ids) for c in unbounded]
+    middles = sorted({text[at : at + 4] for text in texts for at in range(3, len(text) - 4)})
+    strings = tuple([middle for middle in middles if REPLACEMENT not in middle][::9])
+    stops = StopStrings(tokenizer, strings)
+    groups = engine.generate(PROMPTS, 4, replace(params, stop_strings=strings))
+    same = stopped = 0
+    for ours, whole in zip((c for group in groups for c in group), unbounded, strict=True):
+        end = stops.first_end(np.array(whole.token_ids))
+        stopped += end is not None
+        same += ours.token_ids == whole.token_ids[:end] and ours.finish_reason == ("stop" if end else "length")
+    assert stopped > 0
+    assert same >= len(unbounded) - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "llama"])
+def test_a_context_of_32k(family: str, dtype: torch.dtype) -> None:
+    """30,000 tokens of prompt and 64 more are the likeliest ones of the whole row through the trunk."""
+    shape: dict[str, object] = dict(  # noqa: C408
+        max_position_embeddings=32768, vocab_size=1024, hidden_size=256, initializer_range=0.06
+    )
+    wide = {"qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32, "kv_lora_rank": 64}
+    policy = tiny_policy(**shape, **wide) if family == "deepseek_v3" else tiny_llama(**shape, num_key_value_heads=4)
+    policy = cast_weights(policy, dtype).to("cuda")
+    prompt = torch.randint(3, 1024, (30_000,), generator=torch.Generator().manual_seed(0)).tolist()
+    engine = BuiltinEngine(policy, EngineConfig(cache_gib=1.0))
+    [[completion]] = engine.generate([prompt], 1, SamplingParams(max_completion_length=64, temperature=0.0))
+    assert len(completion.token_ids) == 64
+    with torch.no_grad():
+        row = torch.tensor([*prompt, *completion.token_ids], device="cuda")
+        rows = PackedRows.of([len(row)], "cuda")
+        hidden_NC = policy(row, rows.position_ids_N, Expanded(rows=rows)).hidden_NC
+        logits = policy.project(hidden_NC[len(prompt) - 1 : -1])
+    said = torch.tensor(completion.token_ids, device="cuda")
+    # By how much a token lost, in deviations of the logits: rounding decides between neighbours, no more.
+    lost = (logits.max(dim=-1).values - logits.gather(1, said[:, None]).squeeze(1)) / logits.std(dim=-1)
+    assert lost.max() < (1e-3 if dtype == torch.float32 else 0.2)
 
 
 def test_weights_that_moved_are_captured_anew() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rollouts.block_manager import BlockManager
+from rollouts.prefix_cache import PrefixCache
 from rollouts.scheduler import Admission, RunningBatch, Scheduler
 from rollouts.sequence import Prefill, Sequence
 
@@ -26,7 +27,7 @@ class Simulation:
 
     def __init__(
         self, prompts: list[list[int]], wanted: list[int], *, group: int, num_blocks: int, block_size: int,
-        max_seqs: int, max_prefill: int, steps: int = 1,
+        max_seqs: int, max_prefill: int, steps: int = 1, shares: bool = False,
     ) -> None:  # fmt: skip
         self.prompts, self.wanted, self.group, self.steps = prompts, wanted, group, steps
         self.ends = [token_of(place, count - 1) for place, count in enumerate(wanted)]
@@ -36,9 +37,14 @@ class Simulation:
         self.block_size = block_size
         self.manager = BlockManager(num_blocks, block_size)
         self.running = RunningBatch(max_seqs, per_sequence, max(wanted))
-        self.scheduler = Scheduler(self.manager, self.running, max_num_seqs=max_seqs, max_prefill_tokens=max_prefill)
+        self.prefixes = PrefixCache(self.manager) if shares else None
+        self.scheduler = Scheduler(
+            self.manager, self.running, max_num_seqs=max_seqs, max_prefill_tokens=max_prefill, prefixes=self.prefixes
+        )
+        self.num_found = 0
+        """Prompt tokens that were not computed."""
         self.cache = np.full((num_blocks, block_size), EMPTY)
-        self.computed: dict[int, list[int]] = {}
+        self.computed: set[int] = set()
         self.done: dict[int, list[int]] = {}
         self.first_starts: list[int] = []
         self.stepped_back: list[list[int]] = []
@@ -62,12 +68,16 @@ class Simulation:
 
     def start(self, admission: Admission) -> None:
         budget = self.scheduler.max_prefill_tokens
-        assert len(admission.to_prefill) <= 1 or sum(len(p.token_ids) for p in admission.to_prefill) <= budget
-        for prefill in admission.to_prefill:
-            assert prefill.blocks is not None
-            self.computed[id(prefill)] = prefill.blocks.tolist()
-            for position, token in enumerate(prefill.token_ids):
-                self.cache[prefill.blocks[position // self.block_size], position % self.block_size] = token
+        assert sum(len(chunk.token_ids) for chunk in admission.to_prefill) <= budget
+        for chunk in admission.to_prefill:
+            assert chunk.prefill.blocks is not None
+            self.num_found += chunk.begin if chunk.begin == chunk.prefill.num_found else 0
+            for position, token in enumerate(chunk.token_ids, chunk.begin):
+                self.cache[chunk.prefill.blocks[position // self.block_size], position % self.block_size] = token
+        for chunk in admission.to_prefill:
+            assert self.contents(chunk.prefill.blocks, chunk.end) == chunk.prefill.token_ids[: chunk.end]
+            if chunk.is_last:
+                self.computed.add(id(chunk.prefill))
         for source, target in admission.copies:
             self.cache[target] = self.cache[source]
         for row, prefill in admission.starts:
@@ -126,55 +136,70 @@ class Simulation:
         if finished.any():
             self.scheduler.retire(finished)
 
+    def contents(self, blocks: np.ndarray | None, length: int) -> list[int]:
+        assert blocks is not None
+        found: list[int] = self.cache[blocks].flatten()[:length].tolist()
+        return found
+
     def check_contents(self) -> None:
         """Every running sequence finds its own tokens in its blocks."""
         for row, sequence in enumerate(self.running.sequences):
             length = int(self.running.length[row])
-            found = self.cache[self.running.blocks_of(row)].flatten()[:length].tolist()
             sampled = [token_of(sequence.place, i) for i in range(length - len(sequence.prompt))]
-            assert found == sequence.prompt + sampled
+            assert self.contents(self.running.blocks_of(row), length) == sequence.prompt + sampled
             assert self.running.seed[row] == sequence.seed
 
     def check_blocks(self) -> None:
-        """Free are exactly the blocks that neither a running sequence nor a waiting prompt holds."""
+        """Free, or kept for what they hold alone, are exactly the blocks that neither a running sequence nor a waiting
+        prompt holds."""
         holders: Counter[int] = Counter()
         for row in range(len(self.running)):
             holders.update(self.running.blocks_of(row).tolist())
         for prefill in self.scheduler.waiting:
             if prefill.blocks is not None:
                 holders.update(prefill.blocks.tolist())
-        assert self.manager.num_free == self.manager.num_blocks - len(holders)
+        assert self.num_free == self.manager.num_blocks - len(holders)
         assert len(self.running) <= self.scheduler.max_num_seqs
+
+    @property
+    def num_free(self) -> int:
+        return self.manager.num_free + (0 if self.prefixes is None else self.prefixes.num_idle)
 
     def check_end(self) -> None:
         assert self.done == {p: [token_of(p, i) for i in range(n)] for p, n in enumerate(self.wanted)}
-        assert self.manager.num_free == self.manager.num_blocks
+        assert self.num_free == self.manager.num_blocks
         assert self.first_starts == list(range(len(self.wanted))), "first come, first served"
 
 
-def draw_simulation(seed: int, *, spare: int, steps: int) -> Simulation:
-    """`spare` blocks more than the longest sequence needs."""
+def draw_simulation(seed: int, *, spare: int, steps: int, shares: bool = False) -> Simulation:
+    """`spare` blocks more than the longest sequence needs; where it shares, prompts begin alike for a while."""
     rng = np.random.default_rng(seed)
     block_size, group, num_prompts = int(rng.integers(1, 6)), int(rng.integers(1, 6)), int(rng.integers(1, 6))
     prompts = [rng.integers(1, 99, rng.integers(1, 14)).tolist() for _ in range(num_prompts)]
+    if shares:
+        begin = rng.integers(1, 99, 12).tolist()
+        prompts = [begin[: rng.integers(0, 13)] + prompt for prompt in prompts]
     wanted = rng.integers(1, 18, num_prompts * group).tolist()
     needed = -(-(max(map(len, prompts)) + max(wanted)) // block_size)
     return Simulation(
         prompts, wanted, group=group, block_size=block_size, num_blocks=needed + spare,
-        max_seqs=int(rng.integers(1, 9)), max_prefill=int(rng.integers(1, 40)), steps=steps,
+        max_seqs=int(rng.integers(1, 9)), max_prefill=int(rng.integers(1, 40)), steps=steps, shares=shares,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("spare", [1, 3, 10, 300])
-def test_every_sequence_finishes_with_its_own_tokens_and_no_block_is_lost(spare: int, steps: int) -> None:
-    stepped_back = 0
-    for seed in range(60):
-        simulation = draw_simulation(seed, spare=spare, steps=steps)
+@pytest.mark.parametrize("shares", [False, True])
+def test_every_sequence_finishes_with_its_own_tokens_and_no_block_is_lost(spare: int, steps: int, shares: bool) -> None:
+    stepped_back = found = 0
+    for seed in range(60 if not shares or steps == 2 else 20):
+        simulation = draw_simulation(seed, spare=spare, steps=steps, shares=shares)
         simulation.run()
         simulation.check_end()
         assert simulation.scheduler.num_preemptions == sum(map(len, simulation.stepped_back))
         stepped_back += simulation.scheduler.num_preemptions
+        found += simulation.num_found
+    assert (found > 0) == shares
     assert (stepped_back > 0) == (spare < 300), "the workload must be tight where it is meant to be"
 
 
@@ -195,7 +220,7 @@ def test_a_prompt_is_computed_once_and_its_whole_blocks_are_shared() -> None:
         [[5] * 10], [4] * 6, group=6, num_blocks=100, block_size=4, max_seqs=6, max_prefill=99
     )  # fmt: skip
     admission = simulation.scheduler.admit()
-    assert [prefill.token_ids for prefill in admission.to_prefill] == [[5] * 10]
+    assert [chunk.token_ids for chunk in admission.to_prefill] == [[5] * 10]
     tables = [simulation.running.blocks_of(row).tolist() for row in range(6)]
     assert len({tuple(table[:2]) for table in tables}) == 1, "two whole blocks hold 8 of 10 tokens"
     assert len({table[2] for table in tables}) == 6
@@ -203,8 +228,58 @@ def test_a_prompt_is_computed_once_and_its_whole_blocks_are_shared() -> None:
     assert simulation.manager.num_free == 100 - 2 - 6
 
 
-def test_prompts_beyond_the_token_budget_wait_but_one_alone_may_exceed_it() -> None:
-    prompts = [[1] * 6, [2] * 6, [3] * 30, [4] * 2]
-    simulation = Simulation(prompts, [3] * 4, group=1, num_blocks=200, block_size=4, max_seqs=8, max_prefill=12)
-    computed = [[p.token_ids[0] for p in simulation.scheduler.admit().to_prefill] for _ in range(3)]
-    assert computed == [[1, 2], [3], [4]]
+def test_prompts_beyond_the_token_budget_wait_and_one_alone_is_cut_at_it() -> None:
+    prompts = [[1] * 6, [2] * 6, [3] * 30, [4] * 2, [5] * 6]
+    simulation = Simulation(prompts, [3] * 5, group=1, num_blocks=200, block_size=4, max_seqs=8, max_prefill=12)
+    admissions = [simulation.scheduler.admit() for _ in range(5)]
+    parts = [[(chunk.token_ids[0], chunk.begin, chunk.end) for chunk in each.to_prefill] for each in admissions]
+    assert parts == [[(1, 0, 6), (2, 0, 6)], [(3, 0, 12)], [(3, 12, 24)], [(3, 24, 30), (4, 0, 2)], [(5, 0, 6)]]
+    assert [len(each.starts) for each in admissions] == [2, 0, 0, 2, 1]
+
+
+def test_a_beginning_is_computed_once_also_within_one_pass() -> None:
+    begin = list(range(1, 10))
+    prompts = [[*begin, 50], [*begin, 60, 61, 62], begin[:8], [99, *begin]]
+    simulation = Simulation(
+        prompts, [3] * 4, group=1, num_blocks=200, block_size=4, max_seqs=8, max_prefill=99, shares=True
+    )
+    admission = simulation.scheduler.admit()
+    # The third ends with a shared block; what follows its last token is still to be computed.
+    assert [chunk.begin for chunk in admission.to_prefill] == [0, 8, 4, 0]
+    tables = [simulation.running.blocks_of(row)[:2].tolist() for row in range(4)]
+    assert tables[0] == tables[1]
+    assert tables[0][0] == tables[2][0]
+    assert len({table[1] for table in tables}) == len({table[0] for table in tables}) + 1 == 3
+    simulation.start(admission)
+
+
+def test_what_is_kept_makes_room_the_least_recently_used_first() -> None:
+    manager = BlockManager(6, 2)
+    prefixes = PrefixCache(manager)
+    old, new = [1, 2, 3, 4], [5, 6, 7, 8]
+    for tokens in (old, new):
+        blocks = manager.allocate(2)
+        prefixes.keep(prefixes.keys_of(tokens), blocks)
+        manager.release(blocks)
+    held = prefixes.hold(prefixes.keys_of(old))
+    manager.release(held)
+    assert (manager.num_free, prefixes.num_idle) == (2, 4)
+    prefixes.give_back(1)
+    assert len(prefixes.hold(prefixes.keys_of(new))) == 1, "the end of what was used before goes first"
+    prefixes.give_back(2)
+    assert len(prefixes.hold(prefixes.keys_of(old))) == 0, "what is held does not go"
+    assert (manager.num_free, prefixes.num_idle) == (5, 0)
+
+
+def test_a_block_is_found_only_where_all_that_it_depends_on_is_the_same() -> None:
+    manager = BlockManager(8, 2)
+    prefixes = PrefixCache(manager, lookahead=1)
+    keys = prefixes.keys_of([1, 2, 3, 4, 5])
+    prefixes.keep(keys, manager.allocate(2))
+    assert [len(prefixes.hold(prefixes.keys_of(tokens))) for tokens in ([1, 2, 3, 4, 5, 9], [1, 2, 3, 9], [1, 2])] == [
+        2, 1, 0,
+    ]  # fmt: skip
+    assert len(prefixes.hold(prefixes.keys_of([1, 2, 3, 4, 6]))) == 1, "the token after the second block is another"
+    assert len(prefixes.hold(prefixes.keys_of([9, 2, 3, 4, 5]))) == 0
+    prefixes.forget(prefixes.hold(keys).tolist())
+    assert len(prefixes.hold(keys)) == 0

@@ -10,13 +10,16 @@ import pytest
 import torch
 
 from policy import Policy, load, save
+from policy.tokenizer import Tokenizer
 from rollouts import Completion, EngineConfig, EngineError, SamplingError, SamplingParams, make_engine
 from rollouts.engine import VllmServerConfig
 from rollouts.sampler import prompt_seeds_of
+from rollouts.stop_strings import StopStrings
 from rollouts.vllm_requests import completion_of, request_params
 from rollouts.vllm_server import Board, VllmServerEngine, pauses
 from tests.policies import tiny_policy
 from tests.rollouts.policy_server import serving
+from tests.tokenizer_kinds import word_tokenizer
 
 PROMPTS = [[5, 9, 11, 3], list(range(3, 20)), [7] * 8, [40, 41], list(range(20, 52)), [1]]
 PARAMS = SamplingParams(max_completion_length=12, temperature=0.9, top_k=30, stop_token_ids=(2, 9), seed=3)
@@ -28,9 +31,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def connect(policy: Policy, *urls: str, **options: object) -> VllmServerEngine:
-    values = {"urls": urls, "retry_timeout": 20, **options}
-    engine = make_engine(policy, EngineConfig(kind="vllm_server", vllm_server=VllmServerConfig.model_validate(values)))
+def connect(policy: Policy, *urls: str, tokenizer: Tokenizer | None = None, **options: object) -> VllmServerEngine:
+    server = VllmServerConfig.model_validate({"urls": urls, "retry_timeout": 20, **options})
+    engine = make_engine(policy, EngineConfig(kind="vllm_server", vllm_server=server), tokenizer)
     assert isinstance(engine, VllmServerEngine)
     return engine
 
@@ -84,6 +87,26 @@ def test_a_policy_other_than_the_served_one_is_sent_before_the_first_request(fol
     policy = perturbed(tiny_policy())
     with serving(folder) as server:
         assert tokens(connect(policy, server.url).generate(PROMPTS, 1, PARAMS)) == tokens(sample_here(policy, 1))
+
+
+@pytest.mark.parametrize("num_beyond", [0, 3])
+def test_stop_strings_end_completions_there_too(tmp_path: Path, num_beyond: int) -> None:
+    tokenizer = word_tokenizer()
+    policy = tiny_policy(vocab_size=len(tokenizer))
+    save(policy, tmp_path)
+    params = SamplingParams(max_completion_length=30, stop_strings=("the", "is 4"), seed=1)
+    prompts = [[5, 9], [7, 8, 3]]
+    with serving(tmp_path, tokenizer=tokenizer, num_beyond=num_beyond) as server:
+        groups = connect(policy, server.url, tokenizer=tokenizer).generate(prompts, 4, params)
+        with pytest.raises(SamplingError, match="need a tokenizer"):
+            connect(policy, server.url).generate(prompts, 4, params)
+    completions = [completion for group in groups for completion in group if completion.finish_reason == "stop"]
+    assert completions
+    for completion in completions:
+        *before, last = tokenizer.decode(completion.token_ids).split()
+        assert last == "the" or (last[0] == "4" and before[-1][-2:] == "is")
+        assert "the" not in " ".join(before)
+        assert len(completion.logprobs) == len(completion.token_ids)
 
 
 def test_transient_faults_cost_time_and_nothing_else(folder: Path) -> None:
@@ -211,6 +234,22 @@ def test_logits_that_are_no_numbers_abort_the_completion() -> None:
         completion = completion_of([4, 5, 6], [-1.0, bad, -1.0], "stop", params=PARAMS, version=2)
         assert (completion.token_ids, completion.logprobs) == ([4], [-1.0])
         assert completion.finish_reason == "abort"
+
+
+def test_tokens_that_complete_a_stop_string_end_a_completion_whatever_vllm_says() -> None:
+    tokenizer = word_tokenizer()
+    token_ids = [
+        *tokenizer.encode("So the"),
+        0,
+        *tokenizer.encode("end it"),
+    ]  # with padding, of which rewards see nothing
+    params = SamplingParams(max_completion_length=5, stop_strings=("the end",))
+    stops = StopStrings(tokenizer, params.stop_strings)
+    for count, kept, reason in ((5, 4, "stop"), (4, 4, "stop"), (3, 3, "length")):
+        completion = completion_of(
+            token_ids[:count], [-1.0] * count, "length", params=params, version=1, stop_strings=stops
+        )
+        assert (completion.token_ids, completion.finish_reason) == (token_ids[:kept], reason)
 
 
 def test_greedy_completions_are_certain() -> None:

@@ -19,12 +19,14 @@ from rollouts.builtin_engine import BuiltinEngine
 from rollouts.model_runner import ModelRunner
 from rollouts.sampler import mix, sample
 from rollouts.scheduler import RunningBatch
-from rollouts.sequence import Prefill, Sequence
+from rollouts.sequence import Chunk, Prefill, Sequence
 from rollouts.speculative import PROBE, Speculator
 from tests.policies import tiny_policy
 
 # One shorter than any window, one that ends with a block of 4, one longer than a prefill of 20.
 PROMPTS = [[5, 9, 11, 3], list(range(3, 20)), [7] * 8, [40], list(range(20, 52))]
+# Alike for 21 tokens and for 13; one ends where the others go on.
+ALIKE = [[*range(10, 31), 3, 4, 5], [*range(10, 31), 5, 6], [*range(10, 23), 7, 8], [*range(10, 31)], [40]]
 
 
 def quieten(policy: Policy, share: float) -> Policy:
@@ -122,7 +124,7 @@ def count_naively(
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize("config", ["plain", "small_blocks", "preemption", "late"])
+@pytest.mark.parametrize("config", ["plain", "small_blocks", "preemption", "late", "parts", "alike", "alike_parts"])
 def test_drafts_are_those_of_the_modules_over_whole_rows(config: str, depth: int) -> None:
     """So no row of the modules' cache is missing, stale, or another sequence's, whatever happened on the way."""
     policy = drafting_policy(depth)
@@ -132,12 +134,20 @@ def test_drafts_are_those_of_the_modules_over_whole_rows(config: str, depth: int
         "small_blocks": {"block_size": 1},
         "preemption": cache_of(policy, 24),
         "late": {"max_num_seqs": 8, "block_size": 4},
+        "parts": {"max_num_batched_tokens": 5, "block_size": 4},
+        "alike": {"block_size": 4},
+        "alike_parts": {"max_num_batched_tokens": 5, "block_size": 2},
     }
     engine = engine_of(policy, depth, changes[config])
-    groups = engine.generate(PROMPTS, 4, params)
+    prompts = ALIKE if "alike" in config else PROMPTS
+    if prompts is ALIKE:  # what the first call left is found by the second
+        engine.generate(prompts, 1, SamplingParams(max_completion_length=3))
+        assert engine.num_cached_tokens > 0
+        engine.num_drafted = engine.num_accepted = 0
+    groups = engine.generate(prompts, 4, params)
     counts = [
         count_naively(policy, prompt, list(completion.token_ids), int(mix(int(mix(params.seed, p)), g)), depth)
-        for p, (prompt, group) in enumerate(zip(PROMPTS, groups, strict=True))
+        for p, (prompt, group) in enumerate(zip(prompts, groups, strict=True))
         for g, completion in enumerate(group)
     ]
     drafted, accepted = np.sum(counts, axis=0).tolist()
@@ -145,15 +155,34 @@ def test_drafts_are_those_of_the_modules_over_whole_rows(config: str, depth: int
     assert engine.num_drafted == drafted or config == "preemption"  # stepping back begins a round elsewhere
     assert abs(engine.num_accepted - accepted) <= (0.1 * accepted if config == "preemption" else 0)
     assert (engine.num_preemptions > 0) == (config == "preemption")
-    check_equal(groups, make_engine(policy, EngineConfig()).generate(PROMPTS, 4, params))
+    check_equal(groups, make_engine(policy, EngineConfig()).generate(prompts, 4, params))
 
 
+@pytest.mark.parametrize("most", [5, 8192])
+def test_a_beginning_that_the_modules_never_saw_is_read_again_before_it_is_drafted_for(most: int) -> None:
+    """A batch too large to draft for leaves its prompts in the cache without the modules' rows."""
+    policy, prompt, seeds = drafting_policy(2), ALIKE[0], [11, 12, 13]
+    params = SamplingParams(max_completion_length=20)
+    engine = engine_of(policy, 2, {"block_size": 4, "max_num_batched_tokens": most}, max_batch=1)
+    engine.generate([prompt], 2, params)  # both end at once
+    assert engine.num_drafted == 0
+    completions = [engine.generate([prompt], 1, params, prompt_seeds=[seed])[0][0] for seed in seeds]
+    assert engine.num_cached_tokens == 3 * 20
+    counts = [
+        count_naively(policy, prompt, list(completion.token_ids), int(mix(seed, 0)), 2)
+        for seed, completion in zip(seeds, completions, strict=True)
+    ]
+    assert [engine.num_drafted, engine.num_accepted] == np.sum(counts, axis=0).tolist()
+    assert engine.num_accepted > 0
+
+
+@pytest.mark.parametrize("most", [5, 8192])
 @pytest.mark.parametrize("depth", [1, 2])
-def test_what_was_decoded_plainly_is_read_again_before_it_is_drafted_for(depth: int) -> None:
+def test_what_was_decoded_plainly_is_read_again_before_it_is_drafted_for(depth: int, most: int) -> None:
     policy = drafting_policy(depth)
     prompt, seed = PROMPTS[2], 11
     params = SamplingParams(max_completion_length=60, stop_token_ids=(2, 9, 17))
-    engine = engine_of(policy, depth, {"block_size": 4}, max_batch=1)
+    engine = engine_of(policy, depth, {"block_size": 4, "max_num_batched_tokens": most}, max_batch=1)
     group = engine.generate([prompt], 2, params, prompt_seeds=[seed])[0]
     lengths = [len(completion.token_ids) for completion in group]
     last, both = int(np.argmax(lengths)), min(lengths)  # they go together until one of them ends
@@ -257,14 +286,19 @@ def test_rounds_that_run_ahead_are_rounds_with_looks_between() -> None:
 
     def decode(looks: list[int]) -> tuple[RunningBatch, Speculator]:
         runner = ModelRunner(policy, 60, 4, 20, policy.config.num_cache_layers)
-        speculator = Speculator(runner, 2, 100, len(prompts))
+        speculator = Speculator(runner, 2, 100, len(prompts), 8192)
         running = RunningBatch(len(prompts), 20, params.max_completion_length)
         blocks = [np.arange(20) + 20 * row for row in rows]
-        logits, tails = speculator.prefill(prompts, blocks)
-        for row, prompt in enumerate(prompts):
-            running.add(Sequence(place=row, prompt=prompt, seed=row), len(prompt), blocks[row])
-            speculator.begin(running, [(row, Prefill(token_ids=prompt, sequences=[], tail_WC=tails[row]))])
-        first_1B, zero_1B = logits.argmax(dim=-1).numpy()[None], np.zeros((1, len(prompts)), dtype=np.float32)
+        prefills = [Prefill(token_ids=prompts[row], sequences=[], blocks=blocks[row]) for row in rows]
+        chunks = [Chunk(prefill=prefill, begin=0, end=len(prefill.token_ids)) for prefill in prefills]
+        read, tails = speculator.read(chunks)
+        for row, prefill in enumerate(prefills):
+            prefill.tail_WC = tails[row]
+            sequence = Sequence(place=row, prompt=prefill.token_ids, seed=row)
+            running.add(sequence, len(prefill.token_ids), blocks[row])
+            speculator.begin(running, [(row, prefill)])
+        first_1B = runner.logits_after(read).argmax(dim=-1).numpy()[None]
+        zero_1B = np.zeros((1, len(prompts)), dtype=np.float32)
         running.push_tokens(rows, first_1B, zero_1B, (), 60)
         for num_rounds in looks:
             drafted = speculator.decode(running, params, num_rounds)

@@ -13,6 +13,7 @@ import torch
 
 from grpo.run import run
 from policy import Policy
+from policy.tokenizer import build_word_tokenizer
 from rollouts import EngineConfig, EngineError, make_engine
 from rollouts.engine import VllmColocateConfig
 from tests.policies import TINY_QWEN3_MOE, tiny_llama, tiny_policy
@@ -23,8 +24,9 @@ from tests.rollouts.vllm_checks import (
     check_groups_are_told,
     check_logprobs,
     check_seeds,
+    check_stop_strings,
     check_truncation,
-)  # fmt: skip
+)
 
 pytestmark = pytest.mark.vllm
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -57,12 +59,14 @@ def _environment() -> Iterator[None]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_colocated_engine_is_the_policy(family: str) -> None:
     policy, other = FAMILIES[family](0), FAMILIES[family](1)
-    with closing(make_engine(policy, CONFIG)) as engine:
+    tokenizer = build_word_tokenizer([f"w{n}" for n in range(policy.config.vocab_size - 4)], max_length=128)
+    with closing(make_engine(policy, CONFIG, tokenizer)) as engine:
         check_greedy(engine, policy, version=0)
         check_logprobs(engine, policy)
         check_truncation(engine)
         check_seeds(engine)
         check_groups_are_told(engine)
+        check_stop_strings(engine, policy, tokenizer)
         engine.load_weights(other, version=3)
         check_greedy(engine, other, version=3)
         check_logprobs(engine, other)

@@ -15,6 +15,7 @@ from grpo.distributed import Ranks
 from grpo.pretrain import base_model
 from grpo.run import run
 from policy import Policy, load
+from policy.tokenizer import load_tokenizer
 from rollouts import EngineConfig, EngineError, SamplingParams, make_engine
 from rollouts.engine import VllmServerConfig
 from rollouts.vllm_server import VllmServerEngine
@@ -26,8 +27,9 @@ from tests.rollouts.vllm_checks import (
     check_groups_are_told,
     check_logprobs,
     check_seeds,
+    check_stop_strings,
     check_truncation,
-)  # fmt: skip
+)
 from tests.rollouts.vllm_process import VllmProcess
 
 pytestmark = pytest.mark.vllm
@@ -57,7 +59,7 @@ def server(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[V
 
 def connect(policy: Policy, server: VllmProcess, retry_timeout: float = 60) -> VllmServerEngine:
     options = VllmServerConfig(urls=(server.url,), retry_timeout=retry_timeout)
-    engine = make_engine(policy, EngineConfig(kind="vllm_server", vllm_server=options))
+    engine = make_engine(policy, EngineConfig(kind="vllm_server", vllm_server=options), load_tokenizer(server.folder))
     assert isinstance(engine, VllmServerEngine)
     return engine
 
@@ -78,6 +80,7 @@ def test_served_engine_is_the_policy(server: VllmProcess) -> None:
     check_truncation(engine)
     check_seeds(engine)
     check_groups_are_told(engine)
+    check_stop_strings(engine, policy, load_tokenizer(server.folder))
 
 
 def test_completions_follow_the_weights(server: VllmProcess) -> None:

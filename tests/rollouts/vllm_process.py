@@ -18,7 +18,7 @@ from rollouts.vllm_cpu import CUSTOM_OPS, RELOAD_EXTENSION
 ROOT = Path(__file__).resolve().parent.parent.parent
 START_TIMEOUT_S = 400
 OPTIONS = (
-    "--dtype=float32", "--enforce-eager", "--tokens-only", "--logprobs-mode=processed_logprobs",
+    "--dtype=float32", "--enforce-eager", "--enable-scale-out", "--logprobs-mode=processed_logprobs",
     "--max-num-seqs=16", "--max-num-batched-tokens=256", "--kv-cache-memory-bytes=100000000",
     f"--worker-extension-cls={RELOAD_EXTENSION}", f"--compilation-config={json.dumps({'custom_ops': CUSTOM_OPS})}",
 )  # fmt: skip
