@@ -39,14 +39,18 @@ class PolicyOutput:
     """Experts chosen in each mixture-of-experts layer, int64; None where there is none."""
     routers: RouterSums | None
     """Of the same layers, where the pass was watched."""
+    preferred_MNK: Tensor | None = None
+    """Experts that the routers would have chosen, int64; None where no choice was given to them."""
 
     @classmethod
     def of(cls, hidden_NC: Tensor, routed: Sequence[Routed]) -> PolicyOutput:
         """From the hidden states and what became known of each router, in order."""
+        preferred = [layer.preferred_NK for layer in routed if layer.preferred_NK is not None]
         return cls(
             hidden_NC=hidden_NC,
             experts_MNK=torch.stack([layer.experts_NK for layer in routed]) if routed else None,
             routers=RouterSums.join([layer.sums for layer in routed if layer.sums is not None]),
+            preferred_MNK=torch.stack(preferred) if preferred else None,
         )
 
 
@@ -102,8 +106,9 @@ class Policy(nn.Module):
     ) -> PolicyOutput:
         """Hidden states of packed tokens, attending as `plan` says.
 
-        With `given_experts_MNK` (as returned by another pass) the routers take the choice as given; gradients still
-        flow through the weights of the chosen experts. `watch` asks for sums of what the routers did.
+        With `given_experts_MNK` (as returned by another pass, of any integer dtype) the routers take the choice as
+        given, and choose where it is below 0; gradients still flow through the weights of the chosen experts. `watch`
+        asks for sums of what the routers did.
         """
         config = self.config
         rotation = rotation_of(position_ids_N, config)

@@ -16,6 +16,7 @@ import torch
 from policy import Policy
 from rollouts.block_manager import BlockManager
 from rollouts.engine import DEFAULT_CACHE_GIB, EngineConfig
+from rollouts.expert_reader import NO_EXPERTS, ExpertReader
 from rollouts.model_runner import ModelRunner
 from rollouts.sampler import mix, prompt_seeds_of, sample
 from rollouts.scheduler import Admission, RunningBatch, Scheduler
@@ -118,12 +119,15 @@ class BuiltinEngine:
         if self._num_drafts:
             capacity = scheduler.max_num_seqs
             speculator = Speculator(runner, self._num_drafts, self.config.speculative.max_batch, capacity)
+        reader = None
+        if params.record_experts and runner.experts is not None:
+            reader = ExpertReader(runner, num_generations)
         done: dict[int, Completion] = {}
         while scheduler.waiting or len(scheduler.running):
             admission = scheduler.admit()
             if admission.starts:
                 self._start(admission, scheduler, runner, speculator, params)
-                self._retire(scheduler, params, done)
+                self._retire(scheduler, params, done, reader)
             if len(scheduler.running):
                 if speculator is not None and self._drafts_now(speculator, scheduler):
                     self._speculate(scheduler, speculator, params)
@@ -131,7 +135,7 @@ class BuiltinEngine:
                     self._decode(scheduler, runner, params)
                     if speculator is not None:
                         speculator.leave(scheduler.running)
-                self._retire(scheduler, params, done)
+                self._retire(scheduler, params, done, reader)
         self.num_preemptions += scheduler.num_preemptions
         if speculator is not None:
             self.num_drafted += speculator.num_drafted
@@ -148,6 +152,7 @@ class BuiltinEngine:
         longest = max(map(len, prompts)) + params.max_completion_length
         per_sequence = -(-longest // config.block_size)
         num_layers = shape.num_cache_layers if self._num_drafts else shape.num_hidden_layers
+        # The experts beside the cache are not counted: half a percent of it where a token has 11 layers of 6.
         block_bytes = num_layers * config.block_size * shape.cache_width * self.policy.dtype.itemsize
         cache_gib = self._cache_gib()
         allowed = int(cache_gib * 2**30) // block_bytes
@@ -267,7 +272,9 @@ class BuiltinEngine:
         running.length[:size] += kept_B
         speculator.count(drafted.accepted_B, kept_B)
 
-    def _retire(self, scheduler: Scheduler, params: SamplingParams, done: dict[int, Completion]) -> None:
+    def _retire(
+        self, scheduler: Scheduler, params: SamplingParams, done: dict[int, Completion], reader: ExpertReader | None
+    ) -> None:
         """Take finished sequences out of the batch and make their completions."""
         running, size = scheduler.running, len(scheduler.running)
         last, count = running.last_token[:size], running.count[:size]
@@ -275,13 +282,18 @@ class BuiltinEngine:
         finished = stopped | aborted | (count >= params.max_completion_length)
         if not finished.any():
             return
-        for row in np.flatnonzero(finished):
+        lengths = count - aborted
+        rows = np.flatnonzero(finished).tolist()
+        records = [NO_EXPERTS] * len(rows) if reader is None else reader.read(running, rows, lengths[rows].tolist())
+        for row, record in zip(rows, records, strict=True):
             reason: FinishReason = "abort" if aborted[row] else "stop" if stopped[row] else "length"
-            length = int(count[row]) - bool(aborted[row])
+            length = int(lengths[row])
             done[running.sequences[row].place] = Completion(
                 token_ids=running.token_ids[row, :length].tolist(),
                 logprobs=running.logprobs[row, :length].tolist(),
                 finish_reason=reason,
                 policy_version=self.policy_version,
+                experts_MTK=record.own_MTK,
+                prompt_experts_MSK=record.prompt_MSK,
             )
         scheduler.retire(finished)

@@ -4,7 +4,8 @@ On a GPU a decoding step is a CUDA graph, captured once for each of a few batch 
 and feed the next step, and the host looks only every `run_ahead` steps.
 
 Shapes: B sequences (or rows, where one has several), N packed prompt tokens, P prompts, R rows of a captured batch
-(B rounded up), S steps, C model width, V vocabulary, M blocks of the longest sequence.
+(B rounded up), S steps, C model width, V vocabulary, M blocks of the
+longest sequence, L layers with routed experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policy import PackedRows, Policy
+from policy import PackedRows, Policy, PolicyConfig
 from policy.attention import Expanded
+from policy.model import PolicyOutput
 from policy.paged_attention import Absorbed
 from rollouts.sampler import sample
 from rollouts.scheduler import RunningBatch
@@ -62,6 +64,12 @@ class ModelRunner:
             dtype=policy.dtype,
             device=policy.device,
         )
+        # Beside the cache and under its slots, so that whatever shares, copies or rewrites a block has its experts too.
+        self.experts: Tensor | None = None
+        """Experts that each cached token went to, [L, blocks, block_size, K]; None for a policy without experts."""
+        if config.num_moe_layers:
+            shape = (config.num_moe_layers, num_blocks + 1, block_size, config.num_experts_per_tok)
+            self.experts = torch.zeros(shape, dtype=_expert_dtype(config), device=policy.device)
         self._graphs: dict[int, _DecodeGraph] = {}
         self._weights = _addresses(policy)
 
@@ -79,11 +87,12 @@ class ModelRunner:
         """Write each row of tokens into its blocks, in the trunk's layers."""
         packed = PackedRows.of([len(row) for row in rows], self.policy.device)
         token_ids_N = torch.tensor([token for row in rows for token in row], device=self.policy.device)
-        slots = [self._slots(b, np.arange(len(row))) for row, b in zip(rows, blocks, strict=True)]
+        slots = [self.slots(b, np.arange(len(row))) for row, b in zip(rows, blocks, strict=True)]
         slot_N = torch.from_numpy(np.concatenate(slots)).to(self.policy.device)
         plan = Expanded(rows=packed, cache=self.cache, slot_N=slot_N)
-        hidden_NC = self.policy(token_ids_N, packed.position_ids_N, plan).hidden_NC
-        return PromptPass(token_ids_N=token_ids_N, plan=plan, hidden_NC=hidden_NC)
+        output = self.policy(token_ids_N, packed.position_ids_N, plan)
+        self._keep_experts(output, slot_N)
+        return PromptPass(token_ids_N=token_ids_N, plan=plan, hidden_NC=output.hidden_NC)
 
     def decode(self, running: RunningBatch, params: SamplingParams, steps: int) -> tuple[np.ndarray, np.ndarray]:
         """Feed each sequence its last token and sample the next, `steps` times: tokens and log-probabilities [S, B].
@@ -109,10 +118,23 @@ class ModelRunner:
 
     def copy_blocks(self, sources: np.ndarray, targets: np.ndarray) -> None:
         """Copy whole blocks, in every layer."""
-        source = torch.from_numpy(sources).to(self.cache.device)
-        self.cache[:, torch.from_numpy(targets).to(self.cache.device)] = self.cache[:, source]
+        source, target = (torch.from_numpy(blocks).to(self.cache.device) for blocks in (sources, targets))
+        self.cache[:, target] = self.cache[:, source]
+        if self.experts is not None:
+            self.experts[:, target] = self.experts[:, source]
 
-    def _slots(self, blocks: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    def experts_at(self, slots: np.ndarray) -> np.ndarray:
+        """Experts of the tokens at flat cache positions, [L, slots, K]."""
+        assert self.experts is not None
+        chosen: Tensor = self.experts.flatten(1, 2).index_select(1, torch.from_numpy(slots).to(self.experts.device))
+        return chosen.cpu().numpy()
+
+    def _keep_experts(self, output: PolicyOutput, slot_N: Tensor) -> None:
+        if self.experts is not None and output.experts_MNK is not None:
+            self.experts.flatten(1, 2).index_copy_(1, slot_N, output.experts_MNK.to(self.experts.dtype))
+
+    def slots(self, blocks: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Flat cache positions of a sequence's positions, in its blocks."""
         slots: np.ndarray = blocks[positions // self.block_size] * self.block_size + positions % self.block_size
         return slots
 
@@ -139,8 +161,9 @@ class ModelRunner:
 
     def _step(self, token_B: Tensor, position_B: Tensor, table_BM: Tensor) -> tuple[Tensor, Tensor]:
         plan = Absorbed.at(self.cache, table_BM, position_B)
-        hidden_BC = self.policy(token_B, position_B, plan).hidden_NC
-        return hidden_BC, self.policy.project(hidden_BC)
+        output = self.policy(token_B, position_B, plan)
+        self._keep_experts(output, plan.slot_B)
+        return output.hidden_NC, self.policy.project(output.hidden_NC)
 
     def _graph(self, size: int) -> _DecodeGraph:
         """The graph of the next captured batch size; captured again when the policy's weights have moved."""
@@ -188,6 +211,11 @@ class _DecodeGraph:
         self.position_R[:size].copy_(position_B)
         self.graph.replay()
         return self.hidden_RC[:size], self.logits_RV[:size]
+
+
+def _expert_dtype(config: PolicyConfig) -> torch.dtype:
+    """The smallest that holds the number of any expert."""
+    return torch.uint8 if config.n_routed_experts <= 256 else torch.int16
 
 
 def _addresses(policy: Policy) -> tuple[int, ...]:
