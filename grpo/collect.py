@@ -98,4 +98,5 @@ def sampling_params(
         top_p=config.top_p,
         min_p=config.min_p,
         stop_token_ids=(tokenizer.eos_token_id,),
+        record_experts=step is not None and config.routing_replay == "sampler",
     )

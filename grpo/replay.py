@@ -21,6 +21,7 @@ from torch import Tensor
 from grpo.aggregation import Counts
 from grpo.batch import Minibatch
 from grpo.config import Config
+from grpo.memory import is_by_token
 from grpo.scoring import drawn_with, score
 from grpo.support import Support
 from grpo.types import Batch, Origin
@@ -167,7 +168,7 @@ def _cut(batch: Batch, row: int, length: int) -> Batch:
     cut: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(batch)}
     for name, value in cut.items():
         if isinstance(value, Tensor):
-            cut[name] = value[place] if name.endswith("_N") else value[row : row + 1]
+            cut[name] = value[place] if is_by_token(name) else value[row : row + 1]
     if batch.support is not None:
         before, own = int(wanted_N[:start].sum()), int(wanted_N[place].sum())
         counts_W = batch.support.counts_W

@@ -26,6 +26,7 @@ from grpo.evaluate import make_evaluator
 from grpo.pretrain import base_model
 from grpo.record import RunFolder
 from grpo.report import write_report
+from grpo.routing_replay import freeze_routers
 from grpo.trainer import PreemptedError, Trainer
 from policy import CheckpointError, Policy
 from policy.checkpoint import resolve_folder
@@ -124,6 +125,8 @@ def _train(config: Config, setting: _Setting, folder: RunFolder) -> int:
         policy, tokenizer = _load(config, _start(config, setting), ranks)
         check_auxiliary(config, policy.config)
         policy.recomputation = config.activation_recomputation
+        if config.freeze_router:
+            freeze_routers(policy)
         if config.lora is not None:
             try:
                 add_adapters(policy, config.lora, config.seed)
