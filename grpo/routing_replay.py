@@ -1,10 +1,10 @@
-"""Routing replay: an update sends tokens to the experts that they went to before, and learns the weights of these alone.
+"""Routing replay: an update sends tokens to the experts that they went to before, and teaches these alone.
 
 In bf16 a near tie between two experts falls one way in the sampler and the other in the trainer, and a step of the
 optimizer moves ties of its own: the ratio of the loss then compares two different subnetworks. Replayed are the experts
 of the sampler ("Keep Routing", DeepSeek-V3.2, arXiv 2512.02556, section 3.1; R3, arXiv 2510.11370) or those of the
-pass that computes the old log-probabilities (GSPO, arXiv 2507.18071, section 5.3). MTP modules route on their own, and so
-does the reference.
+pass that computes the old log-probabilities (GSPO, arXiv 2507.18071, section 5.3). MTP modules route on their own, and
+so does the reference.
 
 Shapes: N packed tokens, S prompt tokens, T completion tokens, M layers with routed experts, K experts per token.
 """
