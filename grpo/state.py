@@ -26,7 +26,8 @@ def completion_to_json(completion: Completion) -> dict[str, Any]:
 
 def read_completion(row: Mapping[str, Any]) -> Completion:
     """What `completion_to_json` gave."""
-    return Completion(**{key: _read_array(value) if isinstance(value, dict) else value for key, value in row.items()})
+    values: dict[str, Any] = {key: _read_array(v) if isinstance(v, dict) else v for key, v in row.items()}
+    return Completion(**values)
 
 
 def result_to_json(result: RewardResult) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def _array_to_json(array: np.ndarray) -> dict[str, Any]:
     return {
         "dtype": str(array.dtype),
         "shape": list(array.shape),
-        "base64": base64.b64encode(np.ascontiguousarray(array)).decode("ascii"),
+        "base64": base64.b64encode(array.tobytes()).decode("ascii"),
     }
 
 
