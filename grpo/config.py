@@ -112,6 +112,9 @@ class Config(AlgorithmConfig):
     model: str | None = Field(default=None, description="folder or hub id of the model to start from; none: `base`")
     base: BaseConfig | None = None
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="what the policy computes in")
+    residual_in_fp32: bool = Field(
+        default=True, description="keep the residual stream in fp32 where dtype is bfloat16; costs memory, not products"
+    )
     device: Literal["auto", "cpu"] = "auto"
     num_threads: int | None = Field(
         default=None, ge=1, description="CPU threads a process; default: torch's own choice"

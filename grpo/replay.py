@@ -117,13 +117,15 @@ def load_fault(file: Path) -> tuple[int, Policy, Step, Config]:
     content = json.loads(metadata["update"])
     policy = Policy(PolicyConfig.model_validate(content["shape"])).to(getattr(torch, content["dtype"]))
     policy.load_state_dict(_below("weights.", tensors))
+    config = Config.model_validate(yaml.safe_load(content["config"]))
+    policy.residual_in_fp32 = config.residual_in_fp32
     batches = [_to_batch(plain, _below(f"batches.{index}.", tensors)) for index, plain in enumerate(content["batches"])]
     step = Step(
         minibatch=Minibatch(batches=batches, counts=Counts(**content["counts"])),
         num_kept=content["num_kept"],
         entropy_coef=content["entropy_coef"],
     )
-    return content["number"], policy, step, Config.model_validate(yaml.safe_load(content["config"]))
+    return content["number"], policy, step, config
 
 
 def replay(file: Path) -> Replay:

@@ -167,6 +167,7 @@ def _resolve(model: Path | str) -> Path:
 
 def _load(config: Config, folder: Path, ranks: Ranks) -> tuple[Policy, Tokenizer]:
     policy = policies.load(folder, dtype=getattr(torch, config.dtype), device=str(ranks.device))
+    policy.residual_in_fp32 = config.residual_in_fp32
     return policy, load_tokenizer(folder)
 
 

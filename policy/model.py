@@ -24,6 +24,7 @@ from policy.config import PolicyConfig
 from policy.head import project
 from policy.moe import MixtureOfExperts, Routed
 from policy.mtp import MultiTokenPredictor
+from policy.norm import StreamNorm
 from policy.packing import PackedRows
 from policy.recompute import Recomputation, run_block
 from policy.rope import rotation_of
@@ -62,9 +63,11 @@ class Policy(nn.Module):
         self.config = config
         self.recomputation: Recomputation = "none"
         """What the trunk's blocks keep for the backward pass."""
+        self.residual_in_fp32 = True
+        """Whether the trunk's residual stream stays in fp32 where the weights are narrower."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = StreamNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
         self.mtp = nn.ModuleList(
@@ -113,6 +116,8 @@ class Policy(nn.Module):
         config = self.config
         rotation = rotation_of(position_ids_N, config)
         x_NC = self.embed_tokens(token_ids_N)
+        if self.residual_in_fp32:
+            x_NC = x_NC.to(torch.promote_types(x_NC.dtype, torch.float32))
         routed: list[Routed] = []
         for index, layer in enumerate(self.layers):
             replay = given_experts_MNK is not None and config.is_moe_layer(index)
