@@ -27,7 +27,7 @@ from grpo.scoring import drawn_with, score
 from grpo.state import answer_to_json, read_answer
 from grpo.types import Question
 from grpo.update import Step, backward, prepare, update
-from policy import Policy
+from policy import Policy, cast_weights
 from rollouts import Completion
 from tests.grpo.answers import make_answer
 from tests.grpo.rollouts import make_groups, minibatches_of, rows_of, tiny_config
@@ -238,3 +238,19 @@ def test_a_batch_without_records_gives_the_routers_their_way() -> None:
     [batch] = make_batches(rows_of(make_groups(policy)), 10**6)
     assert batch.experts_NMK is None
     assert score(policy, batch, drawn_with(tiny_config()))[1].output.preferred_MNK is None
+
+
+def test_in_bf16_a_wide_stream_and_replayed_experts_bring_sampler_and_trainer_together() -> None:
+    differences = []
+    for is_wide, routing_replay in ((True, "sampler"), (False, "sampler"), (True, "off")):
+        policy = cast_weights(
+            tiny_policy(n_routed_experts=16, num_experts_per_tok=4, num_hidden_layers=6), torch.bfloat16
+        )
+        policy.residual_in_fp32 = is_wide
+        rows = rows_of(make_groups(policy, record_experts=routing_replay == "sampler"))
+        _, stats = gradients(policy, minibatches_of(rows), routing_replay=routing_replay)
+        assert (stats.experts_differ is not None) == (routing_replay == "sampler")
+        differences.append(stats.logp_difference_mean)
+    both, narrow, own = differences
+    assert 0 < both < narrow
+    assert both < 0.8 * own
