@@ -165,12 +165,21 @@ def attend(
         scale, query_BHQ.stride(0), query_BHQ.stride(1), block_table_BM.stride(0), per_group, layout.groups, parts,
         layout.value_start,
         WIDTH=width, SIZE=size, KEY=key_width, MAIN=main, REST=rest, VALUE=layout.value_width, VALUES=values,
-        IS_SHARED=is_shared, HEADS=tile, STEP=32 if main > 128 else 64, LONGEST=part, IS_WHOLE=parts == 1, IN_TWO=in_two,
-        PRECISION="ieee" if blocks.dtype == torch.float32 else "tf32", num_warps=4, num_stages=2,
+        IS_SHARED=is_shared, HEADS=tile, STEP=32 if main > 128 else 64, LONGEST=part, IS_WHOLE=parts == 1,
+        IN_TWO=in_two, PRECISION="ieee" if blocks.dtype == torch.float32 else "tf32", num_warps=4, num_stages=2,
     )  # fmt: skip
     if parts > 1:
         _merge_kernel[(rows, heads)](
-            mixed, peaks, totals, length_B, out, heads, parts, VALUE=layout.value_width, VALUES=values, LONGEST=part,
+            mixed,
+            peaks,
+            totals,
+            length_B,
+            out,
+            heads,
+            parts,
+            VALUE=layout.value_width,
+            VALUES=values,
+            LONGEST=part,
             IN_TWO=in_two,
         )
     return out

@@ -1,4 +1,4 @@
-"""Triton kernels of `policy/norm.py`: RMSNorm whose input and output differ in dtype. Imported only where a GPU is used.
+"""Triton kernels of `policy/norm.py`: RMSNorm from one dtype to another. Imported only where a GPU is used.
 
 Arithmetic is in fp32. Gradients of the weight are added up in a fixed order, so that runs repeat.
 
@@ -56,9 +56,7 @@ def normalise(x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
     out_NC = torch.empty(x_NC.shape, dtype=weight_C.dtype, device=x_NC.device)
     if rows:
         block = triton.next_power_of_2(width)
-        _normalise_kernel[(rows,)](
-            x_NC, weight_C, out_NC, eps, WIDTH=width, BLOCK=block, num_warps=_warps(block)
-        )
+        _normalise_kernel[(rows,)](x_NC, weight_C, out_NC, eps, WIDTH=width, BLOCK=block, num_warps=_warps(block))
     return out_NC
 
 

@@ -70,7 +70,7 @@ def attend_over_cache(
 ) -> Tensor:
     """Softmax attention [B, H, V]; scores and softmax are in fp32.
 
-    With `in_two`, for latent attention in half precision, [2, B, H, V]: the result rounded, and what that left, rounded.
+    With `in_two`, for latent attention in half precision, [2, B, H, V]: the result rounded, and what that left.
     """
     blocks = plan.cache[layer]
     if plan.bias_B1L is None:

@@ -78,9 +78,7 @@ def test_in_two_the_second_holds_what_rounding_took_from_the_first(part: int) ->
     query, plan = draw(columns, heads, dtype)
     query = torch.zeros_like(query)
     wanted = attend_over_cache(query.double(), 0, replace(plan, cache=plan.cache.double()), columns, scale=0.3)
-    on_device = (
-        tensor.to(DEVICE) for tensor in (query, plan.cache[0], plan.block_table_BM.to(DEVICE), plan.length_B)
-    )
+    on_device = (tensor.to(DEVICE) for tensor in (query, plan.cache[0], plan.block_table_BM.to(DEVICE), plan.length_B))
     given = [*on_device, columns, 0.3]
     plain = decode_kernels.attend(*given, part=part)  # type: ignore[arg-type]
     first, second = decode_kernels.attend(*given, in_two=True, part=part)  # type: ignore[arg-type]
