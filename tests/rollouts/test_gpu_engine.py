@@ -5,6 +5,7 @@ Shapes: B sequences.
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from rollouts import Completion, EngineConfig, SamplingParams
 from rollouts.builtin_engine import BuiltinEngine
 from tests.policies import TINY_QWEN3_MOE, tiny_llama, tiny_policy
 from tests.rollouts.agreement import recorded_and_trained
+from tests.rollouts.test_expert_reader import chosen_by
 
 pytestmark = [
     pytest.mark.gpu,
@@ -100,3 +102,21 @@ def test_a_sequence_of_nan_aborts_alone() -> None:
     groups = generate(policy, SamplingParams(max_completion_length=8), count=2)
     assert {c.finish_reason for c in groups[0]} == {"abort"}
     assert all(c.finish_reason != "abort" for c in groups[3] if 11 not in c.token_ids)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
+def test_graphs_record_the_experts_of_every_token(family: str) -> None:
+    """In fp32 they are those of the CPU's pass over the same tokens, but for a tie that rounding breaks."""
+    policy = make_policy(family)
+    params = SamplingParams(max_completion_length=21, stop_token_ids=(2, 9), record_experts=True)
+    same = []
+    for prompt, group in zip(PROMPTS, generate(copy.deepcopy(policy).to("cuda"), params), strict=True):
+        for completion in group:
+            of_prompt, own = completion.prompt_experts_MSK, completion.experts_MTK
+            assert of_prompt is not None
+            assert own is not None
+            recorded = torch.from_numpy(np.concatenate((of_prompt, own), axis=1)).long().sort().values
+            wanted = chosen_by(policy, [*prompt, *completion.token_ids[:-1]])
+            assert recorded.shape == wanted.shape
+            same.append((recorded == wanted).double().mean())
+    assert torch.stack(same).mean() > 0.99
