@@ -139,7 +139,7 @@ def attend(
     in_two: bool = False,
     part: int = PART,
 ) -> Tensor:
-    """See `policy.paged_attention.attend_over_cache`; `blocks` [blocks, block_size, W] are one layer's.
+    """See `policy.paged_attention.attend_over_cache`, `in_two` too; `blocks` [blocks, block_size, W] are one layer's.
 
     One program walks through at most `part` positions.
     """
@@ -170,18 +170,9 @@ def attend(
     )  # fmt: skip
     if parts > 1:
         _merge_kernel[(rows, heads)](
-            mixed,
-            peaks,
-            totals,
-            length_B,
-            out,
-            heads,
-            parts,
-            VALUE=layout.value_width,
-            VALUES=values,
-            LONGEST=part,
-            IN_TWO=in_two,
-        )
+            mixed, peaks, totals, length_B, out, heads, parts,
+            VALUE=layout.value_width, VALUES=values, LONGEST=part, IN_TWO=in_two,
+        )  # fmt: skip
     return out
 
 

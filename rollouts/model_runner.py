@@ -4,8 +4,8 @@ On a GPU a decoding step is a CUDA graph, captured once for each of a few batch 
 and feed the next step, and the host looks only every `run_ahead` steps.
 
 Shapes: B sequences (or rows, where one has several), N packed prompt tokens, P prompts, R rows of a captured batch
-(B rounded up), S steps, C model width, V vocabulary, M blocks of the
-longest sequence, L layers with routed experts, K experts per token.
+(B rounded up), S steps, C model width, V vocabulary, M blocks of the longest sequence, L layers with routed experts,
+K experts per token.
 """
 
 from __future__ import annotations
