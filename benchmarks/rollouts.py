@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 sys.path[0] = str(Path(__file__).parents[1])  # a script's own folder comes first, and there `rollouts` is this file
 
 import policy as policies  # noqa: E402
+from grpo.routing_replay import pack_experts  # noqa: E402
 from policy import PackedRows, Policy, PolicyConfig  # noqa: E402
 from policy.logprobs import token_logprobs  # noqa: E402
 from rollouts import Completion, EngineConfig, SamplingParams, make_engine  # noqa: E402
@@ -180,7 +181,7 @@ def our_rates(
     policy: Policy, prompts_PS: torch.Tensor, work: Work, num_new: int, arguments: argparse.Namespace
 ) -> list[float]:
     """Tokens a second of the built-in engine for each batch; prints the start-up and the agreement with the trainer."""
-    rates, params = [], SamplingParams(max_completion_length=num_new)
+    rates, params = [], SamplingParams(max_completion_length=num_new, record_experts=True)
     start = time.perf_counter()
     engine = make_engine(
         policy, EngineConfig(max_num_seqs=1024, cache_gib=1.0 if policy.device.type == "cpu" else 16.0)
@@ -196,9 +197,11 @@ def our_rates(
             return sum(len(completion.token_ids) for of_prompt in groups for completion in of_prompt)
 
         rates.append(rate_of(run, arguments.rounds))
-        mean, most = logprob_difference(policy, prompts_PS, groups)
-        print(f"ours: {count} x {group}: {rates[-1]:.0f} tokens/s; log-probabilities against the trainer's: "
-              f"mean {mean:.2e}, max {most:.2e} nats", flush=True)  # fmt: skip
+        print(f"ours: {count} x {group}: {rates[-1]:.0f} tokens/s", flush=True)
+        for replay in (False, True) if work.shape.num_moe_layers else (False,):
+            mean, most = logprob_difference(policy, prompts_PS, groups, replay=replay)
+            print(f"  log-probabilities against the trainer's{', experts replayed' if replay else ''}: "
+                  f"mean {mean:.2e}, max {most:.2e} nats", flush=True)  # fmt: skip
     if arguments.profile and policy.device.type == "cuda":
         from torch.profiler import ProfilerActivity, profile
 
@@ -213,14 +216,16 @@ def our_rates(
 
 @torch.no_grad()
 def logprob_difference(
-    policy: Policy, prompts_PS: torch.Tensor, groups: Sequence[Sequence[Completion]]
+    policy: Policy, prompts_PS: torch.Tensor, groups: Sequence[Sequence[Completion]], *, replay: bool
 ) -> tuple[float, float]:
     """Mean and largest |recorded - trainer's log-probability| over the first completions of each prompt."""
     pairs = [(p.tolist(), group[0]) for p, group in zip(prompts_PS, groups, strict=False)][:16]
     rows = PackedRows.of([len(p) + len(c.token_ids) for p, c in pairs], policy.device)
     ids_N = torch.tensor([t for p, c in pairs for t in (*p, *c.token_ids)], device=policy.device)
     mask_N = torch.tensor([i >= len(p) for p, c in pairs for i in range(len(p) + len(c.token_ids))]).to(policy.device)
-    theirs = token_logprobs(policy, ids_N, rows, mask_N).logprobs_N[mask_N].cpu()
+    given_NMK = pack_experts([(len(p), c) for p, c in pairs]) if replay else None
+    given_MNK = None if given_NMK is None else given_NMK.transpose(0, 1).to(policy.device)
+    theirs = token_logprobs(policy, ids_N, rows, mask_N, given_experts_MNK=given_MNK).logprobs_N[mask_N].cpu()
     difference = (torch.tensor([x for _, c in pairs for x in c.logprobs]) - theirs).abs()
     return float(difference.mean()), float(difference.max())
 

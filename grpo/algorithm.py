@@ -21,6 +21,7 @@ Clipping = Literal["ppo", "cispo", "sapo", "dppo_tv", "dppo_kl", "none"]
 Aggregation = Literal["tokens", "sequences", "prompts", "constant", "sums"]
 Estimator = Literal["k1", "k2", "k3"]
 Correction = Literal["off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+RoutingReplay = Literal["off", "sampler", "old_policy"]
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -94,6 +95,7 @@ class AlgorithmConfig(BaseModel):
     importance_sampling_clip_max: float | None = Field(default=3.0, gt=0)
     importance_sampling_clip_min: float | None = Field(default=None, ge=0)
     off_policy_mask_threshold: float | None = Field(default=None, gt=0, description="nats a token")
+    routing_replay: RoutingReplay = Field(default="off", description="whose choice of experts an update repeats")
 
     @model_validator(mode="before")
     @classmethod

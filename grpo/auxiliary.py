@@ -114,6 +114,8 @@ def check_auxiliary(config: Config, shape: PolicyConfig) -> None:
     for key in ("bias_update_rate", "router_aux_loss_coef", "router_z_loss_coef"):
         if getattr(config, key) and not shape.num_moe_layers:
             raise ConfigError(f"{key} is set, but the model has no routed experts; set {key}: 0")
+    if config.routing_replay != "off" and not shape.num_moe_layers:
+        raise ConfigError("routing_replay is set, but the model has no routed experts; set routing_replay: off")
     if config.bias_update_rate and shape.topk_method != "noaux_tc":
         raise ConfigError(
             f"bias_update_rate is set, but the routers of a {shape.model_type} model have no bias; set "

@@ -17,6 +17,7 @@ import torch
 
 from grpo.aggregation import Counts
 from grpo.distributed import Ranks
+from grpo.routing_replay import pack_experts
 from grpo.types import Batch, Group, Origin
 from policy import PackedRows
 from rollouts import Completion
@@ -137,6 +138,7 @@ def _pack(rows: Sequence[Row], prompt_tokens: Counter[int], device: torch.device
         logprobs += [0.0] * prompt + list(row.completion.logprobs)
         advantages += [0.0] * prompt + [row.advantage] * length
         stale += [False] * prompt + [row.is_stale] * length
+    experts_NMK = pack_experts([(len(row.prompt_ids), row.completion) for row in rows])
     return Batch(
         token_ids_N=torch.tensor(token_ids, device=device),
         rows=PackedRows.of([len(row) for row in rows], device),
@@ -146,4 +148,5 @@ def _pack(rows: Sequence[Row], prompt_tokens: Counter[int], device: torch.device
         advantages_N=torch.tensor(advantages, dtype=torch.float32, device=device),
         prompt_tokens_B=torch.tensor([prompt_tokens[row.origin.problem] for row in rows], device=device),
         stale_N=torch.tensor(stale, device=device) if any(stale) else None,
+        experts_NMK=None if experts_NMK is None else experts_NMK.to(device),
     )

@@ -113,4 +113,5 @@ def sampling_params(
         min_p=config.min_p,
         stop_token_ids=(tokenizer.eos_token_id,),
         stop_strings=config.stop_strings,
+        record_experts=step is not None and config.routing_replay == "sampler",
     )

@@ -112,6 +112,9 @@ class Config(AlgorithmConfig):
     model: str | None = Field(default=None, description="folder or hub id of the model to start from; none: `base`")
     base: BaseConfig | None = None
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="what the policy computes in")
+    residual_in_fp32: bool = Field(
+        default=True, description="keep the residual stream in fp32 where dtype is bfloat16; costs memory, not products"
+    )
     device: Literal["auto", "cpu"] = "auto"
     num_threads: int | None = Field(
         default=None, ge=1, description="CPU threads a process; default: torch's own choice"
@@ -165,6 +168,7 @@ class Config(AlgorithmConfig):
         default="none", description="what the backward pass makes again to save memory: none, selective, full (blocks)"
     )
     lora: LoraConfig | None = Field(default=None, description="train low-rank adapters only; {} takes the defaults")
+    freeze_router: bool = Field(default=True, description="train all of a mixture of experts but its routers' weights")
     bias_update_rate: float = Field(default=0.0, ge=0, description="step of the routers' balancing bias; 0 keeps it")
     router_aux_loss_coef: float = Field(default=0.0, ge=0, description="weight of the sequence-wise balance loss")
     router_z_loss_coef: float = Field(default=0.0, ge=0, description="weight of the routers' z-loss")
@@ -205,6 +209,16 @@ class Config(AlgorithmConfig):
         if self.lora is not None and self.sync_ref_model:
             raise ValueError(
                 "lora takes the policy without its adapters for the reference: sync_ref_model must be false"
+            )
+        if self.routing_replay == "sampler" and self.engine.kind != "builtin":
+            raise ValueError(
+                f"routing_replay: sampler needs engine.kind builtin (vLLM does not say which experts a token went to), "
+                f"got {self.engine.kind}; old_policy works with any engine"
+            )
+        if self.freeze_router and (self.router_aux_loss_coef or self.router_z_loss_coef):
+            raise ValueError(
+                "router_aux_loss_coef and router_z_loss_coef teach the routers, which freeze_router holds: set "
+                "freeze_router: false, or both to 0 (bias_update_rate balances a router that is frozen, too)"
             )
         names = ["reward", *map(reward_name, self.rewards)]
         if self.rollout_lag and self.engine.kind != "vllm_server":

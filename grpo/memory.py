@@ -65,6 +65,11 @@ def halve(batch: Batch) -> list[Batch]:
     return [batch] if num_rows < 2 else [_take(batch, 0, num_rows // 2), _take(batch, num_rows // 2, num_rows)]
 
 
+def is_by_token(name: str) -> bool:
+    """Whether a field of this name has a row for each packed token, not for each row."""
+    return name.rpartition("_")[2].startswith("N")
+
+
 def _take(batch: Batch, first: int, last: int) -> Batch:
     """Rows `first` to `last`, the last not included."""
     starts = [*batch.rows.starts, len(batch.token_ids_N)]
@@ -72,7 +77,7 @@ def _take(batch: Batch, first: int, last: int) -> Batch:
     taken: dict[str, Tensor] = {}
     for field in fields(batch):
         if isinstance(value := getattr(batch, field.name), Tensor):
-            taken[field.name] = value[place] if field.name.endswith("_N") else value[first:last]
+            taken[field.name] = value[place] if is_by_token(field.name) else value[first:last]
     support = batch.support
     if support is not None:
         before, own = (int(batch.completion_mask_N[part].sum()) for part in (slice(place.start), place))

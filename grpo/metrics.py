@@ -106,6 +106,8 @@ def update_metrics(stats: UpdateStats) -> dict[str, Any]:
         "update/skipped": stats.num_skipped,
         "update/halvings": stats.num_halvings,
     }
+    if stats.experts_differ is not None:
+        metrics["sampling/experts_differ"] = stats.experts_differ
     if stats.auxiliary.mtp_loss is not None:
         metrics["mtp/loss"] = stats.auxiliary.mtp_loss
     return metrics | router_metrics(stats.auxiliary.routers)

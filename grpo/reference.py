@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
 
@@ -45,7 +46,8 @@ class Reference:
         try:
             for adapter in self._adapters:
                 adapter.scale = 0.0
-            _, values = score(self.policy, batch, params)
+            # Its own experts: what it makes of the tokens, not of the policy's ways.
+            _, values = score(self.policy, replace(batch, experts_NMK=None), params)
         finally:
             for adapter, scale in zip(self._adapters, scales, strict=True):
                 adapter.scale = scale

@@ -21,6 +21,7 @@ from torch import Tensor
 from grpo.aggregation import Counts
 from grpo.batch import Minibatch
 from grpo.config import Config
+from grpo.memory import is_by_token
 from grpo.scoring import drawn_with, score
 from grpo.support import Support
 from grpo.types import Batch, Origin
@@ -116,13 +117,15 @@ def load_fault(file: Path) -> tuple[int, Policy, Step, Config]:
     content = json.loads(metadata["update"])
     policy = Policy(PolicyConfig.model_validate(content["shape"])).to(getattr(torch, content["dtype"]))
     policy.load_state_dict(_below("weights.", tensors))
+    config = Config.model_validate(yaml.safe_load(content["config"]))
+    policy.residual_in_fp32 = config.residual_in_fp32
     batches = [_to_batch(plain, _below(f"batches.{index}.", tensors)) for index, plain in enumerate(content["batches"])]
     step = Step(
         minibatch=Minibatch(batches=batches, counts=Counts(**content["counts"])),
         num_kept=content["num_kept"],
         entropy_coef=content["entropy_coef"],
     )
-    return content["number"], policy, step, Config.model_validate(yaml.safe_load(content["config"]))
+    return content["number"], policy, step, config
 
 
 def replay(file: Path) -> Replay:
@@ -167,7 +170,7 @@ def _cut(batch: Batch, row: int, length: int) -> Batch:
     cut: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(batch)}
     for name, value in cut.items():
         if isinstance(value, Tensor):
-            cut[name] = value[place] if name.endswith("_N") else value[row : row + 1]
+            cut[name] = value[place] if is_by_token(name) else value[row : row + 1]
     if batch.support is not None:
         before, own = int(wanted_N[:start].sum()), int(wanted_N[place].sum())
         counts_W = batch.support.counts_W

@@ -26,6 +26,7 @@ from grpo.evaluate import make_evaluator
 from grpo.pretrain import base_model
 from grpo.record import RunFolder
 from grpo.report import write_report
+from grpo.routing_replay import freeze_routers
 from grpo.trainer import PreemptedError, Trainer
 from policy import CheckpointError, Policy
 from policy.checkpoint import resolve_folder
@@ -127,6 +128,8 @@ def _train(config: Config, setting: _Setting, folder: RunFolder) -> int:
         check_auxiliary(config, policy.config)
         stop_strings_of(sampling_params(config, tokenizer), tokenizer)
         policy.recomputation = config.activation_recomputation
+        if config.freeze_router:
+            freeze_routers(policy)
         if config.lora is not None:
             try:
                 add_adapters(policy, config.lora, config.seed)
@@ -167,6 +170,7 @@ def _resolve(model: Path | str) -> Path:
 
 def _load(config: Config, folder: Path, device: torch.device | str) -> tuple[Policy, Tokenizer]:
     policy = policies.load(folder, dtype=getattr(torch, config.dtype), device=str(device))
+    policy.residual_in_fp32 = config.residual_in_fp32
     return policy, load_tokenizer(folder)
 
 

@@ -20,12 +20,14 @@ def score(
     policy: Policy, batch: Batch, params: SamplingParams, watch: RouterWatch | None = None
 ) -> tuple[Batch, TokenLogprobs]:
     """The policy's log-probabilities and entropies of a batch, of the distribution that the sampler drew from; and the
-    batch with the support that this was found to be.
+    batch with the support that this was found to be. Tokens go to the experts that the batch names.
     """
     tokens = (policy, batch.token_ids_N, batch.rows, batch.completion_mask_N)
+    given_MNK = None if batch.experts_NMK is None else batch.experts_NMK.transpose(0, 1)
     if not is_truncated(params):
-        return batch, token_logprobs(*tokens, temperature=params.temperature, watch=watch)
-    values, support = supported_logprobs(*tokens, params, batch.support, watch=watch)
+        values = token_logprobs(*tokens, temperature=params.temperature, given_experts_MNK=given_MNK, watch=watch)
+        return batch, values
+    values, support = supported_logprobs(*tokens, params, batch.support, given_experts_MNK=given_MNK, watch=watch)
     return replace(batch, support=support), values
 
 

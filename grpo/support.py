@@ -55,11 +55,12 @@ def supported_logprobs(
     params: SamplingParams,
     support: Support | None = None,
     *,
+    given_experts_MNK: Tensor | None = None,
     watch: RouterWatch | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[TokenLogprobs, Support]:
     """`policy.logprobs.token_logprobs` over pi(. | K), and K: `support`, or found on this policy where None."""
-    output = policy(token_ids_N, rows.position_ids_N, Expanded(rows=rows), watch=watch)
+    output = policy(token_ids_N, rows.position_ids_N, Expanded(rows=rows), given_experts_MNK, watch)
     wanted_W = wanted_N.nonzero().squeeze(1)
     hidden_WC = output.hidden_NC.index_select(0, wanted_W - 1)
     drawn_W = token_ids_N.index_select(0, wanted_W)

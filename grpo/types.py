@@ -1,6 +1,7 @@
 """What flows through a training step.
 
-Shapes: P problems, G completions of each (one more where an old one was added), B rows, N packed tokens.
+Shapes: P problems, G completions of each (one more where an old one was added), B rows, N packed tokens, M layers with
+routed experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -100,6 +101,10 @@ class Batch:
     stale_N: Tensor | None = None
     """True at the tokens that an earlier version of the policy sampled, whose old log-probabilities are the recorded
     ones; None: nowhere."""
+    experts_NMK: Tensor | None = None
+    """int16; experts that tokens go to, below 0 where the router is to choose; None: everywhere."""
+    differs_N: Tensor | None = None
+    """True at the tokens that the policy would have sent to others before its first step; None: not known yet."""
 
     @property
     def is_idle(self) -> bool:

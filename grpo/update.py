@@ -25,6 +25,7 @@ from grpo.loss import LossTerms, batch_loss
 from grpo.memory import do_in_memory
 from grpo.optimizer import Optimizer
 from grpo.reference import Reference
+from grpo.routing_replay import as_given, differing_tokens
 from grpo.scoring import drawn_with, score
 from grpo.support import is_truncated
 from grpo.throughput import Phases
@@ -59,6 +60,9 @@ class UpdateStats:
     sampler_ratio_max: float
     effective_sample_size: float
     """Of these ratios, as a share of their number."""
+    experts_differ: float | None = None
+    """Share of the tokens that the sampler recorded experts of, prompts included, which the policy before its first
+    step would have sent to others in some layer; None where nothing was recorded."""
     grad_norm: float
     """Before clipping; the largest of the pass."""
     num_skipped: int
@@ -188,7 +192,9 @@ def prepare(
                     batch, values = score(policy, batch, params)
                 entropies.append(values.entropy_N)
                 if config.takes_several_steps:
-                    batch = replace(batch, old_logprobs_N=values.logprobs_N)
+                    batch = replace(batch, old_logprobs_N=values.logprobs_N, differs_N=_differing(batch, values))
+                    if config.routing_replay == "old_policy" and values.output.experts_MNK is not None:
+                        batch = replace(batch, experts_NMK=as_given(values.output.experts_MNK), differs_N=None)
             if reference is not None:
                 batch = replace(batch, ref_logprobs_N=reference.score(batch, params).logprobs_N)
             batches.append(batch)
@@ -213,6 +219,13 @@ def prepare(
             )
         )
     return steps
+
+
+def _differing(batch: Batch, values: TokenLogprobs) -> Tensor | None:
+    """`Batch.differs_N`, from a pass that was given the sampler's experts; None from another."""
+    if batch.experts_NMK is None or values.output.preferred_MNK is None:
+        return None
+    return differing_tokens(batch.experts_NMK, values.output.preferred_MNK)
 
 
 def backward(
@@ -242,6 +255,8 @@ def backward(
         loss = loss + auxiliary.loss(batch, values.output, watch)
     differentiate(loss)
     if sums is not None:
+        if batch.differs_N is None and config.routing_replay != "old_policy":
+            batch = replace(batch, differs_N=_differing(batch, values))
         sums.add(terms, values, batch)
     return terms
 
@@ -289,11 +304,17 @@ class _Sums:
             ("ratio_squared", ratio_X.square().sum()),
             ("ratios", torch.tensor(len(ratio_X))),
         ):
-            self.totals[name] = self.totals.get(name, self._zero) + number
+            self._count(name, number)
+        if batch.experts_NMK is not None and batch.differs_N is not None:
+            self._count("differing", batch.differs_N.sum())
+            self._count("recorded", (batch.experts_NMK[:, 0, 0] >= 0).sum())
         self.difference_max = max(self.difference_max, float(difference_N.max()))
         if len(ratio_X):
             self.ratio_max = max(self.ratio_max, float(ratio_X.max()))
             self.ratio_min_negated = max(self.ratio_min_negated, -float(ratio_X.min()))
+
+    def _count(self, name: str, number: Tensor) -> None:
+        self.totals[name] = self.totals.get(name, self._zero) + number
 
     def mean(
         self,
@@ -307,7 +328,7 @@ class _Sums:
         """The means over all ranks."""
         names = (
             *("loss", "kl", "entropy", "entropy_kept", "kept", "low", "high", "dropped", "difference"),
-            *("ratio", "ratio_squared", "ratios"),
+            *("ratio", "ratio_squared", "ratios", "differing", "recorded"),
         )
         vector = torch.stack([self.totals.get(name, self._zero) for name in names])
         ranks.sum_([vector])
@@ -329,6 +350,7 @@ class _Sums:
             sampler_ratio_min=ratio_min if total["ratios"] else 1.0,
             sampler_ratio_max=ratio_max if total["ratios"] else 1.0,
             effective_sample_size=effective_sample_size(total["ratio"], total["ratio_squared"], int(total["ratios"])),
+            experts_differ=total["differing"] / total["recorded"] if total["recorded"] else None,
             grad_norm=grad_norm,
             num_skipped=num_skipped,
             num_halvings=max((step.num_halvings for step in steps), default=0),

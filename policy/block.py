@@ -13,6 +13,7 @@ from policy.config import PolicyConfig
 from policy.grouped_attention import GroupedQueryAttention
 from policy.latent_attention import LatentAttention
 from policy.moe import FeedForward, MixtureOfExperts, Routed
+from policy.norm import StreamNorm
 from policy.recompute import remade
 from policy.rope import Rotation
 
@@ -22,13 +23,13 @@ class Block(nn.Module):
 
     def __init__(self, config: PolicyConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = StreamNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn: LatentAttention | GroupedQueryAttention
         if config.family.attention == "latent":
             self.self_attn = LatentAttention(config, layer)
         else:
             self.self_attn = GroupedQueryAttention(config, layer)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = StreamNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp: FeedForward | MixtureOfExperts
         if config.is_moe_layer(layer):
             self.mlp = MixtureOfExperts(config)
@@ -43,7 +44,7 @@ class Block(nn.Module):
         given_experts_NK: Tensor | None = None,
         watch: RouterWatch | None = None,
     ) -> tuple[Tensor, Routed | None]:
-        """Output [N, C] and, for a mixture of experts, what became known of its router."""
+        """Output [N, C], in the dtype of x, and for a mixture of experts what became known of its router."""
         x_NC = x_NC + self.self_attn(remade(self.input_layernorm, x_NC), rotation, plan)
         inner_NC = remade(self.post_attention_layernorm, x_NC)
         if isinstance(self.mlp, MixtureOfExperts):

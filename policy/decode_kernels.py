@@ -27,7 +27,7 @@ def _attend_kernel(
     scale, query_stride, head_stride, table_stride, heads_per_group, groups, parts, value_start,
     WIDTH: tl.constexpr, SIZE: tl.constexpr, KEY: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
     VALUE: tl.constexpr, VALUES: tl.constexpr, IS_SHARED: tl.constexpr, HEADS: tl.constexpr, STEP: tl.constexpr,
-    LONGEST: tl.constexpr, IS_WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    LONGEST: tl.constexpr, IS_WHOLE: tl.constexpr, IN_TWO: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One sequence, up to HEADS query heads of one group, one part of its positions.
 
@@ -84,7 +84,13 @@ def _attend_kernel(
         target = (row.to(tl.int64) * (groups * heads_per_group) + head) * parts + part
         inside = is_head[:, None] & is_value[None, :]
         if IS_WHOLE:
-            tl.store(out + target[:, None] * VALUE + value[None, :], mixed / total[:, None], mask=inside)
+            place = out + target[:, None] * VALUE + value[None, :]
+            result = mixed / total[:, None]
+            tl.store(place, result, mask=inside)
+            if IN_TWO:
+                left = result - result.to(out.dtype.element_ty).to(tl.float32)
+                second = tl.num_programs(0).to(tl.int64) * (groups * heads_per_group) * VALUE
+                tl.store(place + second, left, mask=inside)
         else:
             tl.store(out + target[:, None] * VALUE + value[None, :], mixed, mask=inside)
             tl.store(peaks + target, peak, mask=is_head)
@@ -93,8 +99,9 @@ def _attend_kernel(
 
 @triton.jit
 def _merge_kernel(
-    mixed, peaks, totals, lengths, out, heads, parts, VALUE: tl.constexpr, VALUES: tl.constexpr, LONGEST: tl.constexpr
-):
+    mixed, peaks, totals, lengths, out, heads, parts,
+    VALUE: tl.constexpr, VALUES: tl.constexpr, LONGEST: tl.constexpr, IN_TWO: tl.constexpr,
+):  # fmt: skip
     """One head of one sequence: its parts, each with its own peak, into one."""
     row = tl.program_id(0)
     at = row.to(tl.int64) * heads + tl.program_id(1)
@@ -113,7 +120,12 @@ def _merge_kernel(
         result = result * old + piece * new
         total = total * old + tl.load(totals + at * parts + part) * new
         peak = higher
-    tl.store(out + at * VALUE + value, result / total, mask=is_value)
+    result = result / total
+    tl.store(out + at * VALUE + value, result, mask=is_value)
+    if IN_TWO:
+        left = result - result.to(out.dtype.element_ty).to(tl.float32)
+        second = tl.num_programs(0).to(tl.int64) * heads * VALUE
+        tl.store(out + second + at * VALUE + value, left, mask=is_value)
 
 
 def attend(
@@ -124,9 +136,10 @@ def attend(
     layout: CacheLayout,
     scale: float,
     *,
+    in_two: bool = False,
     part: int = PART,
 ) -> Tensor:
-    """See `policy.paged_attention.attend_over_cache`; `blocks` [blocks, block_size, W] are one layer's.
+    """See `policy.paged_attention.attend_over_cache`, `in_two` too; `blocks` [blocks, block_size, W] are one layer's.
 
     One program walks through at most `part` positions.
     """
@@ -140,7 +153,8 @@ def attend(
     per_group = heads // layout.groups
     tile = 16 if per_group <= 16 or main > 128 else 32
     parts = triton.cdiv(block_table_BM.shape[1] * size, part)
-    out = torch.empty(rows, heads, layout.value_width, dtype=blocks.dtype, device=blocks.device)
+    halves = (2,) if in_two else ()
+    out = torch.empty(*halves, rows, heads, layout.value_width, dtype=blocks.dtype, device=blocks.device)
     mixed, peaks, totals = out, out, out
     if parts > 1:
         mixed = torch.empty(rows, heads, parts, layout.value_width, dtype=torch.float32, device=blocks.device)
@@ -152,12 +166,13 @@ def attend(
         layout.value_start,
         WIDTH=width, SIZE=size, KEY=key_width, MAIN=main, REST=rest, VALUE=layout.value_width, VALUES=values,
         IS_SHARED=is_shared, HEADS=tile, STEP=32 if main > 128 else 64, LONGEST=part, IS_WHOLE=parts == 1,
-        PRECISION="ieee" if blocks.dtype == torch.float32 else "tf32", num_warps=4, num_stages=2,
+        IN_TWO=in_two, PRECISION="ieee" if blocks.dtype == torch.float32 else "tf32", num_warps=4, num_stages=2,
     )  # fmt: skip
     if parts > 1:
         _merge_kernel[(rows, heads)](
-            mixed, peaks, totals, length_B, out, heads, parts, VALUE=layout.value_width, VALUES=values, LONGEST=part
-        )
+            mixed, peaks, totals, length_B, out, heads, parts,
+            VALUE=layout.value_width, VALUES=values, LONGEST=part, IN_TWO=in_two,
+        )  # fmt: skip
     return out
 
 

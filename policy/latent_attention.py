@@ -98,5 +98,18 @@ class LatentAttention(nn.Module):
         key_up_HDR, value_up_HVR = up_HXR.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
         q_latent_BHR = torch.bmm(q_nope_BHD.transpose(0, 1), key_up_HDR).transpose(0, 1)
         query_BHW = torch.cat((q_latent_BHR, q_rope_BHP), dim=-1)
-        mixed_BHR = attend_over_cache(query_BHW, self.layer, plan, self.layout, self.scale)
-        return torch.bmm(mixed_BHR.transpose(0, 1), value_up_HVR.transpose(1, 2)).transpose(0, 1)
+        value_up_HRV = value_up_HVR.transpose(1, 2)
+        if query_BHW.dtype not in (torch.bfloat16, torch.float16):
+            mixed_BHR = attend_over_cache(query_BHW, self.layer, plan, self.layout, self.scale)
+            return torch.bmm(mixed_BHR.transpose(0, 1), value_up_HRV).transpose(0, 1)
+        # The expanded form has no latent mixture to round: here it comes as two numbers, for one product in fp32.
+        halves_2BHR = attend_over_cache(query_BHW, self.layer, plan, self.layout, self.scale, in_two=True)
+        out_H2BV = _multiply_wide(halves_2BHR.flatten(0, 1).transpose(0, 1), value_up_HRV)
+        return torch.add(*out_H2BV.chunk(2, dim=1)).to(query_BHW.dtype).transpose(0, 1)
+
+
+def _multiply_wide(a_HBR: Tensor, b_HRV: Tensor) -> Tensor:
+    """Products [H, B, V] in fp32 of half-precision matrices."""
+    if a_HBR.is_cuda and not torch.is_grad_enabled():  # autograd does not know it
+        return torch.bmm(a_HBR, b_HRV, out_dtype=torch.float32)
+    return torch.bmm(a_HBR.float(), b_HRV.float())

@@ -24,6 +24,7 @@ from policy.config import PolicyConfig
 from policy.head import project
 from policy.moe import MixtureOfExperts, Routed
 from policy.mtp import MultiTokenPredictor
+from policy.norm import StreamNorm
 from policy.packing import PackedRows
 from policy.recompute import Recomputation, run_block
 from policy.rope import rotation_of
@@ -39,14 +40,18 @@ class PolicyOutput:
     """Experts chosen in each mixture-of-experts layer, int64; None where there is none."""
     routers: RouterSums | None
     """Of the same layers, where the pass was watched."""
+    preferred_MNK: Tensor | None = None
+    """Experts that the routers would have chosen, int64; None where no choice was given to them."""
 
     @classmethod
     def of(cls, hidden_NC: Tensor, routed: Sequence[Routed]) -> PolicyOutput:
         """From the hidden states and what became known of each router, in order."""
+        preferred = [layer.preferred_NK for layer in routed if layer.preferred_NK is not None]
         return cls(
             hidden_NC=hidden_NC,
             experts_MNK=torch.stack([layer.experts_NK for layer in routed]) if routed else None,
             routers=RouterSums.join([layer.sums for layer in routed if layer.sums is not None]),
+            preferred_MNK=torch.stack(preferred) if preferred else None,
         )
 
 
@@ -58,9 +63,11 @@ class Policy(nn.Module):
         self.config = config
         self.recomputation: Recomputation = "none"
         """What the trunk's blocks keep for the backward pass."""
+        self.residual_in_fp32 = True
+        """Whether the trunk's residual stream stays in fp32 where the weights are narrower."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = StreamNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
         self.mtp = nn.ModuleList(
@@ -102,12 +109,15 @@ class Policy(nn.Module):
     ) -> PolicyOutput:
         """Hidden states of packed tokens, attending as `plan` says.
 
-        With `given_experts_MNK` (as returned by another pass) the routers take the choice as given; gradients still
-        flow through the weights of the chosen experts. `watch` asks for sums of what the routers did.
+        With `given_experts_MNK` (as returned by another pass, of any integer dtype) the routers take the choice as
+        given, and choose where it is below 0; gradients still flow through the weights of the chosen experts. `watch`
+        asks for sums of what the routers did.
         """
         config = self.config
         rotation = rotation_of(position_ids_N, config)
         x_NC = self.embed_tokens(token_ids_N)
+        if self.residual_in_fp32:
+            x_NC = x_NC.to(torch.promote_types(x_NC.dtype, torch.float32))
         routed: list[Routed] = []
         for index, layer in enumerate(self.layers):
             replay = given_experts_MNK is not None and config.is_moe_layer(index)

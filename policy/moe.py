@@ -61,6 +61,8 @@ class Routed:
     """Chosen experts, int64."""
     sums: RouterSums | None
     """Of this layer (M = 1), where the pass was watched."""
+    preferred_NK: Tensor | None = None
+    """Experts that the router would have chosen, int64; None where no choice was given to it."""
 
 
 class MixtureOfExperts(nn.Module):
@@ -82,4 +84,4 @@ class MixtureOfExperts(nn.Module):
         if self.shared_experts is not None:
             out_NC = out_NC + self.shared_experts(x_NC)
         sums = None if watch is None else sum_up(routing, watch)
-        return out_NC, Routed(experts_NK=routing.experts_NK, sums=sums)
+        return out_NC, Routed(experts_NK=routing.experts_NK, sums=sums, preferred_NK=routing.preferred_NK)

@@ -65,19 +65,31 @@ class Absorbed:
         )
 
 
-def attend_over_cache(query_BHQ: Tensor, layer: int, plan: Absorbed, layout: CacheLayout, scale: float) -> Tensor:
-    """Softmax attention [B, H, V]; scores and softmax are in fp32."""
+def attend_over_cache(
+    query_BHQ: Tensor, layer: int, plan: Absorbed, layout: CacheLayout, scale: float, *, in_two: bool = False
+) -> Tensor:
+    """Softmax attention [B, H, V]; scores and softmax are in fp32.
+
+    With `in_two`, for latent attention in half precision, [2, B, H, V]: the result rounded, and what that left.
+    """
     blocks = plan.cache[layer]
     if plan.bias_B1L is None:
         from policy import decode_kernels
 
-        return decode_kernels.attend(query_BHQ, blocks, plan.block_table_BM, plan.length_B, layout, scale)
+        return decode_kernels.attend(
+            query_BHQ, blocks, plan.block_table_BM, plan.length_B, layout, scale, in_two=in_two
+        )
     cached_BLW = blocks.index_select(0, plan.block_table_BM.flatten()).view(len(query_BHQ), -1, blocks.shape[-1])
     values_end = layout.value_start + layout.groups * layout.value_width
     if layout.groups == 1:
         scores_BHL = torch.bmm(query_BHQ, cached_BLW[..., : layout.key_width].transpose(1, 2))
         weights_BHL = (scores_BHL.float() * scale + plan.bias_B1L).softmax(dim=-1).to(cached_BLW.dtype)
-        return torch.bmm(weights_BHL, cached_BLW[..., layout.value_start : values_end])
+        values_BLV = cached_BLW[..., layout.value_start : values_end]
+        if in_two:
+            mixed_BHV = torch.bmm(weights_BHL.float(), values_BLV.float())
+            rounded_BHV = mixed_BHV.to(values_BLV.dtype)
+            return torch.stack((rounded_BHV, (mixed_BHV - rounded_BHV).to(values_BLV.dtype)))
+        return torch.bmm(weights_BHL, values_BLV)
     keys_BLGQ = cached_BLW[..., : layout.groups * layout.key_width].unflatten(-1, (layout.groups, -1))
     values_BLGV = cached_BLW[..., layout.value_start : values_end].unflatten(-1, (layout.groups, -1))
     scores_BGKL = query_BHQ.unflatten(1, (layout.groups, -1)) @ keys_BLGQ.permute(0, 2, 3, 1)

@@ -39,6 +39,8 @@ class Routing:
     """The router's logits, fp32, differentiable."""
     scores_NE: Tensor
     """Their sigmoid or softmax, fp32, differentiable."""
+    preferred_NK: Tensor | None = None
+    """Experts that the router would have chosen, int64; None where no choice was given to it."""
 
 
 class Router(nn.Module):
@@ -55,11 +57,17 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", bias)
 
     def forward(self, x_NC: Tensor, given_experts_NK: Tensor | None = None) -> Routing:
-        """Route tokens. A choice that is given is taken as it is; its weights and their gradients are computed."""
+        """Route tokens. A choice that is given is taken as it is; its weights and their gradients are computed.
+
+        A given choice may be of any integer dtype; where it is below 0 the router chooses.
+        """
         config = self.config
         logits_NE = linear_fp32(x_NC, self.weight)
         scores_NE = logits_NE.sigmoid() if config.scoring_func == "sigmoid" else logits_NE.softmax(dim=-1)
-        experts_NK = self._choose(scores_NE.detach()) if given_experts_NK is None else given_experts_NK
+        own_NK = self._choose(scores_NE.detach())
+        experts_NK = own_NK
+        if given_experts_NK is not None:
+            experts_NK = torch.where(given_experts_NK < 0, own_NK, given_experts_NK.long())
         weights_NK = scores_NE.gather(1, experts_NK)
         if config.norm_topk_prob:
             weights_NK = weights_NK / (weights_NK.sum(dim=-1, keepdim=True) + 1e-20)
@@ -68,6 +76,7 @@ class Router(nn.Module):
             weights_NK=weights_NK * config.routed_scaling_factor,
             logits_NE=logits_NE,
             scores_NE=scores_NE,
+            preferred_NK=None if given_experts_NK is None else own_NK,
         )
 
     @torch.no_grad()

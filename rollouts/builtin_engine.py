@@ -17,6 +17,7 @@ from policy import Policy
 from policy.tokenizer import Tokenizer
 from rollouts.block_manager import BlockManager
 from rollouts.engine import DEFAULT_CACHE_GIB, EngineConfig
+from rollouts.expert_reader import NO_EXPERTS, ExpertReader
 from rollouts.faults import first_fault
 from rollouts.groups import Groups
 from rollouts.model_runner import ModelRunner
@@ -165,13 +166,16 @@ class BuiltinEngine:
         if speculator is not None:
             speculator.begin_call()
             drafted_before = speculator.num_drafted, speculator.num_accepted
+        reader = None
+        if params.record_experts and runner.experts is not None:
+            reader = ExpertReader(runner, num_generations)
         while scheduler.waiting or len(scheduler.running):
             admission = scheduler.admit()
             if admission.to_prefill:
                 self._prefill(admission.to_prefill, scheduler, runner, speculator)
             if admission.starts:
                 self._start(admission, scheduler, runner, speculator, params)
-                self._retire(scheduler, params, done)
+                self._retire(scheduler, params, done, reader)
             if len(scheduler.running):
                 if speculator is not None and self._drafts_now(speculator, scheduler):
                     self._speculate(scheduler, speculator, params)
@@ -179,7 +183,7 @@ class BuiltinEngine:
                     self._decode(scheduler, runner, params)
                     if speculator is not None:
                         speculator.leave(scheduler.running)
-                self._retire(scheduler, params, done)
+                self._retire(scheduler, params, done, reader)
         self.num_preemptions += scheduler.num_preemptions
         if speculator is not None:
             self.num_drafted += speculator.num_drafted - drafted_before[0]
@@ -196,6 +200,7 @@ class BuiltinEngine:
         longest = max(map(len, prompts)) + params.max_completion_length
         per_sequence = -(-longest // config.block_size)
         num_layers = shape.num_cache_layers if self._num_drafts else shape.num_hidden_layers
+        # The experts beside the cache are not counted: half a percent of it where a token has 11 layers of 6.
         block_bytes = num_layers * config.block_size * shape.cache_width * self.policy.dtype.itemsize
         cache_gib = self._cache_gib()
         allowed = int(cache_gib * 2**30) // block_bytes
@@ -369,7 +374,7 @@ class BuiltinEngine:
         running.length[:size] += kept_B
         speculator.count(drafted.accepted_IB, kept_B)
 
-    def _retire(self, scheduler: Scheduler, params: SamplingParams, done: Groups) -> None:
+    def _retire(self, scheduler: Scheduler, params: SamplingParams, done: Groups, reader: ExpertReader | None) -> None:
         """Take finished sequences out of the batch and make their completions."""
         running, size = scheduler.running, len(scheduler.running)
         last, count = running.last_token[:size], running.count[:size]
@@ -377,14 +382,19 @@ class BuiltinEngine:
         finished = stopped | aborted | (count >= params.max_completion_length)
         if not finished.any():
             return
-        for row in np.flatnonzero(finished):
+        lengths = count - aborted
+        rows = np.flatnonzero(finished).tolist()
+        records = [NO_EXPERTS] * len(rows) if reader is None else reader.read(running, rows, lengths[rows].tolist())
+        for row, record in zip(rows, records, strict=True):
             reason: FinishReason = "abort" if aborted[row] else "stop" if stopped[row] else "length"
-            length = int(count[row]) - bool(aborted[row])
+            length = int(lengths[row])
             completion = Completion(
                 token_ids=running.token_ids[row, :length].tolist(),
                 logprobs=running.logprobs[row, :length].tolist(),
                 finish_reason=reason,
                 policy_version=self.policy_version,
+                experts_MTK=record.own_MTK,
+                prompt_experts_MSK=record.prompt_MSK,
             )
             done.add(running.sequences[row].place, completion)
         scheduler.retire(finished)

@@ -4,7 +4,8 @@ On a GPU a decoding step is a CUDA graph, captured once for each of a few batch 
 and feed the next step, and the host looks only every `run_ahead` steps.
 
 Shapes: B sequences (or rows, where one has several), N packed prompt tokens, P prompts, R rows of a captured batch
-(B rounded up), S steps, C model width, V vocabulary, M blocks of the longest sequence.
+(B rounded up), S steps, C model width, V vocabulary, M blocks of the longest sequence, L layers with routed experts,
+K experts per token.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policy import PackedRows, Policy
+from policy import PackedRows, Policy, PolicyConfig
 from policy.attention import Expanded
 from policy.continued_attention import Continued
+from policy.model import PolicyOutput
 from policy.paged_attention import Absorbed
 from rollouts.sampler import sample
 from rollouts.scheduler import RunningBatch
@@ -72,6 +74,12 @@ class ModelRunner:
             dtype=policy.dtype,
             device=policy.device,
         )
+        # Beside the cache and under its slots, so that whatever shares, copies or rewrites a block has its experts too.
+        self.experts: Tensor | None = None
+        """Experts that each cached token went to, [L, blocks, block_size, K]; None for a policy without experts."""
+        if config.num_moe_layers:
+            shape = (config.num_moe_layers, num_blocks + 1, block_size, config.num_experts_per_tok)
+            self.experts = torch.zeros(shape, dtype=_expert_dtype(config), device=policy.device)
         self._graphs: dict[int, _DecodeGraph] = {}
         self.captured = _addresses(policy)
         """Where the weights lie that graphs read."""
@@ -102,17 +110,18 @@ class ModelRunner:
         device, lengths = self.policy.device, [chunk.end for chunk in chunks]
         packed = PackedRows.of([chunk.end - chunk.begin for chunk in chunks], device)
         token_ids_N = torch.tensor([token for chunk in chunks for token in chunk.token_ids], device=device)
-        slots = [self._slots(chunk, chunk.begin) for chunk in chunks]
+        slots = [self._chunk_slots(chunk, chunk.begin) for chunk in chunks]
         slot_N = torch.from_numpy(np.concatenate(slots)).to(device)
         plan: Expanded | Continued = Expanded(rows=packed, cache=self.cache, slot_N=slot_N)
         position_ids_N = packed.position_ids_N
         if any(chunk.begin for chunk in chunks):
-            slot_L = torch.from_numpy(np.concatenate([self._slots(chunk, 0) for chunk in chunks])).to(device)
+            slot_L = torch.from_numpy(np.concatenate([self._chunk_slots(chunk, 0) for chunk in chunks])).to(device)
             plan = Continued.of(packed, self.cache, slot_N, lengths, slot_L)
             positions = [np.arange(chunk.begin, chunk.end) for chunk in chunks]
             position_ids_N = torch.from_numpy(np.concatenate(positions)).to(device)
-        hidden_NC = self.policy(token_ids_N, position_ids_N, plan).hidden_NC
-        return PromptPass(position_ids_N=position_ids_N, plan=plan, hidden_NC=hidden_NC)
+        output = self.policy(token_ids_N, position_ids_N, plan)
+        self._keep_experts(output, slot_N)
+        return PromptPass(position_ids_N=position_ids_N, plan=plan, hidden_NC=output.hidden_NC)
 
     def logits_after(self, read: PromptPass) -> Tensor:
         """Logits after each row's last token, [P, V]."""
@@ -142,13 +151,28 @@ class ModelRunner:
 
     def copy_blocks(self, sources: np.ndarray, targets: np.ndarray) -> None:
         """Copy whole blocks, in every layer."""
-        source = torch.from_numpy(sources).to(self.cache.device)
-        self.cache[:, torch.from_numpy(targets).to(self.cache.device)] = self.cache[:, source]
+        source, target = (torch.from_numpy(blocks).to(self.cache.device) for blocks in (sources, targets))
+        self.cache[:, target] = self.cache[:, source]
+        if self.experts is not None:
+            self.experts[:, target] = self.experts[:, source]
 
-    def _slots(self, chunk: Chunk, begin: int) -> np.ndarray:
+    def experts_at(self, slots: np.ndarray) -> np.ndarray:
+        """Experts of the tokens at flat cache positions, [L, slots, K]."""
+        assert self.experts is not None
+        chosen: Tensor = self.experts.flatten(1, 2).index_select(1, torch.from_numpy(slots).to(self.experts.device))
+        return chosen.cpu().numpy()
+
+    def _keep_experts(self, output: PolicyOutput, slot_N: Tensor) -> None:
+        if self.experts is not None and output.experts_MNK is not None:
+            self.experts.flatten(1, 2).index_copy_(1, slot_N, output.experts_MNK.to(self.experts.dtype))
+
+    def _chunk_slots(self, chunk: Chunk, begin: int) -> np.ndarray:
         """Where in the cache the tokens lie from `begin` to the chunk's end."""
-        positions, blocks = np.arange(begin, chunk.end), chunk.prefill.blocks
-        assert blocks is not None
+        assert chunk.prefill.blocks is not None
+        return self.slots(chunk.prefill.blocks, np.arange(begin, chunk.end))
+
+    def slots(self, blocks: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Flat cache positions of a sequence's positions, in its blocks."""
         slots: np.ndarray = blocks[positions // self.block_size] * self.block_size + positions % self.block_size
         return slots
 
@@ -176,8 +200,9 @@ class ModelRunner:
         Several rows may be of one sequence: all are written to the cache before any looks at it.
         """
         plan = Absorbed.at(self.cache, table_RM, position_R)
-        hidden_RC = self.policy(token_R, position_R, plan).hidden_NC
-        return hidden_RC, self.policy.project(hidden_RC)
+        output = self.policy(token_R, position_R, plan)
+        self._keep_experts(output, plan.slot_B)
+        return output.hidden_NC, self.policy.project(output.hidden_NC)
 
     def _graph(self, size: int) -> _DecodeGraph:
         """The graph of the next captured batch size."""
@@ -221,6 +246,11 @@ class _DecodeGraph:
         self.position_R[:size].copy_(position_B)
         self.graph.replay()
         return self.logits_RV[:size]
+
+
+def _expert_dtype(config: PolicyConfig) -> torch.dtype:
+    """The smallest that holds the number of any expert."""
+    return torch.uint8 if config.n_routed_experts <= 256 else torch.int16
 
 
 def _addresses(policy: Policy) -> tuple[int, ...]:

@@ -1,10 +1,15 @@
-"""What an engine is asked for and what it gives back."""
+"""What an engine is asked for and what it gives back.
+
+Shapes: M layers with routed experts, K experts per token, S prompt tokens, T tokens of a completion but the last.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+import numpy as np
 
 FinishReason = Literal["stop", "length", "abort"]
 """`stop`: a stop token or the last token of a stop string was sampled; `length`: the limit was reached; `abort`: the
@@ -39,6 +44,8 @@ class SamplingParams:
     """A completion ends with the token that completes the first of these in its text, which is part of it."""
     seed: int = 0
     """A completion depends on this, its place in the call and its prompt; not on what else is sampled beside it."""
+    record_experts: bool = False
+    """Whether completions come with the experts that their tokens went to; a policy without experts has none."""
 
     def __post_init__(self) -> None:
         if self.max_completion_length < 1:
@@ -81,6 +88,10 @@ class Completion:
     """Why it ended."""
     policy_version: int
     """Version of the weights that sampled it, as given to `Engine.load_weights`."""
+    experts_MTK: np.ndarray | None = field(default=None, compare=False)
+    """Experts of each token but the last, which was never fed: uint8, int16 for many experts; None: not recorded."""
+    prompt_experts_MSK: np.ndarray | None = field(default=None, compare=False)
+    """Experts of the prompt's tokens, one array for all completions of a group; None: not recorded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,6 +24,11 @@ def check_request(prompts: Sequence[Sequence[int]], params: SamplingParams, cont
         raise SamplingError(
             f"vLLM samples at a temperature of 0 (greedy) or from {LEAST_TEMPERATURE} on, got {params.temperature}"
         )
+    if params.record_experts:
+        raise SamplingError(
+            "vLLM does not say which experts a token went to; set record_experts to False (in a recipe: "
+            "routing_replay: off or old_policy) or sample with the built-in engine (engine.kind: builtin)"
+        )
     check_prompts(prompts, params, context, limit="the context")  # a server's may be shorter than the model's
 
 

@@ -19,7 +19,7 @@ from policy.logprobs import ahead_losses
 from tests.grpo.rollouts import make_groups, minibatches_of, rows_of, tiny_config
 from tests.policies import tiny_policy
 
-LOSSES = {"router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.01}
+LOSSES = {"router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.01, "freeze_router": False}
 
 
 def run(

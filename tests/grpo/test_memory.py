@@ -27,7 +27,7 @@ from tests.small_memory import room_for
 CHOICES: list[dict[str, Any]] = [
     {},
     {"num_iterations": 2},
-    {"router_aux_loss_coef": 0.01, "mtp_weight": 0.1, "beta": 0.1},
+    {"router_aux_loss_coef": 0.01, "freeze_router": False, "mtp_weight": 0.1, "beta": 0.1},
     {"top_entropy_quantile": 0.3, "top_k": 7, "num_iterations": 2},
 ]
 

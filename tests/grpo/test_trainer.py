@@ -46,6 +46,7 @@ CHANGES = {
     "entropy_target": 5.0,
     "bias_update_rate": 0.001,
     "router_aux_loss_coef": 0.001,
+    "freeze_router": False,
     "mtp_weight": 0.1,
     "evaluation": {"num_problems": 10, "k": 2, "batch_size": 4},
     "save_steps": 2,
@@ -54,6 +55,7 @@ CHANGES = {
 STATEFUL = [
     *("dynamic_sampling.oversample=1.7", "dynamic_sampling.max_rounds=3", "curriculum.revisit_steps=2"),
     *("replay_buffer.max_pass_rate=0.5", "length_schedule.start=20", "length_schedule.steps=4"),
+    "routing_replay=sampler",
 ]
 """Everything that carries something from step to step."""
 

@@ -68,3 +68,24 @@ def test_a_sequence_has_the_same_bits_whoever_shares_the_batch(layout: str) -> N
         one = slice(row, row + 1)
         alone = decode_kernels.attend(query[one].to(DEVICE), cache, table[one], length[one], columns, scale=0.3)
         assert torch.equal(alone[0], together[row])
+
+
+@pytest.mark.parametrize("part", [8, 1024], ids=["several_parts", "one_part"])
+def test_in_two_the_second_holds_what_rounding_took_from_the_first(part: int) -> None:
+    """With queries of 0 the weights are equal, so that nothing but the result is rounded."""
+    heads, columns = LAYOUTS["latent_in_two_tiles"]
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float16  # the interpreter has numpy's numbers
+    query, plan = draw(columns, heads, dtype)
+    query = torch.zeros_like(query)
+    wanted = attend_over_cache(query.double(), 0, replace(plan, cache=plan.cache.double()), columns, scale=0.3)
+    on_device = (tensor.to(DEVICE) for tensor in (query, plan.cache[0], plan.block_table_BM.to(DEVICE), plan.length_B))
+    given = [*on_device, columns, 0.3]
+    plain = decode_kernels.attend(*given, part=part)  # type: ignore[arg-type]
+    first, second = decode_kernels.attend(*given, in_two=True, part=part)  # type: ignore[arg-type]
+    assert torch.equal(first, plain)
+    assert (first.cpu().double() - wanted).abs().max() > 1e-4
+    assert (first.cpu().double() + second.cpu().double() - wanted).abs().max() < 1e-5
+    twin = attend_over_cache(query, 0, plan, columns, 0.3, in_two=True)
+    assert twin.dtype == dtype
+    whole = [0, 1]  # of 1 and 8 positions, whose weights are exact
+    assert (twin.double().sum(0) - wanted)[whole].abs().max() < 1e-5

@@ -18,6 +18,7 @@ from rollouts.builtin_engine import BuiltinEngine
 from rollouts.stop_strings import StopStrings
 from tests.policies import TINY_QWEN3_MOE, tiny_llama, tiny_policy
 from tests.rollouts.agreement import recorded_and_trained
+from tests.rollouts.test_expert_reader import chosen_by
 from tests.rollouts.test_speculative import drafting_policy
 from tests.tokenizer_kinds import byte_tokenizer
 
@@ -213,3 +214,21 @@ def test_speculation_gives_the_completions_of_plain_decoding(
         on_cpu = BuiltinEngine(copy.deepcopy(policy).to("cpu"), EngineConfig.model_validate(config))
         on_cpu.generate(PROMPTS, 3, params)
         assert engine.num_accepted / 2 == pytest.approx(on_cpu.num_accepted, rel=0.1)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
+def test_graphs_record_the_experts_of_every_token(family: str) -> None:
+    """In fp32 they are those of the CPU's pass over the same tokens, but for a tie that rounding breaks."""
+    policy = make_policy(family)
+    params = SamplingParams(max_completion_length=21, stop_token_ids=(2, 9), record_experts=True)
+    same = []
+    for prompt, group in zip(PROMPTS, generate(copy.deepcopy(policy).to("cuda"), params), strict=True):
+        for completion in group:
+            of_prompt, own = completion.prompt_experts_MSK, completion.experts_MTK
+            assert of_prompt is not None
+            assert own is not None
+            recorded = torch.from_numpy(np.concatenate((of_prompt, own), axis=1)).long().sort().values
+            wanted = chosen_by(policy, [*prompt, *completion.token_ids[:-1]])
+            assert recorded.shape == wanted.shape
+            same.append((recorded == wanted).double().mean())
+    assert torch.stack(same).mean() > 0.99
