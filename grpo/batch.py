@@ -1,13 +1,14 @@
 """From groups to packed micro-batches under a token budget.
 
-Rows are sorted by length, so that the rows of one micro-batch are about equally long; nothing has to divide
-anything, and
-which rows share a micro-batch changes the gradient only by rounding.
+A group's rows begin with one prompt. Where it pays, they stay together, and a pass goes over the prompt once for all of
+them that share a micro-batch. Elsewhere rows are sorted by length, so that those of one micro-batch are about equally
+long. Nothing has to divide anything, and which rows share a micro-batch changes the gradient only by rounding.
 """
 
 from __future__ import annotations
 
 import collections.abc
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from policy import PackedRows
 from rollouts import Completion
 
 Sized = TypeVar("Sized", bound=collections.abc.Sized)
+
+LEAST_SAVED = 0.05
+"""Share of the tokens of a pass that sharing prompts has to save, or each row is gone over by itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,14 +84,19 @@ def make_rows(
     ]
 
 
-def make_minibatches(rows: Sequence[Row], num_minibatches: int, max_tokens: int, ranks: Ranks) -> list[Minibatch]:
+def make_minibatches(
+    rows: Sequence[Row], num_minibatches: int, max_tokens: int, ranks: Ranks, *, share_prompts: bool = True
+) -> list[Minibatch]:
     """Deal the problems out in turn to this many optimizer steps, and cut each part into micro-batches.
 
     Whole problems, by their index in the step, so that neither the number of ranks nor the aggregation matters.
     """
     parts = [[row for row in rows if row.origin.problem % num_minibatches == m] for m in range(num_minibatches)]
     return [
-        Minibatch(batches=make_batches(part, max_tokens, ranks.device), counts=count_learned(part, ranks))
+        Minibatch(
+            batches=make_batches(part, max_tokens, ranks.device, share_prompts=share_prompts),
+            counts=count_learned(part, ranks),
+        )
         for part in parts
     ]
 
@@ -101,16 +110,91 @@ def count_learned(rows: Sequence[Row], ranks: Ranks) -> Counts:
     return Counts(tokens=tokens, sequences=sequences, prompts=problems)
 
 
-def make_batches(rows: Sequence[Row], max_tokens: int, device: torch.device | str = "cpu") -> list[Batch]:
-    """Cut length-sorted rows into micro-batches of at most `max_tokens` padded tokens (or one row, if longer).
+def make_batches(
+    rows: Sequence[Row], max_tokens: int, device: torch.device | str = "cpu", *, share_prompts: bool = True
+) -> list[Batch]:
+    """Cut rows into micro-batches of at most `max_tokens` padded tokens (or one row, if longer).
 
-    Rows that are not learned from are left out; those without advantage stay, for their entropy and KL.
+    Rows that are not learned from are left out; those without advantage stay, for their entropy and KL. Prompts are
+    shared where that leaves fewer tokens by `LEAST_SAVED`; on a GPU, whose attention pads nothing, neither the budget
+    of shared rows nor this comparison counts padding.
     """
     learned = [row for row in rows if row.learned]
     prompt_tokens = Counter[int]()
     for row in learned:
         prompt_tokens[row.origin.problem] += len(row.completion.token_ids)
-    return [_pack(part, prompt_tokens, device) for part in cut_by_tokens(learned, max_tokens)]
+    parts, prefixes = cut_by_tokens(learned, max_tokens), False
+    if share_prompts and learned:
+        is_padded = torch.device(device).type != "cuda"
+        together = cut_by_prompts(learned, max_tokens, is_padded=is_padded)
+        num_alone = sum(len(part) * max(map(len, part)) if is_padded else sum(map(len, part)) for part in parts)
+        if sum(_Load.of(part).tokens(is_padded=is_padded) for part in together) <= (1 - LEAST_SAVED) * num_alone:
+            parts, prefixes = together, True
+    return [_pack(part, prompt_tokens, device, share_prompts=prefixes) for part in parts]
+
+
+def cut_by_prompts(rows: Sequence[Row], max_tokens: int, *, is_padded: bool) -> list[list[Row]]:
+    """Rows problem by problem, cut into parts of at most `max_tokens` with each prompt counted once (or one row).
+
+    Problems in order of their longest completion. A problem that does not fit into what is left of a part goes on in
+    the next, with its prompt again.
+    """
+    longest = dict[int, int]()
+    for row in rows:
+        longest[row.origin.problem] = max(longest.get(row.origin.problem, 0), len(row))
+    parts, load = list[list[Row]](), _Load()
+    for row in sorted(rows, key=lambda row: (longest[row.origin.problem], row.origin.problem, len(row))):
+        load = load.plus(row)
+        if not parts or load.tokens(is_padded=is_padded) > max_tokens:
+            parts.append([])
+            load = _Load().plus(row)
+        parts[-1].append(row)
+    return parts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Load:
+    """How many tokens rows that share prompts are; the rows of a problem follow one another."""
+
+    problem: int | None = None
+    """Of the last row."""
+    num_prompts: int = 0
+    longest_prompt: int = 0
+    """Tokens."""
+    num_rows: int = 0
+    longest_completion: int = 0
+    """Tokens."""
+    total: int = 0
+    """Tokens of all completions, and of each prompt once."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> _Load:
+        load = cls()
+        for row in rows:
+            load = load.plus(row)
+        return load
+
+    def plus(self, row: Row) -> _Load:
+        """With one more row."""
+        prompt, completion, is_new = (
+            len(row.prompt_ids),
+            len(row.completion.token_ids),
+            row.origin.problem != self.problem,
+        )
+        return _Load(
+            problem=row.origin.problem,
+            num_prompts=self.num_prompts + is_new,
+            longest_prompt=max(self.longest_prompt, prompt),
+            num_rows=self.num_rows + 1,
+            longest_completion=max(self.longest_completion, completion),
+            total=self.total + completion + prompt * is_new,
+        )
+
+    def tokens(self, *, is_padded: bool) -> int:
+        """All of them; where padded, prompts to the longest prompt and completions to the longest completion."""
+        if not is_padded:
+            return self.total
+        return self.num_prompts * self.longest_prompt + self.num_rows * self.longest_completion
 
 
 def cut_by_tokens(items: Sequence[Sized], max_tokens: int) -> list[list[Sized]]:
@@ -127,7 +211,9 @@ def cut_by_tokens(items: Sequence[Sized], max_tokens: int) -> list[list[Sized]]:
     return [*parts, current] if current else parts
 
 
-def _pack(rows: Sequence[Row], prompt_tokens: Counter[int], device: torch.device | str) -> Batch:
+def _pack(
+    rows: Sequence[Row], prompt_tokens: Counter[int], device: torch.device | str, *, share_prompts: bool
+) -> Batch:
     token_ids, mask, logprobs, advantages = list[int](), list[bool](), list[float](), list[float]()
     stale = list[bool]()
     for row in rows:
@@ -137,9 +223,13 @@ def _pack(rows: Sequence[Row], prompt_tokens: Counter[int], device: torch.device
         logprobs += [0.0] * prompt + list(row.completion.logprobs)
         advantages += [0.0] * prompt + [row.advantage] * length
         stale += [False] * prompt + [row.is_stale] * length
+    prefixes = list[tuple[int, int]]()
+    for _, of_problem in itertools.groupby(rows if share_prompts else (), key=lambda row: row.origin.problem):
+        lengths = [len(row.prompt_ids) for row in of_problem]
+        prefixes.append((len(lengths), lengths[0]))
     return Batch(
         token_ids_N=torch.tensor(token_ids, device=device),
-        rows=PackedRows.of([len(row) for row in rows], device),
+        rows=PackedRows.of([len(row) for row in rows], device, prefixes=prefixes),
         origins=tuple(row.origin for row in rows),
         completion_mask_N=torch.tensor(mask, device=device),
         rollout_logprobs_N=torch.tensor(logprobs, dtype=torch.float32, device=device),

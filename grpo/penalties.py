@@ -59,7 +59,8 @@ def divergences(
     """
     rows = make_rows(groups, [[0.0] * len(group.completions) for group in groups], mask_truncated=False)
     params, found = drawn_with(config), dict[Origin, float]()
-    for given in make_batches(rows, config.max_tokens_per_micro_batch, policy.device):
+    size = config.max_tokens_per_micro_batch
+    for given in make_batches(rows, size, policy.device, share_prompts=config.share_prompts):
         batch = score(policy, given, params)[0] if is_truncated(params) else given
         values = reference.score(batch, params)
         kl_N = ESTIMATORS[config.kl_estimator](batch.rollout_logprobs_N, values.logprobs_N)

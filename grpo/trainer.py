@@ -235,7 +235,9 @@ class Trainer:
         stats = update(
             self.policy,
             optimizer,
-            make_minibatches(rows, config.num_minibatches, self.max_tokens, self.ranks),
+            make_minibatches(
+                rows, config.num_minibatches, self.max_tokens, self.ranks, share_prompts=config.share_prompts
+            ),
             learning_rate=self._learning_rate(),
             config=config,
             ranks=self.ranks,

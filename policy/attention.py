@@ -1,7 +1,8 @@
 """What both attentions share: how to attend in one pass (the plan), attention within packed rows, the cache's writing.
 
 Shapes: N packed tokens, B sequences, H query heads, G key-value heads (G divides H; head h reads h // (H/G)),
-Q query and key width, V value width, W numbers of a cache entry, L cached positions, S longest row.
+Q query and key width, V value width, W numbers of a cache entry, L cached positions, S longest row (of what is shared:
+P longest prefix, R longest rest), U tokens with shared prefixes counted once.
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from policy.gpu_attention import attend_on_gpu, takes_unpadded
-from policy.packing import PackedRows
+from policy.packing import PackedRows, SharedPrefixes
 from policy.paged_attention import Absorbed
+from policy.recompute import remade
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Expanded:
-    """Attend within each packed row; where a cache is given, also write what decoding will need."""
+    """Attend within each packed row; where a cache is given, also write what decoding will need.
+
+    Where `rows.shared` is given, the tokens are those U, in its order, and there is no cache.
+    """
 
     rows: PackedRows
     cache: Tensor | None = None
@@ -36,9 +41,11 @@ SHORT_ROW = 256
 
 
 def attend_in_rows(query_NHQ: Tensor, key_NGQ: Tensor, value_NGV: Tensor, rows: PackedRows, scale: float) -> Tensor:
-    """Causal softmax attention [N, H, V] within each packed row."""
+    """Causal softmax attention [N, H, V] within each packed row; of the U tokens of `rows.shared` where it is given."""
     if takes_unpadded(query_NHQ, value_NGV):
         return attend_on_gpu(query_NHQ, key_NGQ, value_NGV, rows, scale)
+    if rows.shared is not None:
+        return _attend_after_prefixes(query_NHQ, key_NGQ, value_NGV, rows.shared, scale)
     # Causal attention never looks right, so zeros padded after a row's end change nothing inside it.
     query, key, value = (rows.pad(x).transpose(1, 2) for x in (query_NHQ, key_NGQ, value_NGV))
     return rows.unpad(attend_causally(query, key, value, scale).transpose(1, 2))
@@ -51,11 +58,54 @@ def attend_causally(query_BHSQ: Tensor, key_BGSQ: Tensor, value_BGSV: Tensor, sc
         return F.scaled_dot_product_attention(
             query_BHSQ, key_BGSQ, value_BGSV, is_causal=True, scale=scale, enable_gqa=groups < heads
         )
+    bias_SS = torch.full((length, length), float("-inf"), dtype=query_BHSQ.dtype).triu(1)
+    return _attend_plainly(query_BHSQ, key_BGSQ, value_BGSV, bias_SS.repeat(heads // groups, 1), scale)
+
+
+def _attend_after_prefixes(
+    query_UHQ: Tensor, key_UGQ: Tensor, value_UGV: Tensor, shared: SharedPrefixes, scale: float
+) -> Tensor:
+    """Attention [U, H, V] of prefixes within themselves, and of each rest over its prefix and itself."""
+    parts = [shared.num_shared, len(query_UHQ) - shared.num_shared]
+    (q_start, q_rest), (k_start, k_rest), (v_start, v_rest) = (x.split(parts) for x in (query_UHQ, key_UGQ, value_UGV))
+    start_out = attend_in_rows(q_start, k_start, v_start, shared.prefix_rows, scale)
+    query_BHRQ = shared.rest_rows.pad(q_rest).transpose(1, 2)
+    key_BGSQ, value_BGSV = remade(shared.join, k_start, k_rest), remade(shared.join, v_start, v_rest)
+    (_, heads, own, _), groups = query_BHRQ.shape, key_BGSQ.shape[1]
+    bias_BRS = torch.zeros((), dtype=query_BHRQ.dtype, device=query_BHRQ.device).masked_fill(
+        shared.hides(), float("-inf")
+    )
+    if query_BHRQ.device.type == "cpu" and own <= SHORT_ROW:
+        bias_BRS = bias_BRS.repeat(1, heads // groups, 1)
+        if len(bias_BRS) > 1:
+            bias_BRS = bias_BRS.repeat_interleave(groups, dim=0)
+        rest_out = _attend_plainly(query_BHRQ, key_BGSQ, value_BGSV, bias_BRS, scale)
+    else:
+        # Some queries at a time: what lies to the right of all of them costs nothing.
+        before, outs = shared.prefix_rows.longest, list[Tensor]()
+        for first in range(0, own, SHORT_ROW):
+            last = min(own, first + SHORT_ROW)
+            outs.append(
+                F.scaled_dot_product_attention(
+                    query_BHRQ[:, :, first:last],
+                    key_BGSQ[:, :, : before + last],
+                    value_BGSV[:, :, : before + last],
+                    attn_mask=bias_BRS[:, None, first:last, : before + last],
+                    scale=scale,
+                    enable_gqa=groups < heads,
+                )
+            )
+        rest_out = torch.cat(outs, dim=2)
+    return torch.cat((start_out, shared.rest_rows.unpad(rest_out.transpose(1, 2))))
+
+
+def _attend_plainly(query_BHRQ: Tensor, key_BGSQ: Tensor, value_BGSV: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Softmax attention [B, H, R, V] in two batched products; `bias` is added to the scores, [..., H/G * R, S]."""
+    heads, length, groups = query_BHRQ.shape[1], query_BHRQ.shape[2], key_BGSQ.shape[1]
     # Heads that share a key are one taller matrix.
-    query = query_BHSQ.unflatten(1, (groups, -1)).flatten(2, 3).flatten(0, 1)
+    query = query_BHRQ.unflatten(1, (groups, -1)).flatten(2, 3).flatten(0, 1)
     key, value = key_BGSQ.flatten(0, 1), value_BGSV.flatten(0, 1)
-    bias_SS = torch.full((length, length), float("-inf"), dtype=query.dtype).triu(1).repeat(heads // groups, 1)
-    scores = torch.baddbmm(bias_SS, query, key.transpose(1, 2), alpha=scale)
+    scores = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scale)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
     return torch.bmm(weights, value).view(-1, heads, length, value.shape[-1])
 
