@@ -131,7 +131,10 @@ def draw(vocab_size: int, prompt: int, arguments: argparse.Namespace, device: st
             token_ids += [start, torch.randint(3, vocab_size, (length,), generator=generator)]
             wanted += [torch.zeros(prompt, dtype=torch.bool), torch.ones(length, dtype=torch.bool)]
     rows = PackedRows.of(
-        [prompt + length for length in lengths] * arguments.groups, device, prefixes=[(size, prompt)] * arguments.groups
+        [prompt + length for length in lengths] * arguments.groups,
+        device,
+        prefixes=[prompt] * arguments.groups,
+        prefix_of_row=[g for g in range(arguments.groups) for _ in range(size)],
     )
     return Work(token_ids_N=torch.cat(token_ids).to(device), rows=rows, wanted_N=torch.cat(wanted).to(device))
 

@@ -8,7 +8,6 @@ long. Nothing has to divide anything, and which rows share a micro-batch changes
 from __future__ import annotations
 
 import collections.abc
-import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,88 +112,49 @@ def count_learned(rows: Sequence[Row], ranks: Ranks) -> Counts:
 def make_batches(
     rows: Sequence[Row], max_tokens: int, device: torch.device | str = "cpu", *, share_prompts: bool = True
 ) -> list[Batch]:
-    """Cut rows into micro-batches of at most `max_tokens` padded tokens (or one row, if longer).
+    """Cut rows into micro-batches of at most `max_tokens` tokens (or one row, if longer).
 
     Rows that are not learned from are left out; those without advantage stay, for their entropy and KL. Prompts are
-    shared where that leaves fewer tokens by `LEAST_SAVED`; on a GPU, whose attention pads nothing, neither the budget
-    of shared rows nor this comparison counts padding.
+    shared where that leaves fewer tokens to go over, by `LEAST_SAVED`, and are then counted once; elsewhere the tokens
+    are those of rows padded to the longest.
     """
     learned = [row for row in rows if row.learned]
     prompt_tokens = Counter[int]()
     for row in learned:
         prompt_tokens[row.origin.problem] += len(row.completion.token_ids)
-    parts, prefixes = cut_by_tokens(learned, max_tokens), False
-    if share_prompts and learned:
-        is_padded = torch.device(device).type != "cuda"
-        together = cut_by_prompts(learned, max_tokens, is_padded=is_padded)
-        num_alone = sum(len(part) * max(map(len, part)) if is_padded else sum(map(len, part)) for part in parts)
-        if sum(_Load.of(part).tokens(is_padded=is_padded) for part in together) <= (1 - LEAST_SAVED) * num_alone:
-            parts, prefixes = together, True
-    return [_pack(part, prompt_tokens, device, share_prompts=prefixes) for part in parts]
+    if share_prompts:
+        parts = cut_by_prompts(learned, max_tokens)
+        if sum(map(count_sharing, parts)) <= (1 - LEAST_SAVED) * sum(map(len, learned)):
+            return [_pack(part, prompt_tokens, device, share_prompts=True) for part in parts]
+    parts = cut_by_tokens(learned, max_tokens)
+    return [_pack(part, prompt_tokens, device, share_prompts=False) for part in parts]
 
 
-def cut_by_prompts(rows: Sequence[Row], max_tokens: int, *, is_padded: bool) -> list[list[Row]]:
+def cut_by_prompts(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
     """Rows problem by problem, cut into parts of at most `max_tokens` with each prompt counted once (or one row).
 
-    Problems in order of their longest completion. A problem that does not fit into what is left of a part goes on in
-    the next, with its prompt again.
+    Problems come in order of their longest row, the rows of each in order of length. A problem for which there is no
+    room left in a part goes on in the next, with its prompt again.
     """
     longest = dict[int, int]()
     for row in rows:
         longest[row.origin.problem] = max(longest.get(row.origin.problem, 0), len(row))
-    parts, load = list[list[Row]](), _Load()
+    parts, total = list[list[Row]](), 0
     for row in sorted(rows, key=lambda row: (longest[row.origin.problem], row.origin.problem, len(row))):
-        load = load.plus(row)
-        if not parts or load.tokens(is_padded=is_padded) > max_tokens:
+        is_known = bool(parts) and parts[-1][-1].origin.problem == row.origin.problem
+        added = len(row.completion.token_ids) if is_known else len(row)
+        if not parts or total + added > max_tokens:
             parts.append([])
-            load = _Load().plus(row)
+            total, added = 0, len(row)
         parts[-1].append(row)
+        total += added
     return parts
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Load:
-    """How many tokens rows that share prompts are; the rows of a problem follow one another."""
-
-    problem: int | None = None
-    """Of the last row."""
-    num_prompts: int = 0
-    longest_prompt: int = 0
-    """Tokens."""
-    num_rows: int = 0
-    longest_completion: int = 0
-    """Tokens."""
-    total: int = 0
-    """Tokens of all completions, and of each prompt once."""
-
-    @classmethod
-    def of(cls, rows: Sequence[Row]) -> _Load:
-        load = cls()
-        for row in rows:
-            load = load.plus(row)
-        return load
-
-    def plus(self, row: Row) -> _Load:
-        """With one more row."""
-        prompt, completion, is_new = (
-            len(row.prompt_ids),
-            len(row.completion.token_ids),
-            row.origin.problem != self.problem,
-        )
-        return _Load(
-            problem=row.origin.problem,
-            num_prompts=self.num_prompts + is_new,
-            longest_prompt=max(self.longest_prompt, prompt),
-            num_rows=self.num_rows + 1,
-            longest_completion=max(self.longest_completion, completion),
-            total=self.total + completion + prompt * is_new,
-        )
-
-    def tokens(self, *, is_padded: bool) -> int:
-        """All of them; where padded, prompts to the longest prompt and completions to the longest completion."""
-        if not is_padded:
-            return self.total
-        return self.num_prompts * self.longest_prompt + self.num_rows * self.longest_completion
+def count_sharing(rows: Sequence[Row]) -> int:
+    """Tokens of all completions, and of each problem's prompt once."""
+    prompts = {row.origin.problem: len(row.prompt_ids) for row in rows}
+    return sum(prompts.values()) + sum(len(row.completion.token_ids) for row in rows)
 
 
 def cut_by_tokens(items: Sequence[Sized], max_tokens: int) -> list[list[Sized]]:
@@ -214,6 +174,8 @@ def cut_by_tokens(items: Sequence[Sized], max_tokens: int) -> list[list[Sized]]:
 def _pack(
     rows: Sequence[Row], prompt_tokens: Counter[int], device: torch.device | str, *, share_prompts: bool
 ) -> Batch:
+    if share_prompts and torch.device(device).type == "cpu":
+        rows = sorted(rows, key=lambda row: len(row.completion.token_ids))  # its attention pads neighbours together
     token_ids, mask, logprobs, advantages = list[int](), list[bool](), list[float](), list[float]()
     stale = list[bool]()
     for row in rows:
@@ -223,13 +185,9 @@ def _pack(
         logprobs += [0.0] * prompt + list(row.completion.logprobs)
         advantages += [0.0] * prompt + [row.advantage] * length
         stale += [False] * prompt + [row.is_stale] * length
-    prefixes = list[tuple[int, int]]()
-    for _, of_problem in itertools.groupby(rows if share_prompts else (), key=lambda row: row.origin.problem):
-        lengths = [len(row.prompt_ids) for row in of_problem]
-        prefixes.append((len(lengths), lengths[0]))
     return Batch(
         token_ids_N=torch.tensor(token_ids, device=device),
-        rows=PackedRows.of([len(row) for row in rows], device, prefixes=prefixes),
+        rows=_lay_out(rows, device, share_prompts=share_prompts),
         origins=tuple(row.origin for row in rows),
         completion_mask_N=torch.tensor(mask, device=device),
         rollout_logprobs_N=torch.tensor(logprobs, dtype=torch.float32, device=device),
@@ -237,3 +195,13 @@ def _pack(
         prompt_tokens_B=torch.tensor([prompt_tokens[row.origin.problem] for row in rows], device=device),
         stale_N=torch.tensor(stale, device=device) if any(stale) else None,
     )
+
+
+def _lay_out(rows: Sequence[Row], device: torch.device | str, *, share_prompts: bool) -> PackedRows:
+    lengths = [len(row) for row in rows]
+    if not share_prompts:
+        return PackedRows.of(lengths, device)
+    prompts = {row.origin.problem: len(row.prompt_ids) for row in rows}
+    number = {problem: prefix for prefix, problem in enumerate(prompts)}
+    of_row = [number[row.origin.problem] for row in rows]
+    return PackedRows.of(lengths, device, prefixes=list(prompts.values()), prefix_of_row=of_row)

@@ -8,6 +8,7 @@ P longest prefix, R longest rest), U tokens with shared prefixes counted once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -66,37 +67,48 @@ def _attend_after_prefixes(
     query_UHQ: Tensor, key_UGQ: Tensor, value_UGV: Tensor, shared: SharedPrefixes, scale: float
 ) -> Tensor:
     """Attention [U, H, V] of prefixes within themselves, and of each rest over its prefix and itself."""
-    parts = [shared.num_shared, len(query_UHQ) - shared.num_shared]
-    (q_start, q_rest), (k_start, k_rest), (v_start, v_rest) = (x.split(parts) for x in (query_UHQ, key_UGQ, value_UGV))
-    start_out = attend_in_rows(q_start, k_start, v_start, shared.prefix_rows, scale)
-    query_BHRQ = shared.rest_rows.pad(q_rest).transpose(1, 2)
-    key_BGSQ, value_BGSV = remade(shared.join, k_start, k_rest), remade(shared.join, v_start, v_rest)
-    (_, heads, own, _), groups = query_BHRQ.shape, key_BGSQ.shape[1]
-    bias_BRS = torch.zeros((), dtype=query_BHRQ.dtype, device=query_BHRQ.device).masked_fill(
-        shared.hides(), float("-inf")
-    )
+    prefix_rows = shared.prefix_rows
+    counts = [shared.num_shared, *(sum(block.rows.lengths) for block in shared.blocks)]
+    queries, keys, values = (x.split(counts) for x in (query_UHQ, key_UGQ, value_UGV))
+    outs = [attend_in_rows(queries[0], keys[0], values[0], prefix_rows, scale)]
+    for block, query, key, value in zip(shared.blocks, queries[1:], keys[1:], values[1:], strict=True):
+        join = partial(block.join, prefix_rows=prefix_rows)
+        key_BGSQ, value_BGSV = remade(join, keys[0], key), remade(join, values[0], value)
+        query_BHRQ = block.rows.pad(query).transpose(1, 2)
+        out_BHRV = _attend_seeing(query_BHRQ, key_BGSQ, value_BGSV, block.hides(prefix_rows), scale)
+        outs.append(block.rows.unpad(out_BHRV.transpose(1, 2)))
+    return torch.cat(outs)
+
+
+def _attend_seeing(
+    query_BHRQ: Tensor, key_BGSQ: Tensor, value_BGSV: Tensor, hidden_BRS: Tensor, scale: float
+) -> Tensor:
+    """Softmax attention [B, H, R, V] of queries over all keys that are not hidden from them; the last keys are the
+    queries' own, and those after a query's are."""
+    (_, heads, own, _), groups, before = query_BHRQ.shape, key_BGSQ.shape[1], key_BGSQ.shape[2] - query_BHRQ.shape[2]
+    nothing = torch.zeros((), dtype=query_BHRQ.dtype, device=query_BHRQ.device)
+    bias_BRS = nothing.masked_fill(hidden_BRS, float("-inf"))
     if query_BHRQ.device.type == "cpu" and own <= SHORT_ROW:
         bias_BRS = bias_BRS.repeat(1, heads // groups, 1)
         if len(bias_BRS) > 1:
             bias_BRS = bias_BRS.repeat_interleave(groups, dim=0)
-        rest_out = _attend_plainly(query_BHRQ, key_BGSQ, value_BGSV, bias_BRS, scale)
-    else:
-        # Some queries at a time: what lies to the right of all of them costs nothing.
-        before, outs = shared.prefix_rows.longest, list[Tensor]()
-        for first in range(0, own, SHORT_ROW):
-            last = min(own, first + SHORT_ROW)
-            outs.append(
-                F.scaled_dot_product_attention(
-                    query_BHRQ[:, :, first:last],
-                    key_BGSQ[:, :, : before + last],
-                    value_BGSV[:, :, : before + last],
-                    attn_mask=bias_BRS[:, None, first:last, : before + last],
-                    scale=scale,
-                    enable_gqa=groups < heads,
-                )
+        return _attend_plainly(query_BHRQ, key_BGSQ, value_BGSV, bias_BRS, scale)
+    outs = list[Tensor]()
+    # Some queries at a time: what lies to the right of all of them costs nothing.
+    for first in range(0, own, SHORT_ROW):
+        last = min(own, first + SHORT_ROW)
+        seen = slice(before + last)
+        outs.append(
+            F.scaled_dot_product_attention(
+                query_BHRQ[:, :, first:last],
+                key_BGSQ[:, :, seen],
+                value_BGSV[:, :, seen],
+                attn_mask=bias_BRS[:, None, first:last, seen],
+                scale=scale,
+                enable_gqa=groups < heads,
             )
-        rest_out = torch.cat(outs, dim=2)
-    return torch.cat((start_out, shared.rest_rows.unpad(rest_out.transpose(1, 2))))
+        )
+    return torch.cat(outs, dim=2)
 
 
 def _attend_plainly(query_BHRQ: Tensor, key_BGSQ: Tensor, value_BGSV: Tensor, bias: Tensor, scale: float) -> Tensor:

@@ -138,6 +138,7 @@ class _AfterPrefixes(Function):
 
 def _pairings(shared: SharedPrefixes) -> tuple[Pairing, Pairing]:
     """Each prefix and each rest with itself; all rests of a prefix, which are one long piece, with the prefix."""
+    assert shared.rest_bounds is not None, "rows of one prefix must follow one another"
     own = Pairing(
         query_bounds=shared.bounds,
         key_bounds=shared.bounds,

@@ -35,12 +35,13 @@ class PackedRows:
         lengths: Sequence[int],
         device: torch.device | str = "cpu",
         *,
-        prefixes: Sequence[tuple[int, int]] = (),
+        prefixes: Sequence[int] = (),
+        prefix_of_row: Sequence[int] = (),
     ) -> PackedRows:
         """The layout of rows with these lengths (each at least 1).
 
-        `prefixes` says how many rows, one after another, begin with the same tokens, and with how many: pairs that
-        cover all rows in order, none of which may end with its prefix. Empty: nothing is shared.
+        Rows may begin with the same tokens: `prefixes` are how many, [F], and `prefix_of_row` says which of them each
+        row begins with and goes on after, [B]; each is some row's. Empty: nothing is shared.
         """
         lengths = tuple(lengths)
         assert lengths
@@ -54,7 +55,7 @@ class PackedRows:
             position_ids_N=(slots % longest).to(device),
             slot_N=None if min(lengths) == longest else slots.to(device),
             bounds=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device),
-            shared=SharedPrefixes.of(lengths, prefixes, device) if prefixes else None,
+            shared=SharedPrefixes.of(lengths, prefixes, prefix_of_row, device) if prefixes else None,
         )
 
     @property
@@ -64,15 +65,16 @@ class PackedRows:
 
     def take(self, first: int, last: int) -> PackedRows:
         """Rows `first` to `last`, the last not included, sharing among them what they share here."""
-        prefixes = list[tuple[int, int]]()
-        if self.shared is not None:
-            start = 0
-            for count, length in self.shared.prefixes:
-                inside = min(last, start + count) - max(first, start)
-                if inside > 0:
-                    prefixes.append((inside, length))
-                start += count
-        return PackedRows.of(self.lengths[first:last], self.position_ids_N.device, prefixes=prefixes)
+        if self.shared is None:
+            return PackedRows.of(self.lengths[first:last], self.position_ids_N.device)
+        of_row = self.shared.prefix_of_row[first:last]
+        kept = {prefix: new for new, prefix in enumerate(dict.fromkeys(of_row))}
+        return PackedRows.of(
+            self.lengths[first:last],
+            self.position_ids_N.device,
+            prefixes=[self.shared.prefix_rows.lengths[prefix] for prefix in kept],
+            prefix_of_row=[kept[prefix] for prefix in of_row],
+        )
 
     @property
     def longest(self) -> int:
@@ -107,6 +109,10 @@ class PackedRows:
         return flat if self.slot_N is None else flat.index_select(0, self.slot_N)
 
 
+BLOCK_GROWTH, BLOCK_LEAST = 1.5, 16
+"""Rests up to so many times as long as the shortest of them are padded together, and those of so many tokens."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SharedPrefixes:
     """What rows begin with, once: U tokens, first those of the F prefixes, then what each of the B rows goes on with.
@@ -115,14 +121,12 @@ class SharedPrefixes:
     common.
     """
 
-    prefixes: tuple[tuple[int, int], ...]
-    """How many rows share each prefix and how many tokens it has, [F]."""
+    prefix_of_row: tuple[int, ...]
+    """Which prefix each row begins with, [B]."""
     prefix_rows: PackedRows
     """The prefixes as rows of their own, [F]."""
     rest_rows: PackedRows
     """What comes after the prefix in each row, [B]."""
-    prefix_B: Tensor
-    """Which prefix each row begins with, int64."""
     token_U: Tensor
     """Place of each token among N, of a prefix in the first row that has it; int64."""
     place_N: Tensor
@@ -131,47 +135,57 @@ class SharedPrefixes:
     """Position of each token within its row, int64."""
     bounds: Tensor
     """Where each prefix and then each rest starts among U, and where the last ends, int32 [F + B + 1]."""
-    rest_bounds: Tensor
-    """Where the first rest of each prefix starts among the rests' tokens, and where the last ends, int32 [F + 1]."""
+    rest_bounds: Tensor | None
+    """Where the first rest of each prefix starts among the rests' tokens, and where the last ends, int32 [F + 1]; None
+    where the rows of a prefix do not follow one another in the order of the prefixes."""
     longest_together: int
     """Most tokens of all rests of one prefix."""
+    blocks: tuple[RestBlock, ...]
+    """The rests in order, some at a time on a CPU, whose attention pads them; few where short ones come first."""
 
     @classmethod
     def of(
-        cls, lengths: Sequence[int], prefixes: Sequence[tuple[int, int]], device: torch.device | str = "cpu"
+        cls,
+        lengths: Sequence[int],
+        prefixes: Sequence[int],
+        prefix_of_row: Sequence[int],
+        device: torch.device | str = "cpu",
     ) -> SharedPrefixes:
         """See `PackedRows.of`."""
-        prefix_of_row = [f for f, (count, _) in enumerate(prefixes) for _ in range(count)]
         assert len(prefix_of_row) == len(lengths)
-        rests = [length - prefixes[f][1] for length, f in zip(lengths, prefix_of_row, strict=True)]
-        assert min(rests) > 0
-        prefix_B, lengths_B = torch.tensor(prefix_of_row), torch.tensor(lengths)
-        starts, rest_rows = PackedRows.of([length for _, length in prefixes]), PackedRows.of(rests)
+        assert set(prefix_of_row) == set(range(len(prefixes)))
+        rests = [length - prefixes[prefix] for length, prefix in zip(lengths, prefix_of_row, strict=True)]
+        prefix_rows, rest_rows = PackedRows.of(prefixes), PackedRows.of(rests)
+        lengths_B, prefix_B = torch.tensor(lengths), torch.tensor(prefix_of_row)
+        own_B, num_shared = torch.tensor(prefixes)[prefix_B], sum(prefixes)
         row_N = torch.arange(len(lengths)).repeat_interleave(lengths_B)
         position_N = torch.arange(len(row_N)) - (lengths_B.cumsum(0) - lengths_B)[row_N]
-        own_B = torch.tensor([length for _, length in prefixes])[prefix_B]
         is_shared_N = position_N < own_B[row_N]
-        num_shared = sum(starts.lengths)
         place_N = torch.where(
             is_shared_N,
-            starts.bounds[:-1].long()[prefix_B][row_N] + position_N,
+            prefix_rows.bounds[:-1].long()[prefix_B][row_N] + position_N,
             num_shared + torch.arange(len(row_N)) - own_B.cumsum(0)[row_N],
         )
-        is_first_B = prefix_B.diff(prepend=torch.tensor([-1])) > 0
-        token_U = torch.cat(((is_shared_N & is_first_B[row_N]).nonzero(), (~is_shared_N).nonzero())).squeeze(1)
-        ends = [0, *itertools.accumulate(count for count, _ in prefixes)]
-        rest_bounds = rest_rows.bounds[ends]
+        last_U = torch.full((num_shared + sum(rests),), len(row_N))
+        token_U = last_U.scatter_reduce(0, place_N, torch.arange(len(row_N)), "amin")
+        together = [0] * len(prefixes)
+        for prefix, rest in zip(prefix_of_row, rests, strict=True):
+            together[prefix] += rest
+        rest_bounds = torch.tensor([0, *itertools.accumulate(together)], dtype=torch.int32)
         return cls(
-            prefixes=tuple(prefixes),
-            prefix_rows=PackedRows.of(starts.lengths, device),
+            prefix_of_row=tuple(prefix_of_row),
+            prefix_rows=PackedRows.of(prefixes, device),
             rest_rows=PackedRows.of(rests, device),
-            prefix_B=prefix_B.to(device),
             token_U=token_U.to(device),
             place_N=place_N.to(device),
             position_ids_U=position_N[token_U].to(device),
-            bounds=torch.cat((starts.bounds, num_shared + rest_rows.bounds[1:])).to(device),
-            rest_bounds=rest_bounds.to(device),
-            longest_together=int(rest_bounds.diff().max()),
+            bounds=torch.cat((prefix_rows.bounds, num_shared + rest_rows.bounds[1:])).to(device),
+            rest_bounds=rest_bounds.to(device) if list(prefix_of_row) == sorted(prefix_of_row) else None,
+            longest_together=max(together),
+            blocks=tuple(
+                RestBlock(rows=PackedRows.of(rests[rows], device), prefix_B=prefix_B[rows].to(device))
+                for rows in (_blocks(rests) if torch.device(device).type == "cpu" else [slice(0, len(rests))])
+            ),
         )
 
     @property
@@ -184,20 +198,40 @@ class SharedPrefixes:
         """Tokens of the longest prefix or rest."""
         return max(self.prefix_rows.longest, self.rest_rows.longest)
 
-    def join(self, start_F: Tensor, rest_B: Tensor) -> Tensor:
-        """[num_shared, G, ...] and [U - num_shared, G, ...] to rows [B, G, P + R, ...]: each row's prefix, padded with
-        zeros to the longest (P), then its rest, padded to the longest (R)."""
-        start = self.prefix_rows.pad(start_F).transpose(1, 2).index_select(0, self.prefix_B)
-        return torch.cat((start, self.rest_rows.pad(rest_B).transpose(1, 2)), dim=2)
 
-    def hides(self) -> Tensor:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RestBlock:
+    """Some rests that follow one another, about equally long."""
+
+    rows: PackedRows
+    """The rests, [B]."""
+    prefix_B: Tensor
+    """Which prefix each follows, int64."""
+
+    def join(self, prefix_F: Tensor, rest_N: Tensor, *, prefix_rows: PackedRows) -> Tensor:
+        """The prefixes' and these rests' [..., G, Q] as rows [B, G, P + R, Q]: the prefix, padded with zeros to the
+        longest of all (P), then the rest, padded to the longest here (R)."""
+        prefix = prefix_rows.pad(prefix_F).transpose(1, 2).index_select(0, self.prefix_B)
+        return torch.cat((prefix, self.rows.pad(rest_N).transpose(1, 2)), dim=2)
+
+    def hides(self, prefix_rows: PackedRows) -> Tensor:
         """True where a rest must not look: [B, R, P + R], or [1, R, P + R] where all prefixes are equally long."""
-        before, own = self.prefix_rows.longest, self.rest_rows.longest
-        device = self.prefix_B.device
+        before, own, device = prefix_rows.longest, self.rows.longest, self.prefix_B.device
         later_RR = torch.ones(own, own, dtype=torch.bool, device=device).triu(1)[None]
-        if self.prefix_rows.slot_N is None:
+        if prefix_rows.slot_N is None:
             return F.pad(later_RR, (before, 0))
-        length_B = self.prefix_rows.bounds.diff().index_select(0, self.prefix_B)
+        length_B = prefix_rows.bounds.diff().index_select(0, self.prefix_B)
         beyond_BP = torch.arange(before, device=device) >= length_B[:, None]
         size = (len(length_B), own)
         return torch.cat((beyond_BP[:, None].expand(*size, -1), later_RR.expand(*size, -1)), dim=2)
+
+
+def _blocks(lengths: Sequence[int]) -> list[slice]:
+    """Rows one after another that are worth padding together."""
+    blocks, first, shortest, longest = list[slice](), 0, lengths[0], lengths[0]
+    for row, length in enumerate(lengths):
+        shortest, longest = min(shortest, length), max(longest, length)
+        if longest > BLOCK_GROWTH * max(shortest, BLOCK_LEAST):
+            blocks.append(slice(first, row))
+            first, shortest, longest = row, length, length
+    return [*blocks, slice(first, len(lengths))]
