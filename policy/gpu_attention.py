@@ -5,11 +5,11 @@ has them, are filled up with zeros. cuDNN's takes a batch of rows of one length 
 1.8 times as fast on an H100, but plans anew for every number and length of rows, which takes as long as a whole pass:
 it serves training, and there only rows of one length that are several.
 
-Rows that share prefixes take two passes of the first: every prefix and every rest over itself, then all rests of a
-prefix, as one long row of queries, over the prefix. Both give the logarithm of their softmax's denominator, by which
-the two are one softmax; and since a kernel's backward pass makes its weights again from that number alone, the total
-one makes it give the share that its keys have in the gradient (Ring Attention, arXiv 2310.01889, joins pieces so).
-Nothing is copied once a row, and a prefix's keys are read once.
+Rows that share prefixes take two passes of the first: every prefix and every rest over itself, then the rests over
+their prefix. Both give the logarithm of their softmax's denominator, by which the two are one softmax; and since a
+kernel's backward pass makes its weights again from that number alone, the total one makes it give the share that its
+keys have in the gradient (Ring Attention, arXiv 2310.01889, joins pieces so). Rests are queries one after another, in
+as many runs as keep a GPU busy in the backward pass, which works on one stretch of keys at a time.
 
 Shapes: N packed tokens, H query heads, G key-value heads, Q query and key width, V value width, U tokens with shared
 prefixes counted once.
@@ -107,10 +107,11 @@ class _AfterPrefixes(Function):
         scale: float,
         kernel: Kernel,
     ) -> Tensor:
-        own, across = _pairings(shared)
+        own, across, token_K = _pairings(shared)
         value_UGQ, first = _widen(value_UGV, query_UHQ), shared.num_shared
         out_UHQ, log_total_HU = kernel.attend(query_UHQ, key_UGQ, value_UGQ, own, scale)
-        earlier = kernel.attend(query_UHQ[first:], key_UGQ[:first], value_UGQ[:first], across, scale)
+        key_KGQ, value_KGQ = (x.index_select(0, token_K) for x in (key_UGQ, value_UGQ))
+        earlier = kernel.attend(query_UHQ[first:], key_KGQ, value_KGQ, across, scale)
         join_softmaxes(out_UHQ[first:], log_total_HU[:, first:], *earlier)
         out_UHV = out_UHQ[..., : value_UGV.shape[-1]].contiguous()
         ctx.save_for_backward(query_UHQ, key_UGQ, value_UGV, out_UHV, log_total_HU)
@@ -120,25 +121,29 @@ class _AfterPrefixes(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query_UHQ, key_UGQ, value_UGV, out_UHV, log_total_HU = ctx.saved_tensors
-        own, across = _pairings(ctx.shared)
+        own, across, token_K = _pairings(ctx.shared)
         first, width, kernel = ctx.shared.num_shared, value_UGV.shape[-1], ctx.kernel
         grad_UHQ, value_UGQ, out_UHQ = (_widen(x, query_UHQ).contiguous() for x in (grads[0], value_UGV, out_UHV))
         query_grad, key_grad, value_grad = kernel.gradients(
             grad_UHQ, query_UHQ, key_UGQ, value_UGQ, out_UHQ, log_total_HU, own, ctx.scale
         )
+        key_KGQ, value_KGQ = (x.index_select(0, token_K) for x in (key_UGQ, value_UGQ))
         earlier = kernel.gradients(
-            grad_UHQ[first:], query_UHQ[first:], key_UGQ[:first], value_UGQ[:first], out_UHQ[first:],
+            grad_UHQ[first:], query_UHQ[first:], key_KGQ, value_KGQ, out_UHQ[first:],
             log_total_HU[:, first:].contiguous(), across, ctx.scale,
         )  # fmt: skip
         query_grad[first:] += earlier[0]
-        key_grad[:first] += earlier[1]
-        value_grad[:first] += earlier[2]
+        for grad, copies_grad in zip((key_grad, value_grad), earlier[1:], strict=True):
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            total = torch.zeros_like(grad[:first], dtype=wide)
+            grad[:first] += total.index_add_(0, token_K, copies_grad.to(wide))
         return query_grad, key_grad, value_grad[..., :width], None, None, None
 
 
-def _pairings(shared: SharedPrefixes) -> tuple[Pairing, Pairing]:
-    """Each prefix and each rest with itself; all rests of a prefix, which are one long piece, with the prefix."""
-    assert shared.rest_bounds is not None, "rows of one prefix must follow one another"
+def _pairings(shared: SharedPrefixes) -> tuple[Pairing, Pairing, Tensor]:
+    """Each prefix and each rest with itself; each run of rests with its copy of their prefix; where these come from."""
+    runs = shared.runs
+    assert runs is not None, "rows of one prefix must follow one another"
     own = Pairing(
         query_bounds=shared.bounds,
         key_bounds=shared.bounds,
@@ -147,13 +152,13 @@ def _pairings(shared: SharedPrefixes) -> tuple[Pairing, Pairing]:
         is_causal=True,
     )
     across = Pairing(
-        query_bounds=shared.rest_bounds,
-        key_bounds=shared.prefix_rows.bounds,
-        most_queries=shared.longest_together,
+        query_bounds=runs.bounds,
+        key_bounds=runs.key_bounds,
+        most_queries=runs.longest,
         most_keys=shared.prefix_rows.longest,
         is_causal=False,
     )
-    return own, across
+    return own, across, runs.token_K
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, pairs: Pairing, scale: float) -> tuple[Tensor, Tensor]:
@@ -176,7 +181,7 @@ def _flash_gradients(
     pairs: Pairing,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
+    no_dropout = torch.empty(2, dtype=torch.uint64, device=query.device)
     found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
         grad, query, key, value, out, log_total, pairs.query_bounds, pairs.key_bounds,
         max(2, pairs.most_queries), pairs.most_keys, 0.0, pairs.is_causal, no_dropout, no_dropout, scale=scale,

@@ -112,6 +112,9 @@ class PackedRows:
 BLOCK_GROWTH, BLOCK_LEAST = 1.5, 16
 """Rests up to so many times as long as the shortest of them are padded together, and those of so many tokens."""
 
+LEAST_KEYS = 4096
+"""Tokens of prefixes, copies counted, over which a GPU's backward pass has work for all of its processors."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SharedPrefixes:
@@ -135,11 +138,8 @@ class SharedPrefixes:
     """Position of each token within its row, int64."""
     bounds: Tensor
     """Where each prefix and then each rest starts among U, and where the last ends, int32 [F + B + 1]."""
-    rest_bounds: Tensor | None
-    """Where the first rest of each prefix starts among the rests' tokens, and where the last ends, int32 [F + 1]; None
-    where the rows of a prefix do not follow one another in the order of the prefixes."""
-    longest_together: int
-    """Most tokens of all rests of one prefix."""
+    runs: RestRuns | None
+    """The rests by prefix; None where the rows of a prefix do not follow one another in the order of the prefixes."""
     blocks: tuple[RestBlock, ...]
     """The rests in order, some at a time on a CPU, whose attention pads them; few where short ones come first."""
 
@@ -168,10 +168,7 @@ class SharedPrefixes:
         )
         last_U = torch.full((num_shared + sum(rests),), len(row_N))
         token_U = last_U.scatter_reduce(0, place_N, torch.arange(len(row_N)), "amin")
-        together = [0] * len(prefixes)
-        for prefix, rest in zip(prefix_of_row, rests, strict=True):
-            together[prefix] += rest
-        rest_bounds = torch.tensor([0, *itertools.accumulate(together)], dtype=torch.int32)
+        is_by_prefix = list(prefix_of_row) == sorted(prefix_of_row)
         return cls(
             prefix_of_row=tuple(prefix_of_row),
             prefix_rows=PackedRows.of(prefixes, device),
@@ -180,8 +177,7 @@ class SharedPrefixes:
             place_N=place_N.to(device),
             position_ids_U=position_N[token_U].to(device),
             bounds=torch.cat((prefix_rows.bounds, num_shared + rest_rows.bounds[1:])).to(device),
-            rest_bounds=rest_bounds.to(device) if list(prefix_of_row) == sorted(prefix_of_row) else None,
-            longest_together=max(together),
+            runs=RestRuns.of(prefixes, prefix_of_row, rests, device) if is_by_prefix else None,
             blocks=tuple(
                 RestBlock(rows=PackedRows.of(rests[rows], device), prefix_B=prefix_B[rows].to(device))
                 for rows in (_blocks(rests) if torch.device(device).type == "cpu" else [slice(0, len(rests))])
@@ -197,6 +193,44 @@ class SharedPrefixes:
     def longest(self) -> int:
         """Tokens of the longest prefix or rest."""
         return max(self.prefix_rows.longest, self.rest_rows.longest)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RestRuns:
+    """Rests that follow one another after one prefix, each run with a copy of the prefix's keys and values.
+
+    Copies give a GPU enough to do at once: of `LEAST_KEYS` tokens together, or of a prefix for each of its rests.
+    """
+
+    bounds: Tensor
+    """Where each run starts among the rests' tokens and, last, where the last one ends, int32."""
+    key_bounds: Tensor
+    """The same among the copies' tokens, int32."""
+    token_K: Tensor
+    """Place of each of the copies' tokens among the prefixes' tokens, int64."""
+    longest: int
+    """Most tokens of a run."""
+
+    @classmethod
+    def of(
+        cls, prefixes: Sequence[int], prefix_of_row: Sequence[int], rests: Sequence[int], device: torch.device | str
+    ) -> RestRuns:
+        """Of rests in the order of their prefixes."""
+        copies = -(-LEAST_KEYS // sum(prefixes))
+        runs, of_run, places = list[int](), list[int](), list[Tensor]()
+        starts = [0, *itertools.accumulate(prefixes)]
+        for prefix, rows in itertools.groupby(range(len(rests)), key=lambda row: prefix_of_row[row]):
+            tokens = [rests[row] for row in rows]
+            at_once = -(-len(tokens) // copies)
+            for first in range(0, len(tokens), at_once):
+                runs.append(sum(tokens[first : first + at_once]))
+                of_run.append(prefixes[prefix])
+                places.append(torch.arange(starts[prefix], starts[prefix + 1]))
+        bounds, key_bounds = (
+            torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device)
+            for lengths in (runs, of_run)
+        )
+        return cls(bounds=bounds, key_bounds=key_bounds, token_K=torch.cat(places).to(device), longest=max(runs))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

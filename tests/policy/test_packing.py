@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from policy import PackedRows
+from policy.packing import LEAST_KEYS
 
 LENGTHS = [(1,), (4,), (3, 3), (5, 1, 4), (1, 1, 6), (2, 7, 7, 1)]
 
@@ -91,14 +92,28 @@ def test_a_shared_prefix_is_laid_down_once_and_each_token_finds_its_place(
     assert sum((block.rows.lengths for block in shared.blocks), ()) == shared.rest_rows.lengths
 
 
-def test_rests_of_a_prefix_are_bounded_together_only_where_they_follow_one_another() -> None:
+def test_runs_of_rests_hold_each_once_with_a_copy_of_its_prefix() -> None:
     together, apart = shared_rows(*SHARED[1]).shared, shared_rows(*SHARED[2]).shared
-    assert together is not None
-    assert together.rest_bounds is not None
-    assert together.rest_bounds.tolist() == [0, 4, 6]
-    assert together.longest_together == 4
     assert apart is not None
-    assert apart.rest_bounds is None
+    assert apart.runs is None  # the rows of a prefix do not follow one another
+    assert together is not None
+    assert together.runs is not None
+    assert together.runs.bounds.tolist() == [0, 3, 4, 6]
+    assert together.runs.key_bounds.tolist() == [0, 2, 4, 9]
+    assert together.runs.token_K.tolist() == [0, 1, 0, 1, 2, 3, 4, 5, 6]
+    assert together.runs.longest == 3
+
+
+@pytest.mark.parametrize(("copies", "runs"), [(1, [7]), (2, [4, 3]), (3, [3, 3, 1]), (9, [1] * 7)])
+def test_long_prefixes_are_copied_for_fewer_runs(copies: int, runs: list[int]) -> None:
+    """Seven rests of one token."""
+    prefix = -(-LEAST_KEYS // copies)
+    shared = shared_rows((prefix,), ((0, 1),) * 7).shared
+    assert shared is not None
+    assert shared.runs is not None
+    assert shared.runs.bounds.diff().tolist() == runs
+    assert shared.runs.key_bounds.diff().tolist() == [prefix] * len(runs)
+    assert shared.runs.token_K.tolist() == list(range(prefix)) * len(runs)
 
 
 def test_rests_are_padded_together_only_where_they_are_about_as_long() -> None:
