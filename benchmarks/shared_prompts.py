@@ -42,19 +42,6 @@ class Work:
     """True at completions."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Measured:
-    """One way of going over the rows."""
-
-    seconds: float
-    """Median of the rounds."""
-    peak_gib: float
-    """Most GPU memory allocated, weights and gradients included."""
-    logprobs_N: Tensor
-    gradient: Tensor
-    """Of all weights in one row, fp32."""
-
-
 def main() -> None:
     """Measure both ways for each shape and prompt, print a table, write JSON if asked."""
     is_gpu = torch.cuda.is_available()
@@ -94,23 +81,22 @@ def compare(name: str, prompt: int, arguments: argparse.Namespace) -> list[dict[
     policies.initialise(policy, seed=0)
     policies.cast_weights(policy, getattr(torch, arguments.dtype))
     work = draw(shape.vocab_size, prompt, arguments, device)
-    alone = measure(policy, work, work.rows.alone, arguments.rounds)
-    shared = measure(policy, work, work.rows, arguments.rounds)
-    apart = float((alone.logprobs_N - shared.logprobs_N)[work.wanted_N].abs().mean())
-    gradient_apart = float((alone.gradient - shared.gradient).norm() / alone.gradient.norm())
+    apart, gradient_apart = differ(policy, work)
+    times, peaks = measure(policy, work, arguments.rounds)
+    ratio = times[0] / times[1]
     assert work.rows.shared is not None
     counts = (prompt, len(work.token_ids_N), len(work.rows.shared.token_U))
-    times = (f"{1e3 * alone.seconds:.1f}", f"{1e3 * shared.seconds:.1f}", f"{alone.seconds / shared.seconds:.2f}")
-    cells = [*map(str, counts), *times, f"{alone.peak_gib:.2f}", f"{shared.peak_gib:.2f}"]
+    cells = [*map(str, counts), *(f"{1e3 * seconds:.1f}" for seconds in times), f"{ratio:.2f}"]
+    cells += [f"{peak:.2f}" for peak in peaks]
     print(
         f"{name:<10}" + "".join(f"{cell:>9}" for cell in cells) + f"{apart:>15.1e}{gradient_apart:>15.1e}", flush=True
     )
     return [
         {
             "name": f"shared_prompts/{name}/{prompt}",
-            "ours": round(1e3 * shared.seconds, 3),
-            "peer": round(1e3 * alone.seconds, 3),
-            "ratio": round(alone.seconds / shared.seconds, 3),
+            "ours": round(1e3 * times[1], 3),
+            "peer": round(1e3 * times[0], 3),
+            "ratio": round(ratio, 3),
             "unit": "ms",
             "peer_name": "each row by itself",
             "machine": machine(),
@@ -139,27 +125,49 @@ def draw(vocab_size: int, prompt: int, arguments: argparse.Namespace, device: st
     return Work(token_ids_N=torch.cat(token_ids).to(device), rows=rows, wanted_N=torch.cat(wanted).to(device))
 
 
-def measure(policy: Policy, work: Work, rows: PackedRows, rounds: int) -> Measured:
-    """Two passes uncounted, then the median of the timed ones."""
-    is_gpu, times = torch.cuda.is_available(), list[float]()
-    for number in range(2 + rounds):
-        if is_gpu and number == 2:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        policy.zero_grad(set_to_none=True)
-        logprobs_N = token_logprobs(policy, work.token_ids_N, rows, work.wanted_N).logprobs_N
-        loss = -logprobs_N.sum() / work.wanted_N.sum()
-        loss.backward()
-        if is_gpu:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return Measured(
-        seconds=statistics.median(times[2:]),
-        peak_gib=torch.cuda.max_memory_allocated() / 2**30 if is_gpu else 0.0,
-        logprobs_N=logprobs_N.detach(),
-        gradient=torch.cat([w.grad.flatten().float() for w in policy.parameters() if w.grad is not None]),
+def run(policy: Policy, work: Work, rows: PackedRows) -> Tensor:
+    """One pass: log-probabilities [N], and a gradient on every weight."""
+    policy.zero_grad(set_to_none=True)
+    logprobs_N = token_logprobs(policy, work.token_ids_N, rows, work.wanted_N).logprobs_N
+    loss = -logprobs_N.sum() / work.wanted_N.sum()
+    loss.backward()
+    return logprobs_N.detach()
+
+
+def differ(policy: Policy, work: Work) -> tuple[float, float]:
+    """Mean difference of the completions' log-probabilities, nats, and that of the gradient as a share of its norm."""
+    found = []
+    for rows in (work.rows.alone, work.rows):
+        logprobs_N = run(policy, work, rows)
+        found.append((logprobs_N, [w.grad.clone() for w in policy.parameters() if w.grad is not None]))
+    (alone_N, alone), (shared_N, shared) = found
+    difference, norm = (
+        sum(float(x.float().square().sum()) for x in gradients) ** 0.5
+        for gradients in ([a - b for a, b in zip(alone, shared, strict=True)], alone)
     )
+    return float((alone_N - shared_N)[work.wanted_N].abs().mean()), difference / norm
+
+
+def measure(policy: Policy, work: Work, rounds: int) -> tuple[list[float], list[float]]:
+    """Median seconds, and GiB of GPU memory at most, of a pass over each row by itself and over shared prompts.
+
+    The two take turns, so that a machine's moods meet both; the first turn is not counted.
+    """
+    is_gpu = torch.cuda.is_available()
+    times: tuple[list[float], list[float]] = ([], [])
+    peaks = [0.0, 0.0]
+    for _ in range(1 + rounds):
+        for way, rows in enumerate((work.rows.alone, work.rows)):
+            if is_gpu:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            run(policy, work, rows)
+            if is_gpu:
+                torch.cuda.synchronize()
+                peaks[way] = torch.cuda.max_memory_allocated() / 2**30
+            times[way].append(time.perf_counter() - start)
+    return [statistics.median(of_way[1:]) for of_way in times], peaks
 
 
 if __name__ == "__main__":
