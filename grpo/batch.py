@@ -23,8 +23,10 @@ from rollouts import Completion
 
 Sized = TypeVar("Sized", bound=collections.abc.Sized)
 
-LEAST_SAVED = 0.05
-"""Share of the tokens of a pass that sharing prompts has to save, or each row is gone over by itself."""
+LEAST_SAVED, LEAST_SAVED_ON_CPU = 0.2, 0.05
+"""Share of a step's tokens that sharing prompts has to save, or each row is gone over by itself: attention in two
+passes costs a GPU what a tenth of the tokens do, and more beside cuDNN's kernel for rows of one length.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,8 +117,8 @@ def make_batches(
     """Cut rows into micro-batches of at most `max_tokens` tokens (or one row, if longer).
 
     Rows that are not learned from are left out; those without advantage stay, for their entropy and KL. Prompts are
-    shared where that leaves fewer tokens to go over, by `LEAST_SAVED`, and are then counted once; elsewhere the tokens
-    are those of rows padded to the longest.
+    shared where that saves enough of the tokens (`LEAST_SAVED`), and are then counted once; elsewhere the tokens are
+    those of rows padded to the longest.
     """
     learned = [row for row in rows if row.learned]
     prompt_tokens = Counter[int]()
@@ -124,7 +126,8 @@ def make_batches(
         prompt_tokens[row.origin.problem] += len(row.completion.token_ids)
     if share_prompts:
         parts = cut_by_prompts(learned, max_tokens)
-        if sum(map(count_sharing, parts)) <= (1 - LEAST_SAVED) * sum(map(len, learned)):
+        least = LEAST_SAVED_ON_CPU if torch.device(device).type == "cpu" else LEAST_SAVED
+        if sum(map(count_sharing, parts)) <= (1 - least) * sum(map(len, learned)):
             return [_pack(part, prompt_tokens, device, share_prompts=True) for part in parts]
     parts = cut_by_tokens(learned, max_tokens)
     return [_pack(part, prompt_tokens, device, share_prompts=False) for part in parts]

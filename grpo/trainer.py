@@ -64,7 +64,7 @@ class Trainer:
     skipped: int = 0
     """Optimizer steps not taken because they were not finite."""
     max_tokens: int = field(init=False)
-    """Tokens of one micro-batch on this rank, see `make_batches`; fewer than the recipe says once memory has run out."""
+    """Tokens of one micro-batch on this rank (`make_batches`); fewer than the recipe says once memory has run out."""
     is_asking: bool = False
     """Whether nothing but the questions has moved since the last step, so that the step in hand can be given up."""
 

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from grpo.batch import LEAST_SAVED, Row, count_sharing, cut_by_prompts, make_batches
+from grpo.batch import LEAST_SAVED_ON_CPU, Row, count_sharing, cut_by_prompts, make_batches
 from grpo.types import Batch, Origin
 from rollouts import Completion
 from tests.grpo.rollouts import make_groups, rows_of
@@ -83,7 +83,7 @@ def test_a_problem_without_room_goes_on_in_the_next_part_with_its_prompt_again()
 def test_prompts_are_shared_only_where_that_pays() -> None:
     """A prompt of 10 tokens and two completions: of 2n + 20 tokens, 10 are saved."""
     for length, pays in ((5, True), (89, True), (91, False)):
-        assert (LEAST_SAVED * (2 * length + 20) <= 10) == pays
+        assert (LEAST_SAVED_ON_CPU * (2 * length + 20) <= 10) == pays
         [batch] = make_batches(make_group(0, 10, [length, length]), 10**6)
         assert (batch.rows.shared is not None) == pays
     [batch] = make_batches([make_row(0, 0, 10, 5)], 10**6)
