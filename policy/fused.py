@@ -60,6 +60,22 @@ def split_keys_values(keys_values: Tensor, k_rope_NP: Tensor, own: int) -> tuple
     return torch.cat((k_nope_NHD, k_rope_NP[:, None].expand(-1, keys_values.shape[1], -1)), dim=-1), value_NHV
 
 
+def join_softmaxes(out_NHV: Tensor, log_total_HN: Tensor, more_NHV: Tensor, more_log_total_HN: Tensor) -> None:
+    """Two attentions of the same queries over different keys made one over all of them, in place in the first.
+
+    Each is its output and the log sum exp of its scores, fp32; numbers of a token lie side by side.
+    """
+    if out_NHV.device.type == "cuda":
+        from policy import gpu_kernels
+
+        gpu_kernels.join_softmaxes(out_NHV, log_total_HN, more_NHV, more_log_total_HN)
+        return
+    joined_HN = torch.logaddexp(log_total_HN, more_log_total_HN)
+    weight_NH1, more_weight_NH1 = ((x - joined_HN).exp().t()[..., None] for x in (log_total_HN, more_log_total_HN))
+    out_NHV.copy_(out_NHV * weight_NH1 + more_NHV * more_weight_NH1)
+    log_total_HN.copy_(joined_HN)
+
+
 class _SiluGate(Function):
     @staticmethod
     def forward(ctx: Any, gate_NI: Tensor, up_NI: Tensor) -> Tensor:

@@ -40,6 +40,15 @@ class Routing:
     scores_NE: Tensor
     """Their sigmoid or softmax, fp32, differentiable."""
 
+    def spread(self, place_N: Tensor) -> Routing:
+        """The same of tokens that lie at these places, some at one; gradients add up in one order."""
+        return Routing(
+            experts_NK=self.experts_NK.index_select(0, place_N),
+            weights_NK=F.embedding(place_N, self.weights_NK),
+            logits_NE=F.embedding(place_N, self.logits_NE),
+            scores_NE=F.embedding(place_N, self.scores_NE),
+        )
+
 
 class Router(nn.Module):
     """Chooses K experts for each token and the weight of each. Parameter names follow transformers."""
