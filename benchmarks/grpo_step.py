@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--num-new", type=int, help="other lengths of completions, to try the script out")
     parser.add_argument("--layers", type=int, help="fewer layers, to try the script out")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of ours, on a CPU; give each num_threads=1")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of our recipe")
     parser.add_argument("--trl-python", help="interpreter that has TRL")
     parser.add_argument("--trl-modes", nargs="+", default=["hf"], choices=["hf", "vllm", "liger"])
@@ -180,8 +181,13 @@ def run_ours(
         "max_tokens_per_micro_batch": 32768 if is_gpu else 16384,
     }  # fmt: skip
     (scratch / "step.yaml").write_text(yaml.safe_dump(recipe))
+    launcher = ["-m"]
+    if arguments.ranks > 1:
+        accelerate = ROOT / "recipes/accelerate/cpu.yaml"
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(accelerate)]
+        launcher += ["--num_processes", str(arguments.ranks), "-m"]
     done = subprocess.run(
-        [sys.executable, "-m", "grpo", "train", str(scratch / "step.yaml"), *arguments.set],
+        [sys.executable, *launcher, "grpo", "train", str(scratch / "step.yaml"), *arguments.set],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
         capture_output=True,

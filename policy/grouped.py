@@ -110,6 +110,8 @@ class Blocks:
 
 def gather_sorted(x_N: Tensor, order_T: Tensor, per_row: int) -> Tensor:
     """Each row of x once for each of its `per_row` places among T = N * per_row sorted ones, [T, ...]."""
+    if not torch.is_grad_enabled():
+        return x_N.index_select(0, order_T // per_row)
     gathered: Tensor = _GatherSorted.apply(x_N, order_T, per_row)
     return gathered
 
@@ -145,7 +147,8 @@ def mix_sorted(x_TC: Tensor, order_T: Tensor, weights_NK: Tensor) -> Tensor:
         mixed: Tensor = _MixSorted.apply(x_TC, order_T, weights_NK)
         return mixed
     x_NKC = scatter_sorted(x_TC, order_T).unflatten(0, (-1, weights_NK.shape[1]))
-    return torch.einsum("nkc,nk->nc", x_NKC, weights_NK.to(x_NKC.dtype))
+    # Not `einsum`, which takes a product of matrices for every token.
+    return (x_NKC * weights_NK.to(x_NKC.dtype)[..., None]).sum(dim=1)
 
 
 class _MixSorted(torch.autograd.Function):

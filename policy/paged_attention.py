@@ -75,8 +75,12 @@ def attend_over_cache(query_BHQ: Tensor, layer: int, plan: Absorbed, layout: Cac
     cached_BLW = blocks.index_select(0, plan.block_table_BM.flatten()).view(len(query_BHQ), -1, blocks.shape[-1])
     values_end = layout.value_start + layout.groups * layout.value_width
     if layout.groups == 1:
-        scores_BHL = torch.bmm(query_BHQ, cached_BLW[..., : layout.key_width].transpose(1, 2))
-        weights_BHL = (scores_BHL.float() * scale + plan.bias_B1L).softmax(dim=-1).to(cached_BLW.dtype)
+        keys_BQL = cached_BLW[..., : layout.key_width].transpose(1, 2)
+        if query_BHQ.dtype == torch.float32:
+            scores_BHL = torch.baddbmm(plan.bias_B1L, query_BHQ, keys_BQL, alpha=scale)
+        else:
+            scores_BHL = torch.bmm(query_BHQ, keys_BQL).float() * scale + plan.bias_B1L
+        weights_BHL = scores_BHL.softmax(dim=-1).to(cached_BLW.dtype)
         return torch.bmm(weights_BHL, cached_BLW[..., layout.value_start : values_end])
     keys_BLGQ = cached_BLW[..., : layout.groups * layout.key_width].unflatten(-1, (layout.groups, -1))
     values_BLGV = cached_BLW[..., layout.value_start : values_end].unflatten(-1, (layout.groups, -1))
