@@ -46,6 +46,8 @@ class Work:
     num_new: int
     """Tokens of a completion."""
     prompt_length: int = 32
+    cpu_dtype: torch.dtype = torch.float32
+    """Where there is no GPU; on one it is bf16."""
 
 
 WORKS = {
@@ -57,6 +59,14 @@ WORKS = {
             pad_token_id=0,
         ),
         batches=((16, 8),), num_new=64,
+    ),
+    "smollm2": Work(  # SmolLM2-135M
+        shape=PolicyConfig(
+            model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+            num_attention_heads=9, num_key_value_heads=3, head_dim=64, max_position_embeddings=2048,
+            rope_theta=100000.0, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+        ),
+        batches=((8, 8),), num_new=64, cpu_dtype=torch.bfloat16,
     ),
     "qwen05": Work(  # Qwen2.5-0.5B
         shape=PolicyConfig(
@@ -80,10 +90,9 @@ WORKS = {
 VLLM_SCRIPT = """
 import json, statistics, sys, time
 from vllm import LLM, SamplingParams
-folder, dtype, rounds, num_new, prompts, groups = json.loads(sys.argv[1])
+folder, dtype, is_gpu, rounds, num_new, prompts, groups = json.loads(sys.argv[1])
 if __name__ == "__main__":
     start = time.time()
-    is_gpu = dtype == "bfloat16"
     engine = LLM(model=folder, dtype=dtype, skip_tokenizer_init=True, max_model_len=2048 if is_gpu else 256,
                  max_num_seqs=1024, enable_prefix_caching=True, **({"gpu_memory_utilization": 0.5} if is_gpu else {}))
     loading = time.time() - start
@@ -131,7 +140,7 @@ def main() -> None:
 
 def measure(name: str, work: Work, arguments: argparse.Namespace, device: str) -> list[dict[str, Any]]:
     """Rates of all sides on one work, as rows."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = torch.bfloat16 if device == "cuda" else work.cpu_dtype
     num_new = arguments.num_new or work.num_new
     generator = torch.Generator().manual_seed(0)
     most = max(prompts for prompts, _ in work.batches)
@@ -249,6 +258,7 @@ def vllm_rates(
         request = [
             folder,
             str(dtype).removeprefix("torch."),
+            torch.cuda.is_available(),
             arguments.rounds,
             num_new,
             prompts_PS[:count].tolist(),
