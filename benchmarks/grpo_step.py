@@ -5,7 +5,7 @@ step. Ours is `grpo train` with everything that it writes; the peer is TRL's `GR
 named by `--trl-python`. The first two steps of each are not counted.
 
     python benchmarks/grpo_step.py [--works cpu_ds | qwen05 dsv3_05] [--trl-python PYTHON [--trl-modes hf vllm liger]]
-                                   [--set KEY=VALUE ...] [--json PATH]
+                                   [--ranks N] [--set KEY=VALUE ...] [--json PATH]
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--num-new", type=int, help="other lengths of completions, to try the script out")
     parser.add_argument("--layers", type=int, help="fewer layers, to try the script out")
-    parser.add_argument("--ranks", type=int, default=1, help="processes of ours, on a CPU; give each num_threads=1")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of ours, on a CPU, of one thread each")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of our recipe")
     parser.add_argument("--trl-python", help="interpreter that has TRL")
     parser.add_argument("--trl-modes", nargs="+", default=["hf"], choices=["hf", "vllm", "liger"])
@@ -178,18 +178,19 @@ def run_ours(
         "rewards": [f"{scratch / 'reward.py'}:distinct"],
         "prompts_per_step": prompts, "num_generations": group, "max_completion_length": length,
         "max_steps": arguments.steps, "learning_rate": 1e-6, "evaluation": {"num_problems": 0}, "save_steps": 0,
-        "max_tokens_per_micro_batch": 32768 if is_gpu else 16384,
+        "max_tokens_per_micro_batch": 32768 if is_gpu else 2048,
     }  # fmt: skip
-    (scratch / "step.yaml").write_text(yaml.safe_dump(recipe))
-    launcher = ["-m"]
+    launcher, threads = ["-m"], {}
     if arguments.ranks > 1:
+        recipe["num_threads"], threads = 1, {"OMP_NUM_THREADS": "1"}
         accelerate = ROOT / "recipes/accelerate/cpu.yaml"
         launcher = ["-m", "accelerate.commands.launch", "--config_file", str(accelerate)]
         launcher += ["--num_processes", str(arguments.ranks), "-m"]
+    (scratch / "step.yaml").write_text(yaml.safe_dump(recipe))
     done = subprocess.run(
         [sys.executable, *launcher, "grpo", "train", str(scratch / "step.yaml"), *arguments.set],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
+        env={**os.environ, **threads, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
         capture_output=True,
         text=True,
     )

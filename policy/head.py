@@ -44,8 +44,9 @@ def project(hidden_NC: Tensor, weight_VC: Tensor) -> Tensor:
         return F.linear(hidden_NC.to(wide), weight_VC.to(wide))
     # Slice by slice the wide copy of a large head stays in the processor's cache, off main memory.
     hidden_NC, logits_NV = hidden_NC.to(wide), hidden_NC.new_empty(len(hidden_NC), len(weight_VC), dtype=wide)
+    buffer_SC = weight_VC.new_empty(WIDENED_ROWS, weight_VC.shape[1], dtype=wide)
     for slice_NS, weight_SC in zip(logits_NV.split(WIDENED_ROWS, 1), weight_VC.split(WIDENED_ROWS), strict=True):
-        torch.mm(hidden_NC, weight_SC.to(wide).t(), out=slice_NS)
+        torch.mm(hidden_NC, buffer_SC[: len(weight_SC)].copy_(weight_SC).t(), out=slice_NS)
     return logits_NV
 
 
