@@ -50,7 +50,7 @@ class _RootMeanSquare(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """With y = r w x and r = (mean(x^2) + eps)^-1/2: dL/dx = r (g w - x r^2 mean(g w x)), dL/dw = sum r g x."""
         (x, weight_C, inverse), [grad] = ctx.saved_tensors, grads
-        product = (grad * x).flatten(0, -2)
+        product = (grad * x).reshape(-1, x.shape[-1])
         grad_x = grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = torch.mv(product.t(), inverse.flatten())

@@ -57,7 +57,9 @@ def sample(
     if params.temperature == 0:
         token_ids_B = logits_BV.argmax(dim=-1)
         return Sampled(token_ids_B=token_ids_B, logprobs_B=torch.zeros_like(logits_BV[:, 0]), finite_B=finite_B)
-    log_all_BV = truncate(logits_BV / params.temperature, params).log_softmax(dim=-1)
+    if params.temperature != 1:
+        logits_BV = logits_BV / params.temperature
+    log_all_BV = truncate(logits_BV, params).log_softmax(dim=-1)
     uniform_B = torch.from_numpy(uniforms(seeds_B.numpy().view(np.uint64), counters_B.numpy()))
     draw = _draw if logits_BV.shape[-1] <= WIDE else _draw_by_runs
     token_ids_B = draw(log_all_BV, uniform_B)

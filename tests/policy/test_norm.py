@@ -15,7 +15,7 @@ def norm_and_input(shape: tuple[int, ...]) -> tuple[RMSNorm, torch.Tensor]:
     return norm, 3 * torch.randn(shape, generator=generator)
 
 
-@pytest.mark.parametrize("shape", [(7, 24), (2, 5, 3, 8), (1, 1)])
+@pytest.mark.parametrize("shape", [(7, 24), (2, 5, 3, 8), (1, 1), (12,)])
 def test_output_and_gradients_equal_the_formula_in_fp64(shape: tuple[int, ...]) -> None:
     norm, x = norm_and_input(shape)
     back = torch.randn(shape, generator=torch.Generator().manual_seed(1))
