@@ -6,7 +6,7 @@ named by `--trl-python`. The first two steps of each are not counted.
 
 On a GPU it also prints what `grpo plan` says of each half of the step beside what was allocated.
 
-    python benchmarks/grpo_step.py [--works cpu_ds | qwen05 dsv3_05 qwen05_16k]
+    python benchmarks/grpo_step.py [--works cpu_ds | qwen05 dsv3_05 qwen05_16k] [--ranks N]
                                    [--trl-python PYTHON [--trl-modes hf vllm liger]] [--set KEY=VALUE ...] [--json PATH]
 """
 
@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--num-new", type=int, help="other lengths of completions, to try the script out")
     parser.add_argument("--layers", type=int, help="fewer layers, to try the script out")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of ours, on a CPU, of one thread each")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of our recipe")
     parser.add_argument("--trl-python", help="interpreter that has TRL")
     parser.add_argument("--trl-modes", nargs="+", default=["hf"], choices=["hf", "vllm", "liger"])
@@ -125,7 +126,20 @@ def compare(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         folder, scratch_path = Path(scratch) / "model", Path(scratch)
         make_model(name, arguments.layers, folder, length + 512)
-        ours = run_ours(scratch_path, folder, problems, (prompts, group, length), arguments)
+        launcher, num_threads = [sys.executable], None
+        if arguments.ranks > 1:
+            file, num_threads = ROOT / "recipes/accelerate/cpu.yaml", 1
+            launcher += ["-m", "accelerate.commands.launch", "--config_file", str(file)]
+            launcher += ["--num_processes", str(arguments.ranks)]
+        ours = run_ours(
+            scratch_path,
+            folder,
+            problems,
+            (prompts, group, length),
+            arguments,
+            launcher=launcher,
+            num_threads=num_threads,
+        )
         peers = {}
         for mode in arguments.trl_modes if arguments.trl_python else []:
             peers[f"TRL {mode}"] = run_trl(scratch_path, folder, problems, (prompts, group, length), mode, arguments)
@@ -182,6 +196,7 @@ def run_ours(
     arguments: argparse.Namespace,
     *,
     launcher: Sequence[str] = (sys.executable,),
+    num_threads: int | None = None,
     name: str = "step",
 ) -> dict[str, Any]:
     """Medians of a step of `grpo train`, its phases and tokens a second, and peak memory; prints the phases."""
@@ -196,13 +211,16 @@ def run_ours(
         "rewards": [f"{scratch / 'reward.py'}:distinct"],
         "prompts_per_step": prompts, "num_generations": group, "max_completion_length": length,
         "max_steps": arguments.steps, "learning_rate": 1e-6, "evaluation": {"num_problems": 0}, "save_steps": 0,
-        "max_tokens_per_micro_batch": 8192 if is_gpu else 16384,
+        "max_tokens_per_micro_batch": 8192 if is_gpu else 2048,
     }  # fmt: skip
+    threads = {}
+    if num_threads is not None:
+        recipe["num_threads"], threads = num_threads, {"OMP_NUM_THREADS": str(num_threads)}
     (scratch / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
     done = subprocess.run(
         [*launcher, "-m", "grpo", "train", str(scratch / f"{name}.yaml"), *arguments.set],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
+        env={**os.environ, **threads, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
         capture_output=True,
         text=True,
     )

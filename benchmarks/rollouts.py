@@ -3,9 +3,11 @@
 Random weights of real shapes, groups of completions of fixed length, no end of sequence. The engine records
 log-probabilities; `generate` does not, and is given prompts of one length, so that it need not pad. Each side is run
 once before it is timed. vLLM has an interpreter of its own, named by `--vllm-python`; its rates are measured there, on
-the same checkpoint, after ours has let go of the device.
+the same checkpoint, after ours has let go of the device. With `--ranks 2` ours and `generate` each run in two processes
+of one thread, which share the prompts out, as the ranks of `grpo train` do; vLLM has its own way of using the cores.
 
-    python benchmarks/rollouts.py [--works cpu_ds | qwen05 dsv3_05] [--vllm-python PYTHON] [--rounds 3] [--json PATH]
+    python benchmarks/rollouts.py [--works cpu_ds smollm2 | qwen05 dsv3_05] [--ranks N] [--vllm-python PYTHON]
+                                  [--rounds 3] [--json PATH]
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import gc
 import importlib.metadata
 import json
+import multiprocessing
 import platform
 import statistics
 import subprocess
@@ -22,6 +25,8 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +52,8 @@ class Work:
     num_new: int
     """Tokens of a completion."""
     prompt_length: int = 32
+    cpu_dtype: torch.dtype = torch.float32
+    """Where there is no GPU; on one it is bf16."""
 
 
 WORKS = {
@@ -58,6 +65,14 @@ WORKS = {
             pad_token_id=0,
         ),
         batches=((16, 8),), num_new=64,
+    ),
+    "smollm2": Work(  # SmolLM2-135M
+        shape=PolicyConfig(
+            model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+            num_attention_heads=9, num_key_value_heads=3, head_dim=64, max_position_embeddings=2048,
+            rope_theta=100000.0, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+        ),
+        batches=((8, 8),), num_new=64, cpu_dtype=torch.bfloat16,
     ),
     "qwen05": Work(  # Qwen2.5-0.5B
         shape=PolicyConfig(
@@ -81,10 +96,9 @@ WORKS = {
 VLLM_SCRIPT = """
 import json, statistics, sys, time
 from vllm import LLM, SamplingParams
-folder, dtype, rounds, num_new, prompts, groups = json.loads(sys.argv[1])
+folder, dtype, is_gpu, rounds, num_new, prompts, groups = json.loads(sys.argv[1])
 if __name__ == "__main__":
     start = time.time()
-    is_gpu = dtype == "bfloat16"
     engine = LLM(model=folder, dtype=dtype, skip_tokenizer_init=True, max_model_len=2048 if is_gpu else 256,
                  max_num_seqs=1024, enable_prefix_caching=True, **({"gpu_memory_utilization": 0.5} if is_gpu else {}))
     loading = time.time() - start
@@ -111,6 +125,7 @@ def main() -> None:
     parser.add_argument("--works", nargs="+", choices=WORKS, default=["qwen05", "dsv3_05"] if is_gpu else ["cpu_ds"])
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of each")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of one thread each, on a CPU")
     parser.add_argument("--num-new", type=int, help="other lengths of completions, to try the script out")
     parser.add_argument("--no-generate", action="store_true", help="leave transformers' generate out")
     parser.add_argument("--profile", action="store_true", help="print where our decoding spends the GPU's time")
@@ -132,7 +147,7 @@ def main() -> None:
 
 def measure(name: str, work: Work, arguments: argparse.Namespace, device: str) -> list[dict[str, Any]]:
     """Rates of all sides on one work, as rows."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = torch.bfloat16 if device == "cuda" else work.cpu_dtype
     num_new = arguments.num_new or work.num_new
     generator = torch.Generator().manual_seed(0)
     most = max(prompts for prompts, _ in work.batches)
@@ -143,10 +158,18 @@ def measure(name: str, work: Work, arguments: argparse.Namespace, device: str) -
     policies.cast_weights(ours, dtype)
     with tempfile.TemporaryDirectory() as folder:
         policies.save(ours, folder)
-        rates: dict[str, list[float]] = {"ours": our_rates(ours, prompts_PS, work, num_new, arguments)}
+        rates: dict[str, list[float]] = {}
+        if arguments.ranks == 1:
+            rates["ours"] = our_rates(ours, prompts_PS, work, num_new, arguments)
         del ours
         release(device)
-        if not arguments.no_generate:
+        if arguments.ranks > 1:
+            for side in ("ours",) if arguments.no_generate else ("ours", "generate"):
+                rates[side] = [
+                    rate_of_ranks(side, folder, dtype, prompts_PS[:count], group, num_new, arguments)
+                    for count, group in work.batches
+                ]
+        elif not arguments.no_generate:
             theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
             rates["generate"] = [
                 rate_of(
@@ -254,6 +277,7 @@ def vllm_rates(
         request = [
             folder,
             str(dtype).removeprefix("torch."),
+            torch.cuda.is_available(),
             arguments.rounds,
             num_new,
             prompts_PS[:count].tolist(),
@@ -269,6 +293,71 @@ def vllm_rates(
         print(f"vLLM: {result['loading']:.1f} s to start; {result['rates'][0]:.0f} tokens/s", flush=True)
         rates += result["rates"]
     return rates
+
+
+def rate_of_ranks(
+    side: str,
+    folder: str,
+    dtype: torch.dtype,
+    prompts_PS: torch.Tensor,
+    group: int,
+    num_new: int,
+    arguments: argparse.Namespace,
+) -> float:
+    """Median tokens a second of processes that start each run together; a run lasts until the last is done."""
+    context, ranks = multiprocessing.get_context("spawn"), arguments.ranks
+    barrier, results = context.Barrier(ranks), context.Queue()
+    processes = [
+        context.Process(
+            target=sample_part,
+            args=(side, folder, dtype, part_PS, group, num_new, arguments.rounds, barrier, results),
+            daemon=True,
+        )
+        for part_PS in prompts_PS.tensor_split(ranks)
+    ]
+    for process in processes:
+        process.start()
+    runs = [results.get(timeout=3600) for _ in range(ranks * arguments.rounds)]
+    for process in processes:
+        process.join()
+    rates = []
+    for turn in range(arguments.rounds):
+        of_turn = [run for run in runs if run[0] == turn]
+        seconds = max(end for _, _, end, _ in of_turn) - min(begin for _, begin, _, _ in of_turn)
+        rates.append(sum(count for _, _, _, count in of_turn) / seconds)
+    print(f"{side}: {ranks} ranks, tokens/s of each run: {[round(rate) for rate in rates]}", flush=True)
+    return statistics.median(rates)
+
+
+def sample_part(
+    side: str,
+    folder: str,
+    dtype: torch.dtype,
+    prompts_PS: torch.Tensor,
+    group: int,
+    num_new: int,
+    rounds: int,
+    barrier: Barrier,
+    results: Queue[tuple[int, float, float, int]],
+) -> None:
+    """One rank: a run that does not count, then `rounds` that begin with all others'."""
+    torch.set_num_threads(1)
+    if side == "ours":
+        engine = make_engine(policies.load(folder, dtype=dtype), EngineConfig(max_num_seqs=1024, cache_gib=1.0))
+
+        def run() -> int:
+            groups = engine.generate(prompts_PS.tolist(), group, SamplingParams(max_completion_length=num_new))
+            return sum(len(completion.token_ids) for of_prompt in groups for completion in of_prompt)
+
+    else:
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        run = generate_run(theirs, prompts_PS, group, num_new)
+    run()
+    for turn in range(rounds):
+        barrier.wait()
+        begin = time.perf_counter()
+        count = run()
+        results.put((turn, begin, time.perf_counter(), count))
 
 
 def rate_of(run: Callable[[], int], rounds: int) -> float:

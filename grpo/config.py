@@ -163,6 +163,9 @@ class Config(AlgorithmConfig):
         default=False, description="keep moments and fp32 masters in the host's memory between steps (adamw)"
     )
     max_tokens_per_micro_batch: int = Field(default=8192, ge=1)
+    share_prompts: bool = Field(
+        default=True, description="go over a group's prompt once for all its completions, where that pays"
+    )
     max_skipped_steps: int = Field(default=5, ge=1, description="updates that are not finite before the run stops")
     activation_recomputation: Recomputation = Field(
         default="none", description="what the backward pass makes again to save memory: none, selective, full (blocks)"

@@ -17,7 +17,6 @@ from torch import Tensor
 from grpo.distributed import Ranks
 from grpo.support import Support
 from grpo.types import Batch
-from policy import PackedRows
 
 T = TypeVar("T")
 
@@ -88,7 +87,7 @@ def _take(batch: Batch, first: int, last: int) -> Batch:
     return replace(
         batch,
         **taken,
-        rows=PackedRows.of(batch.rows.lengths[first:last], batch.token_ids_N.device),
+        rows=batch.rows.take(first, last),
         origins=batch.origins[first:last],
         support=support,
     )

@@ -61,7 +61,8 @@ def divergences(
     """
     rows = make_rows(groups, [[0.0] * len(group.completions) for group in groups], mask_truncated=False)
     params, found = drawn_with(config), dict[Origin, float]()
-    for given in fill_up(make_batches(rows, config.max_tokens_per_micro_batch, policy.device), policy, ranks):
+    batches = make_batches(rows, config.max_tokens_per_micro_batch, policy.device, share_prompts=config.share_prompts)
+    for given in fill_up(batches, policy, ranks):
         batch = score(policy, given, params)[0] if is_truncated(params) else given
         values = reference.score(batch, params)
         if given.is_idle:

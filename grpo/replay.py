@@ -76,6 +76,8 @@ def save_fault(file: Path, *, policy: Policy, step: Step, config: Config, number
         tensors |= {f"batches.{index}.{name}": tensor for name, tensor in _tensors_of(batch).items()}
         origins = [[origin.problem, origin.completion] for origin in batch.origins]
         batches.append({"rows": list(batch.rows.lengths), "origins": origins})
+        if (shared := batch.rows.shared) is not None:
+            batches[-1] |= {"prefixes": list(shared.prefix_rows.lengths), "prefix_of_row": list(shared.prefix_of_row)}
     content = {
         "number": number,
         "config": config.to_yaml(),
@@ -215,7 +217,9 @@ def _to_batch(plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Batch:
     support = {field.name: tensors[field.name] for field in fields(Support) if field.name in tensors}
     return Batch(
         **{name: tensor for name, tensor in tensors.items() if name not in support},
-        rows=PackedRows.of(plain["rows"]),
+        rows=PackedRows.of(
+            plain["rows"], prefixes=plain.get("prefixes", ()), prefix_of_row=plain.get("prefix_of_row", ())
+        ),
         origins=tuple(Origin(problem=problem, completion=completion) for problem, completion in plain["origins"]),
         support=Support(**support) if support else None,
     )

@@ -22,9 +22,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from policy import PackedRows, Policy
-from policy.attention import Expanded
 from policy.balance import RouterWatch
-from policy.logprobs import TokenLogprobs
+from policy.logprobs import TokenLogprobs, run_trunk, take_hidden
 from rollouts import SamplingParams
 from rollouts.sampler import truncate
 
@@ -60,9 +59,9 @@ def supported_logprobs(
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[TokenLogprobs, Support]:
     """`policy.logprobs.token_logprobs` over pi(. | K), and K: `support`, or found on this policy where None."""
-    output = policy(token_ids_N, rows.position_ids_N, Expanded(rows=rows), given_experts_MNK, watch)
+    output = run_trunk(policy, token_ids_N, rows, given_experts_MNK, watch)
     wanted_W = wanted_N.nonzero().squeeze(1)
-    hidden_WC = output.hidden_NC.index_select(0, wanted_W - 1)
+    hidden_WC = take_hidden(output.hidden_NC, rows, wanted_W - 1)
     drawn_W = token_ids_N.index_select(0, wanted_W)
     at_once = max(1, chunk_elements // policy.config.vocab_size)
     if support is None:

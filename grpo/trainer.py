@@ -66,7 +66,7 @@ class Trainer:
     skipped: int = 0
     """Optimizer steps not taken because they were not finite."""
     max_tokens: int = field(init=False)
-    """Padded tokens of one micro-batch on this rank; fewer than the recipe says once memory has run out."""
+    """Tokens of one micro-batch on this rank (`make_batches`); fewer than the recipe says once memory has run out."""
     weights: Weights = field(init=False)
     """The policy's, as the launcher's file has them kept over ranks."""
     phases: Phases = field(init=False)
@@ -273,7 +273,9 @@ class Trainer:
         stats = update(
             self.policy,
             self.weights.optimizer,
-            make_minibatches(rows, config.num_minibatches, self.max_tokens, self.ranks),
+            make_minibatches(
+                rows, config.num_minibatches, self.max_tokens, self.ranks, share_prompts=config.share_prompts
+            ),
             learning_rate=self._learning_rate(),
             config=config,
             ranks=self.ranks,

@@ -79,7 +79,7 @@ class Batch:
     token_ids_N: Tensor
     """int64."""
     rows: PackedRows
-    """Where each row lies."""
+    """Where each row lies, its prompt in each; and what of it a pass goes over once."""
     origins: tuple[Origin, ...]
     """Which completion each row is, [B]."""
     completion_mask_N: Tensor

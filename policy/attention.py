@@ -1,12 +1,14 @@
 """What both attentions share: how to attend in one pass (the plan), attention within packed rows, the cache's writing.
 
 Shapes: N packed tokens, B sequences, H query heads, G key-value heads (G divides H; head h reads h // (H/G)),
-Q query and key width, V value width, W numbers of a cache entry, L cached positions, S longest row.
+Q query and key width, V value width, W numbers of a cache entry, L cached positions, S longest row (of what is shared:
+P longest prefix, R longest rest), U tokens with shared prefixes counted once.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +16,17 @@ from torch import Tensor
 
 from policy.continued_attention import Continued
 from policy.gpu_attention import attend_on_gpu, takes_unpadded
-from policy.packing import PackedRows
+from policy.packing import PackedRows, SharedPrefixes
 from policy.paged_attention import Absorbed
+from policy.recompute import remade
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Expanded:
-    """Attend within each packed row; where a cache is given, also write what decoding will need."""
+    """Attend within each packed row; where a cache is given, also write what decoding will need.
+
+    Where `rows.shared` is given, the tokens are those U, in its order, and there is no cache.
+    """
 
     rows: PackedRows
     cache: Tensor | None = None
@@ -33,13 +39,16 @@ AttentionPlan = Expanded | Continued | Absorbed
 
 
 SHORT_ROW = 256
-"""Up to here, in tokens, two plain batched products beat the fused kernel on a CPU (1.7 times at 128 tokens)."""
+"""Up to here, in tokens, two plain batched products beat the fused kernel on a CPU (1.7 times at 128 tokens); where
+queries and keys are not as many, up to so many scores."""
 
 
 def attend_in_rows(query_NHQ: Tensor, key_NGQ: Tensor, value_NGV: Tensor, rows: PackedRows, scale: float) -> Tensor:
-    """Causal softmax attention [N, H, V] within each packed row."""
+    """Causal softmax attention [N, H, V] within each packed row; of the U tokens of `rows.shared` where it is given."""
     if takes_unpadded(query_NHQ, value_NGV):
         return attend_on_gpu(query_NHQ, key_NGQ, value_NGV, rows, scale)
+    if rows.shared is not None:
+        return _attend_after_prefixes(query_NHQ, key_NGQ, value_NGV, rows.shared, scale)
     # Causal attention never looks right, so zeros padded after a row's end change nothing inside it.
     query, key, value = (rows.pad(x).transpose(1, 2) for x in (query_NHQ, key_NGQ, value_NGV))
     return rows.unpad(attend_causally(query, key, value, scale).transpose(1, 2))
@@ -52,11 +61,65 @@ def attend_causally(query_BHSQ: Tensor, key_BGSQ: Tensor, value_BGSV: Tensor, sc
         return F.scaled_dot_product_attention(
             query_BHSQ, key_BGSQ, value_BGSV, is_causal=True, scale=scale, enable_gqa=groups < heads
         )
+    bias_SS = torch.full((length, length), float("-inf"), dtype=query_BHSQ.dtype).triu(1)
+    return _attend_plainly(query_BHSQ, key_BGSQ, value_BGSV, bias_SS.repeat(heads // groups, 1), scale)
+
+
+def _attend_after_prefixes(
+    query_UHQ: Tensor, key_UGQ: Tensor, value_UGV: Tensor, shared: SharedPrefixes, scale: float
+) -> Tensor:
+    """Attention [U, H, V] of prefixes within themselves, and of each rest over its prefix and itself."""
+    prefix_rows = shared.prefix_rows
+    counts = [shared.num_shared, *(sum(block.rows.lengths) for block in shared.blocks)]
+    queries, keys, values = (x.split(counts) for x in (query_UHQ, key_UGQ, value_UGV))
+    outs = [attend_in_rows(queries[0], keys[0], values[0], prefix_rows, scale)]
+    for block, query, key, value in zip(shared.blocks, queries[1:], keys[1:], values[1:], strict=True):
+        join = partial(block.join, prefix_rows=prefix_rows)
+        key_BGSQ, value_BGSV = remade(join, keys[0], key), remade(join, values[0], value)
+        query_BHRQ = block.rows.pad(query).transpose(1, 2)
+        out_BHRV = _attend_seeing(query_BHRQ, key_BGSQ, value_BGSV, block.hides(prefix_rows), scale)
+        outs.append(block.rows.unpad(out_BHRV.transpose(1, 2)))
+    return torch.cat(outs)
+
+
+def _attend_seeing(
+    query_BHRQ: Tensor, key_BGSQ: Tensor, value_BGSV: Tensor, hidden_BRS: Tensor, scale: float
+) -> Tensor:
+    """Softmax attention [B, H, R, V] of queries over all keys that are not hidden from them; the last keys are the
+    queries' own, and those after a query's are."""
+    (_, heads, own, _), groups, before = query_BHRQ.shape, key_BGSQ.shape[1], key_BGSQ.shape[2] - query_BHRQ.shape[2]
+    nothing = torch.zeros((), dtype=query_BHRQ.dtype, device=query_BHRQ.device)
+    bias_BRS = nothing.masked_fill(hidden_BRS, float("-inf"))
+    if query_BHRQ.device.type == "cpu" and own * (before + own) <= SHORT_ROW**2:
+        bias_BRS = bias_BRS.repeat(1, heads // groups, 1)
+        if len(bias_BRS) > 1:
+            bias_BRS = bias_BRS.repeat_interleave(groups, dim=0)
+        return _attend_plainly(query_BHRQ, key_BGSQ, value_BGSV, bias_BRS, scale)
+    outs = list[Tensor]()
+    # Some queries at a time: what lies to the right of all of them costs nothing.
+    for first in range(0, own, SHORT_ROW):
+        last = min(own, first + SHORT_ROW)
+        seen = slice(before + last)
+        outs.append(
+            F.scaled_dot_product_attention(
+                query_BHRQ[:, :, first:last],
+                key_BGSQ[:, :, seen],
+                value_BGSV[:, :, seen],
+                attn_mask=bias_BRS[:, None, first:last, seen],
+                scale=scale,
+                enable_gqa=groups < heads,
+            )
+        )
+    return torch.cat(outs, dim=2)
+
+
+def _attend_plainly(query_BHRQ: Tensor, key_BGSQ: Tensor, value_BGSV: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Softmax attention [B, H, R, V] in two batched products; `bias` is added to the scores, [..., H/G * R, S]."""
+    heads, length, groups = query_BHRQ.shape[1], query_BHRQ.shape[2], key_BGSQ.shape[1]
     # Heads that share a key are one taller matrix.
-    query = query_BHSQ.unflatten(1, (groups, -1)).flatten(2, 3).flatten(0, 1)
+    query = query_BHRQ.unflatten(1, (groups, -1)).flatten(2, 3).flatten(0, 1)
     key, value = key_BGSQ.flatten(0, 1), value_BGSV.flatten(0, 1)
-    bias_SS = torch.full((length, length), float("-inf"), dtype=query.dtype).triu(1).repeat(heads // groups, 1)
-    scores = torch.baddbmm(bias_SS, query, key.transpose(1, 2), alpha=scale)
+    scores = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scale)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
     return torch.bmm(weights, value).view(-1, heads, length, value.shape[-1])
 

@@ -7,7 +7,7 @@ The sequence-wise balance loss of a layer and a row of T tokens is sum_e f_e P_e
 scores normalised to add up to 1 over the experts; only P has a gradient. It is 1 where the load is even. The z-loss is
 (log sum_e exp logit_e)^2 at each token (ST-MoE, equation 5).
 
-Shapes: N tokens, B rows, E routed experts, K experts per token, M layers.
+Shapes: N tokens, B rows, E routed experts, K experts per token, M layers, U tokens with shared prefixes counted once.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ class RouterWatch:
     """Tokens of each row that count, fp32, at least 1."""
     with_losses: bool
     """Whether the balance loss and the z-loss are wanted; both are 0 otherwise."""
+    place_N: Tensor | None = None
+    """Place of each token among those that the routers see, int64, where rows share some of them; None: its own."""
 
     @classmethod
     def of(cls, rows: PackedRows, *, with_losses: bool) -> RouterWatch:
-        """Count all tokens."""
+        """Count all tokens, those that rows share in each of them."""
         device, lengths_B = rows.position_ids_N.device, torch.tensor(rows.lengths)
         row_N = torch.arange(len(lengths_B)).repeat_interleave(lengths_B)
         after_N = lengths_B.cumsum(0)[row_N] - torch.arange(1, len(row_N) + 1)
@@ -46,10 +48,12 @@ class RouterWatch:
             after_N=after_N.to(device),
             lengths_B=lengths_B.float().to(device),
             with_losses=with_losses,
+            place_N=None if rows.shared is None else rows.shared.place_N,
         )
 
     def without_last(self) -> RouterWatch:
         """The same with the last token of each row not counted, for a module that looks one token further ahead."""
+        assert self.place_N is None, "such a module goes over each row by itself"
         return RouterWatch(
             row_N=self.row_N.masked_fill(self.after_N == 0, len(self.lengths_B)),
             after_N=self.after_N - 1,
@@ -81,6 +85,8 @@ class RouterSums:
 
 def sum_up(routing: Routing, watch: RouterWatch) -> RouterSums:
     """What `watch` asks for, of one router (M = 1)."""
+    if watch.place_N is not None:
+        routing = routing.spread(watch.place_N)
     num_experts, num_rows = routing.scores_NE.shape[1], len(watch.lengths_B)
     load_BE = _count_by_row(routing.experts_NK, watch.row_N, num_rows, num_experts)
     counts_N = watch.row_N < num_rows

@@ -13,7 +13,7 @@ from policy.config import PolicyConfig
 from policy.grouped_attention import GroupedQueryAttention
 from policy.latent_attention import LatentAttention
 from policy.moe import FeedForward, MixtureOfExperts, Routed
-from policy.norm import StreamNorm
+from policy.norm import RMSNorm
 from policy.recompute import remade
 from policy.rope import Rotation
 
@@ -23,13 +23,13 @@ class Block(nn.Module):
 
     def __init__(self, config: PolicyConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = StreamNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn: LatentAttention | GroupedQueryAttention
         if config.family.attention == "latent":
             self.self_attn = LatentAttention(config, layer)
         else:
             self.self_attn = GroupedQueryAttention(config, layer)
-        self.post_attention_layernorm = StreamNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp: FeedForward | MixtureOfExperts
         if config.is_moe_layer(layer):
             self.mlp = MixtureOfExperts(config)

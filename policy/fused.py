@@ -21,6 +21,8 @@ def silu_gate(gate_NI: Tensor, up_NI: Tensor) -> Tensor:
     if gate_NI.device.type == "cuda" and gate_NI.ndim == 2:
         out: Tensor = _SiluGate.apply(gate_NI, up_NI)
         return out
+    if not torch.is_grad_enabled():
+        return F.silu(gate_NI).mul_(up_NI)
     return F.silu(gate_NI) * up_NI
 
 
@@ -37,18 +39,10 @@ def turn_pairs(x_NHQ: Tensor, cos: Tensor, sin: Tensor, *, is_interleaved: bool)
 
     Pairs are neighbours (x[2i], x[2i+1]) where interleaved, else (x[i], x[i + P/2]). Numbers before them are kept.
     """
-    if x_NHQ.device.type == "cuda":
-        turned: Tensor = _Turn.apply(x_NHQ, cos, sin, is_interleaved)
-        return turned
-    kept, x_NHP = x_NHQ.split([x_NHQ.shape[-1] - 2 * cos.shape[-1], 2 * cos.shape[-1]], dim=-1)
-    x, cos, sin = x_NHP.float(), cos[:, None], sin[:, None]
-    if is_interleaved:
-        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-        out = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x_NHQ.dtype)
-    else:
-        a, b = x.chunk(2, dim=-1)
-        out = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_NHQ.dtype)
-    return torch.cat((kept, out), dim=-1) if kept.shape[-1] else out
+    if not torch.is_grad_enabled():
+        return _turn(x_NHQ, cos, sin, is_interleaved)
+    turned: Tensor = _Turn.apply(x_NHQ, cos, sin, is_interleaved)
+    return turned
 
 
 def split_keys_values(keys_values: Tensor, k_rope_NP: Tensor, own: int) -> tuple[Tensor, Tensor]:
@@ -58,6 +52,22 @@ def split_keys_values(keys_values: Tensor, k_rope_NP: Tensor, own: int) -> tuple
         return key_NHQ, value_NHV
     k_nope_NHD, value_NHV = keys_values.split([own, keys_values.shape[-1] - own], dim=-1)
     return torch.cat((k_nope_NHD, k_rope_NP[:, None].expand(-1, keys_values.shape[1], -1)), dim=-1), value_NHV
+
+
+def join_softmaxes(out_NHV: Tensor, log_total_HN: Tensor, more_NHV: Tensor, more_log_total_HN: Tensor) -> None:
+    """Two attentions of the same queries over different keys made one over all of them, in place in the first.
+
+    Each is its output and the log sum exp of its scores, fp32; numbers of a token lie side by side.
+    """
+    if out_NHV.device.type == "cuda":
+        from policy import gpu_kernels
+
+        gpu_kernels.join_softmaxes(out_NHV, log_total_HN, more_NHV, more_log_total_HN)
+        return
+    joined_HN = torch.logaddexp(log_total_HN, more_log_total_HN)
+    weight_NH1, more_weight_NH1 = ((x - joined_HN).exp().t()[..., None] for x in (log_total_HN, more_log_total_HN))
+    out_NHV.copy_(out_NHV * weight_NH1 + more_NHV * more_weight_NH1)
+    log_total_HN.copy_(joined_HN)
 
 
 class _SiluGate(Function):
@@ -112,20 +122,33 @@ class _SplitKeysValues(Function):
 class _Turn(Function):
     @staticmethod
     def forward(ctx: Any, x_NHQ: Tensor, cos: Tensor, sin: Tensor, is_interleaved: bool) -> Tensor:
-        from policy import gpu_kernels
-
         ctx.save_for_backward(cos, sin)
         ctx.is_interleaved = is_interleaved
-        return gpu_kernels.turn(_packed_rows(x_NHQ), cos, sin, is_interleaved=is_interleaved)
+        return _turn(x_NHQ, cos, sin, is_interleaved)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        from policy import gpu_kernels
-
         cos, sin = ctx.saved_tensors
         # A rotation's transpose is the rotation by the opposite angle; a growth in cos and sin stays a factor.
-        back = gpu_kernels.turn(_packed_rows(grads[0]), cos, sin, is_interleaved=ctx.is_interleaved, is_inverse=True)
-        return back, None, None, None
+        return _turn(grads[0], cos, sin, ctx.is_interleaved, is_inverse=True), None, None, None
+
+
+def _turn(x_NHQ: Tensor, cos: Tensor, sin: Tensor, is_interleaved: bool, *, is_inverse: bool = False) -> Tensor:
+    if x_NHQ.is_cuda:
+        from policy import gpu_kernels
+
+        return gpu_kernels.turn(_packed_rows(x_NHQ), cos, sin, is_interleaved=is_interleaved, is_inverse=is_inverse)
+    kept, x_NHP = x_NHQ.split([x_NHQ.shape[-1] - 2 * cos.shape[-1], 2 * cos.shape[-1]], dim=-1)
+    # A pair as a complex number turns by one product, a quarter of the passes of four products and two sums.
+    angle = torch.complex(cos, -sin if is_inverse else sin)[:, None]
+    x_NHP = x_NHP.float()
+    if is_interleaved:
+        pairs = torch.view_as_complex(x_NHP.contiguous().unflatten(-1, (-1, 2)))
+        parts = [torch.view_as_real(pairs * angle).flatten(-2)]
+    else:
+        turned = torch.complex(*x_NHP.chunk(2, dim=-1)).mul_(angle)
+        parts = [turned.real, turned.imag]
+    return torch.cat((kept, *(part.to(x_NHQ.dtype) for part in parts)), dim=-1)
 
 
 def _packed_rows(x: Tensor) -> Tensor:

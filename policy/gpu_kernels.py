@@ -336,5 +336,37 @@ def logit_gradient(
     return out_NS
 
 
+@triton.jit
+def _join_softmaxes_kernel(
+    out, log_total, more, more_log_total, total_stride, more_total_stride, heads,
+    V: tl.constexpr, V_BLOCK: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    is_head = head < heads
+    a = tl.load(log_total + head * total_stride + row, mask=is_head, other=0.0)
+    b = tl.load(more_log_total + head * more_total_stride + row, mask=is_head, other=0.0)
+    peak = tl.maximum(a, b)
+    joined = peak + tl.log(tl.exp(a - peak) + tl.exp(b - peak))
+    column = tl.arange(0, V_BLOCK)[None, :]
+    place = (row * heads + head[:, None]) * V + column
+    inside = is_head[:, None] & (column < V)
+    x = tl.load(out + place, mask=inside, other=0.0).to(tl.float32) * tl.exp(a - joined)[:, None]
+    y = tl.load(more + place, mask=inside, other=0.0).to(tl.float32) * tl.exp(b - joined)[:, None]
+    tl.store(out + place, x + y, mask=inside)
+    tl.store(log_total + head * total_stride + row, joined, mask=is_head)
+
+
+def join_softmaxes(out_NHV: Tensor, log_total_HN: Tensor, more_NHV: Tensor, more_log_total_HN: Tensor) -> None:
+    """See `policy.fused.join_softmaxes`."""
+    rows, heads, width = out_NHV.shape
+    if rows:
+        at_once = min(8, triton.next_power_of_2(heads))
+        _join_softmaxes_kernel[(rows, triton.cdiv(heads, at_once))](
+            out_NHV, log_total_HN, more_NHV, more_log_total_HN, log_total_HN.stride(0), more_log_total_HN.stride(0),
+            heads, V=width, V_BLOCK=triton.next_power_of_2(width), HEADS=at_once, num_warps=2,
+        )  # fmt: skip
+
+
 def _block(width: int) -> int:
     return min(COLUMNS, triton.next_power_of_2(width))

@@ -20,6 +20,9 @@ from torch import Tensor
 from policy.fused import silu_gate_halves
 from policy.recompute import remade
 
+FEW_ROWS = 64
+"""Up to so many rows a group on average, a product of one group is too small for several threads to share."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Order:
@@ -45,6 +48,10 @@ def swiglu(x_TO: Tensor, gate_up_EIO: Tensor, down_EOI: Tensor, ends_E: Tensor) 
 
     `gate_up_EIO` holds the gates' rows above the ups' (its width I is twice that of `down_EOI`).
     """
+    if not (x_TO.is_cuda or torch.is_grad_enabled()) and 1 < len(ends_E) <= len(x_TO) <= FEW_ROWS * len(ends_E):
+        largest = int(ends_E.diff(prepend=ends_E.new_zeros(1)).max())
+        if torch.get_num_threads() > 1 and largest * len(ends_E) <= 2 * len(x_TO):
+            return _swiglu_filled(x_TO, gate_up_EIO, down_EOI, ends_E, largest)
     if has_grouped_product(x_TO, down_EOI):
         inner_TI = remade(silu_gate_halves, F.grouped_mm(x_TO, gate_up_EIO.transpose(1, 2), offs=ends_E))
         return F.grouped_mm(inner_TI, down_EOI.transpose(1, 2), offs=ends_E)
@@ -52,6 +59,18 @@ def swiglu(x_TO: Tensor, gate_up_EIO: Tensor, down_EOI: Tensor, ends_E: Tensor) 
     x_GSO = blocks.fill(x_TO)
     inner_GSI = silu_gate_halves(torch.bmm(x_GSO, gate_up_EIO.index_select(0, blocks.group_G).transpose(1, 2)))
     return blocks.empty(torch.bmm(inner_GSI, down_EOI.index_select(0, blocks.group_G).transpose(1, 2)))
+
+
+def _swiglu_filled(x_TO: Tensor, gate_up_EIO: Tensor, down_EOI: Tensor, ends_E: Tensor, largest: int) -> Tensor:
+    """The same with each group filled up to the largest, so that threads share out groups, not a small product."""
+    row_T = torch.arange(len(x_TO))
+    group_T = torch.searchsorted(ends_E, row_T, right=True, out_int32=True)
+    starts_E = torch.cat((ends_E.new_zeros(1), ends_E[:-1]))
+    slot_T = row_T + group_T * largest - starts_E.index_select(0, group_T)
+    x_ESO = x_TO.new_zeros(len(ends_E) * largest, x_TO.shape[1]).index_copy_(0, slot_T, x_TO)
+    gate_up_ESI = torch.bmm(x_ESO.unflatten(0, (-1, largest)), gate_up_EIO.transpose(1, 2))
+    out_ESO = torch.bmm(silu_gate_halves(gate_up_ESI), down_EOI.transpose(1, 2))
+    return out_ESO.flatten(0, 1).index_select(0, slot_T)
 
 
 def has_grouped_product(x_TO: Tensor, down_EOI: Tensor) -> bool:
@@ -110,6 +129,8 @@ class Blocks:
 
 def gather_sorted(x_N: Tensor, order_T: Tensor, per_row: int) -> Tensor:
     """Each row of x once for each of its `per_row` places among T = N * per_row sorted ones, [T, ...]."""
+    if not torch.is_grad_enabled():
+        return x_N.index_select(0, order_T // per_row)
     gathered: Tensor = _GatherSorted.apply(x_N, order_T, per_row)
     return gathered
 
@@ -145,7 +166,8 @@ def mix_sorted(x_TC: Tensor, order_T: Tensor, weights_NK: Tensor) -> Tensor:
         mixed: Tensor = _MixSorted.apply(x_TC, order_T, weights_NK)
         return mixed
     x_NKC = scatter_sorted(x_TC, order_T).unflatten(0, (-1, weights_NK.shape[1]))
-    return torch.einsum("nkc,nk->nc", x_NKC, weights_NK.to(x_NKC.dtype))
+    # Not `einsum`, which takes a product of matrices for every token.
+    return (x_NKC * weights_NK.to(x_NKC.dtype)[..., None]).sum(dim=1)
 
 
 class _MixSorted(torch.autograd.Function):

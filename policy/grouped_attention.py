@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from policy.attention import AttentionPlan, attend_in_rows, write_cache
 from policy.config import PolicyConfig
 from policy.continued_attention import Continued, attend_to_context
+from policy.norm import RMSNorm
 from policy.paged_attention import Absorbed, CacheLayout, attend_over_cache
 from policy.rope import Rotation, attention_scale, rotate
 
@@ -30,8 +31,8 @@ class GroupedQueryAttention(nn.Module):
         self.k_proj = nn.Linear(width, config.num_key_value_heads * head, bias=bias)
         self.v_proj = nn.Linear(width, config.num_key_value_heads * head, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * head, width, bias=bias and family.has_output_bias)
-        self.q_norm = nn.RMSNorm(head, eps=config.rms_norm_eps) if family.has_qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(head, eps=config.rms_norm_eps) if family.has_qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(head, eps=config.rms_norm_eps) if family.has_qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(head, eps=config.rms_norm_eps) if family.has_qk_norm else nn.Identity()
         self.scale = attention_scale(config)
         groups = config.num_key_value_heads
         self.layout = CacheLayout(groups=groups, key_width=head, value_start=groups * head, value_width=head)

@@ -26,6 +26,9 @@ MAX_ELEMENTS = 1 << 26
 MIN_SLICE = 256
 """Narrowest slice of the vocabulary; narrower ones would leave a GPU idle."""
 
+WIDENED_ROWS = 2048
+"""Rows of a half-precision head that are widened to fp32 at once, where no gradient is wanted."""
+
 
 def project(hidden_NC: Tensor, weight_VC: Tensor) -> Tensor:
     """Logits [N, V] in fp32 (fp64 of fp64) whatever the dtype of hidden states and head.
@@ -37,7 +40,14 @@ def project(hidden_NC: Tensor, weight_VC: Tensor) -> Tensor:
     if _uses_matrix_units(hidden_NC, weight_VC):
         return torch.mm(hidden_NC, weight_VC.t(), out_dtype=torch.float32)
     wide = torch.promote_types(hidden_NC.dtype, torch.float32)
-    return F.linear(hidden_NC.to(wide), weight_VC.to(wide))
+    if weight_VC.dtype == wide or torch.is_grad_enabled() or len(weight_VC) <= WIDENED_ROWS:
+        return F.linear(hidden_NC.to(wide), weight_VC.to(wide))
+    # Slice by slice the wide copy of a large head stays in the processor's cache, off main memory.
+    hidden_NC, logits_NV = hidden_NC.to(wide), hidden_NC.new_empty(len(hidden_NC), len(weight_VC), dtype=wide)
+    buffer_SC = weight_VC.new_empty(WIDENED_ROWS, weight_VC.shape[1], dtype=wide)
+    for slice_NS, weight_SC in zip(logits_NV.split(WIDENED_ROWS, 1), weight_VC.split(WIDENED_ROWS), strict=True):
+        torch.mm(hidden_NC, buffer_SC[: len(weight_SC)].copy_(weight_SC).t(), out=slice_NS)
+    return logits_NV
 
 
 def score_tokens(

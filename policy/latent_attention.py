@@ -17,6 +17,7 @@ from policy.attention import AttentionPlan, Expanded, attend_in_rows, write_cach
 from policy.config import PolicyConfig
 from policy.continued_attention import Continued, attend_to_context
 from policy.fused import split_keys_values
+from policy.norm import RMSNorm
 from policy.paged_attention import Absorbed, CacheLayout, attend_over_cache
 from policy.recompute import remade
 from policy.rope import Rotation, attention_scale, rotate
@@ -36,10 +37,10 @@ class LatentAttention(nn.Module):
             self.q_proj = nn.Linear(width, heads * config.qk_head_dim, bias=False)
         else:
             self.q_a_proj = nn.Linear(width, config.q_lora_rank, bias=False)
-            self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=LATENT_NORM_EPS)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=LATENT_NORM_EPS)
             self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(width, config.cache_width, bias=False)
-        self.kv_a_layernorm = nn.RMSNorm(config.kv_lora_rank, eps=LATENT_NORM_EPS)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps=LATENT_NORM_EPS)
         self.kv_b_proj = nn.Linear(
             config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False
         )

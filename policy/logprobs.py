@@ -3,14 +3,16 @@
 Position n of every `*_N` result speaks of token n given the tokens before it in its row; a row's first token has none
 before it and gets 0.
 
-Shapes: N packed tokens, C model width, V vocabulary, W wanted tokens.
+Shapes: N packed tokens, C model width, V vocabulary, W wanted tokens, U tokens with shared prefixes counted once,
+M layers with routed experts, K experts per token.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from policy.attention import Expanded
@@ -29,7 +31,7 @@ class TokenLogprobs:
     entropy_N: Tensor
     """Entropy of the distribution the token was drawn from, nats, fp32, differentiable."""
     output: PolicyOutput
-    """Of the trunk, for the MTP modules and the experts' load."""
+    """Of the trunk, for the MTP modules and the experts' load; see `run_trunk`."""
 
 
 def token_logprobs(
@@ -47,10 +49,10 @@ def token_logprobs(
     `wanted_N` is a boolean mask; a row's first token cannot be wanted. `given_experts_MNK` and `watch` are
     `Policy.forward`'s.
     """
-    output = policy(token_ids_N, rows.position_ids_N, Expanded(rows=rows), given_experts_MNK, watch)
+    output = run_trunk(policy, token_ids_N, rows, given_experts_MNK, watch)
     wanted_W = wanted_N.nonzero().squeeze(1)
     assert rows.position_ids_N[wanted_W].all(), "a row's first token has nothing before it"
-    before_WC = output.hidden_NC.index_select(0, wanted_W - 1)
+    before_WC = take_hidden(output.hidden_NC, rows, wanted_W - 1)
     logprobs_W, entropy_W = gather_logprobs(policy, before_WC, token_ids_N.index_select(0, wanted_W), temperature)
     empty_N = torch.zeros(len(token_ids_N), dtype=torch.float32, device=token_ids_N.device)
     return TokenLogprobs(
@@ -58,6 +60,40 @@ def token_logprobs(
         entropy_N=empty_N.index_copy(0, wanted_W, entropy_W),
         output=output,
     )
+
+
+def run_trunk(
+    policy: Policy,
+    token_ids_N: Tensor,
+    rows: PackedRows,
+    given_experts_MNK: Tensor | None = None,
+    watch: RouterWatch | None = None,
+) -> PolicyOutput:
+    """`Policy.forward` over packed rows, what `rows.shared` has in common gone over once.
+
+    Tokens and experts, given and chosen, are those of all N tokens; a prefix takes the experts given in the first row
+    that has it. The hidden states are those of the U tokens that were gone over: `take_hidden` finds a token's.
+    """
+    shared = rows.shared
+    if shared is None:
+        return policy(token_ids_N, rows.position_ids_N, Expanded(rows=rows), given_experts_MNK, watch)  # type: ignore[no-any-return]
+    given_MUK = None if given_experts_MNK is None else given_experts_MNK.index_select(1, shared.token_U)
+    token_ids_U = token_ids_N.index_select(0, shared.token_U)
+    output: PolicyOutput = policy(token_ids_U, shared.position_ids_U, Expanded(rows=rows), given_MUK, watch)
+    chosen, preferred = (
+        None if experts_MUK is None else experts_MUK.index_select(1, shared.place_N)
+        for experts_MUK in (output.experts_MNK, output.preferred_MNK)
+    )
+    return replace(output, experts_MNK=chosen, preferred_MNK=preferred)
+
+
+def take_hidden(hidden_UC: Tensor, rows: PackedRows, token_W: Tensor) -> Tensor:
+    """Hidden states [W, C] of some of the N tokens, from those that `run_trunk` gave."""
+    if rows.shared is None:
+        return hidden_UC.index_select(0, token_W)
+    # As from a table: the last state of a prefix is taken by every row, and a table's gradient adds up in fp32 and in
+    # one order on a GPU.
+    return F.embedding(rows.shared.place_N.index_select(0, token_W), hidden_UC)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,14 +163,18 @@ def ahead_losses(
     is_detached: bool = False,
     num_recycled: int = 0,
 ) -> AheadLosses:
-    """What every MTP module makes of the tokens that it predicts from the trunk's hidden states.
+    """What every MTP module makes of the tokens that it predicts from the trunk's hidden states (of `run_trunk`).
 
+    A module looks at the next token too, which at a prefix's end is another in each row: it goes over rows one by one.
     The last one also predicts `num_recycled` times from its own output: see `Policy.predict_ahead`.
     `wanted_N` leaves tokens out. With `is_detached` the gradient reaches the modules' own weights alone: not the
     trunk, not the embedding, not the head.
     """
+    if rows.shared is not None:
+        hidden_NC = F.embedding(rows.shared.place_N, hidden_NC)
+        watch = None if watch is None else replace(watch, place_N=None)
     outputs = policy.predict_ahead(
-        hidden_NC, token_ids_N.roll(-1), rows, watch=watch, is_detached=is_detached, num_recycled=num_recycled
+        hidden_NC, token_ids_N.roll(-1), rows.alone, watch=watch, is_detached=is_detached, num_recycled=num_recycled
     )
     sums, counts = list[Tensor](), list[int]()
     for k, output in enumerate(outputs):

@@ -24,7 +24,7 @@ from policy.config import PolicyConfig
 from policy.head import project
 from policy.moe import MixtureOfExperts, Routed
 from policy.mtp import MultiTokenPredictor
-from policy.norm import StreamNorm
+from policy.norm import RMSNorm
 from policy.packing import PackedRows
 from policy.recompute import Recomputation, run_block
 from policy.rope import rotation_of
@@ -67,7 +67,7 @@ class Policy(nn.Module):
         """Whether the trunk's residual stream stays in fp32 where the weights are narrower."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = StreamNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
         self.mtp = nn.ModuleList(

@@ -16,6 +16,7 @@ from policy.balance import RouterWatch
 from policy.block import Block
 from policy.config import PolicyConfig
 from policy.moe import Routed
+from policy.norm import RMSNorm
 from policy.rope import Rotation
 
 
@@ -24,11 +25,11 @@ class MultiTokenPredictor(nn.Module):
 
     def __init__(self, config: PolicyConfig, layer: int) -> None:
         super().__init__()
-        self.enorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.hnorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.enorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.block = Block(config, layer)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self,

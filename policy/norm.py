@@ -1,29 +1,70 @@
-"""RMSNorm (Zhang and Sennrich, 2019) between a residual stream in fp32 and matrix products in half precision.
+"""RMSNorm (Zhang and Sennrich, 2019): x / sqrt(mean(x^2) + eps) * weight over the last dimension.
 
-Rounding the stream to bf16 after every sublayer is the largest part of what sampler and trainer differ by in bf16
+Torch's own is one kernel on a GPU, but on a CPU a chain of passes, forward and backward. There, in fp32, it is written
+out in as few as torch allows.
+
+A residual stream in fp32 between matrix products in half precision is normalised in fp32 and rounded once: rounding
+the stream to bf16 after every sublayer is the largest part of what sampler and trainer differ by in bf16
 (docs/rollouts.md); kept in fp32 it costs its own bandwidth, and no product changes.
 
-Shapes: N tokens, C model width.
+Shapes: N tokens, C width of the last dimension.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
 
-class StreamNorm(nn.RMSNorm):
-    """RMSNorm of the residual stream: what it gives has the dtype of its weight, whatever that of the stream is."""
+class RMSNorm(nn.RMSNorm):
+    """`nn.RMSNorm` over one dimension; what it gives has the dtype of its weight, whatever that of its input is."""
 
-    def forward(self, x_NC: Tensor) -> Tensor:
-        """[N, C] to [N, C]."""
-        if x_NC.dtype == self.weight.dtype:
-            return super().forward(x_NC)
-        assert self.eps is not None
-        return normalise(x_NC, self.weight, self.eps)
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__(width, eps=eps)
+        self.epsilon = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] to [..., C]."""
+        if x.dtype != self.weight.dtype:
+            return normalise(x, self.weight, self.epsilon)
+        if x.device.type != "cpu" or x.dtype != torch.float32:
+            return super().forward(x)
+        if torch.is_grad_enabled():
+            out: Tensor = _RootMeanSquare.apply(x, self.weight, self.epsilon)
+            return out
+        return (x * _inverse_root(x, self.epsilon)).mul_(self.weight)
+
+
+def _inverse_root(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps), [..., 1]."""
+    # The norm is one pass; the mean of squares would write the squares first.
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+class _RootMeanSquare(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_C: Tensor, eps: float) -> Tensor:
+        inverse = _inverse_root(x, eps)
+        ctx.save_for_backward(x, weight_C, inverse)
+        return (x * inverse).mul_(weight_C)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """With y = r w x and r = (mean(x^2) + eps)^-1/2: dL/dx = r (g w - x r^2 mean(g w x)), dL/dw = sum r g x."""
+        (x, weight_C, inverse), [grad] = ctx.saved_tensors, grads
+        product = (grad * x).reshape(-1, x.shape[-1])
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.mv(product.t(), inverse.flatten())
+        if ctx.needs_input_grad[0]:
+            mean = torch.mv(product, weight_C).view_as(inverse).div_(x.shape[-1])
+            grad_x = (grad * weight_C).mul_(inverse).addcmul_(x, mean * inverse**3, value=-1)
+        return grad_x, grad_weight, None
 
 
 def normalise(x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:

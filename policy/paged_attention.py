@@ -82,17 +82,23 @@ def attend_over_cache(
     cached_BLW = blocks.index_select(0, plan.block_table_BM.flatten()).view(len(query_BHQ), -1, blocks.shape[-1])
     values_end = layout.value_start + layout.groups * layout.value_width
     if layout.groups == 1:
-        scores_BHL = torch.bmm(query_BHQ, cached_BLW[..., : layout.key_width].transpose(1, 2))
-        weights_BHL = (scores_BHL.float() * scale + plan.bias_B1L).softmax(dim=-1).to(cached_BLW.dtype)
+        keys_BQL = cached_BLW[..., : layout.key_width].transpose(1, 2)
         values_BLV = cached_BLW[..., layout.value_start : values_end]
+        if query_BHQ.dtype == torch.float32:
+            scores_BHL = torch.baddbmm(plan.bias_B1L, query_BHQ, keys_BQL, alpha=scale)
+        else:
+            scores_BHL = torch.bmm(query_BHQ, keys_BQL).float() * scale + plan.bias_B1L
+        weights_BHL = scores_BHL.softmax(dim=-1).to(cached_BLW.dtype)
         if in_two:
             mixed_BHV = torch.bmm(weights_BHL.float(), values_BLV.float())
             rounded_BHV = mixed_BHV.to(values_BLV.dtype)
             return torch.stack((rounded_BHV, (mixed_BHV - rounded_BHV).to(values_BLV.dtype)))
         return torch.bmm(weights_BHL, values_BLV)
-    keys_BLGQ = cached_BLW[..., : layout.groups * layout.key_width].unflatten(-1, (layout.groups, -1))
-    values_BLGV = cached_BLW[..., layout.value_start : values_end].unflatten(-1, (layout.groups, -1))
-    scores_BGKL = query_BHQ.unflatten(1, (layout.groups, -1)) @ keys_BLGQ.permute(0, 2, 3, 1)
-    scores_BGKL = scores_BGKL.float() * scale + plan.bias_B1L[:, None]
-    weights_BGKL = scores_BGKL.softmax(dim=-1).to(cached_BLW.dtype)
-    return (weights_BGKL @ values_BLGV.permute(0, 2, 1, 3)).flatten(1, 2)
+    keys = cached_BLW[..., : layout.groups * layout.key_width].split(layout.key_width, dim=-1)
+    values = cached_BLW[..., layout.value_start : values_end].split(layout.value_width, dim=-1)
+    out = []
+    # Group by group the columns are read where they lie; one product of all groups would copy them in their order.
+    for query_BKQ, keys_BLQ, values_BLV in zip(query_BHQ.chunk(layout.groups, dim=1), keys, values, strict=True):
+        scores_BKL = torch.bmm(query_BKQ, keys_BLQ.transpose(1, 2)).float() * scale + plan.bias_B1L
+        out.append(torch.bmm(scores_BKL.softmax(dim=-1).to(cached_BLW.dtype), values_BLV))
+    return torch.cat(out, dim=1)

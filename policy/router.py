@@ -42,6 +42,16 @@ class Routing:
     preferred_NK: Tensor | None = None
     """Experts that the router would have chosen, int64; None where no choice was given to it."""
 
+    def spread(self, place_N: Tensor) -> Routing:
+        """The same of tokens that lie at these places, some at one; gradients add up in one order."""
+        return Routing(
+            experts_NK=self.experts_NK.index_select(0, place_N),
+            weights_NK=F.embedding(place_N, self.weights_NK),
+            logits_NE=F.embedding(place_N, self.logits_NE),
+            scores_NE=F.embedding(place_N, self.scores_NE),
+            preferred_NK=None if self.preferred_NK is None else self.preferred_NK.index_select(0, place_N),
+        )
+
 
 class Router(nn.Module):
     """Chooses K experts for each token and the weight of each. Parameter names follow transformers."""

@@ -3,7 +3,7 @@
 Randomness is counter-based: the number used for a token is a hash of the sequence's seed and the token's index, so a
 draw depends neither on the batch nor on what was drawn before.
 
-Shapes: B sequences, R rows of logits, V vocabulary.
+Shapes: B sequences, R rows of logits (where sampling by runs: tokens of a run), U runs, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,10 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rollouts.types import SamplingParams
 
+WIDE = 4096
+"""Vocabularies wider than this are drawn from run by run."""
+RUN = 256
+"""Tokens of a run."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -47,18 +52,49 @@ def sample(
     if logits_RV.is_cuda:
         return _sample_on_gpu(logits_RV, seeds_B, counters_B, params, row_of_B)
     logits_BV = logits_RV if row_of_B is None else logits_RV.index_select(0, row_of_B)
-    finite_B = logits_BV.isfinite().all(dim=-1)
+    # 0 times a number is 0, times anything else it is not: a fifth of the time of `isfinite().all()`.
+    finite_B = (logits_BV * 0).sum(dim=-1) == 0
     if params.temperature == 0:
         token_ids_B = logits_BV.argmax(dim=-1)
         return Sampled(token_ids_B=token_ids_B, logprobs_B=torch.zeros_like(logits_BV[:, 0]), finite_B=finite_B)
-    log_all_BV = truncate(logits_BV / params.temperature, params).log_softmax(dim=-1)
-    cumulative_BV = log_all_BV.double().exp().cumsum(dim=-1)
+    if params.temperature != 1:
+        logits_BV = logits_BV / params.temperature
+    log_all_BV = truncate(logits_BV, params).log_softmax(dim=-1)
     uniform_B = torch.from_numpy(uniforms(seeds_B.numpy().view(np.uint64), counters_B.numpy()))
-    # Scaled by the total, which rounding leaves a hair off 1, so that no draw falls beyond the last possible token.
-    token_ids_B = torch.searchsorted(cumulative_BV, uniform_B[:, None] * cumulative_BV[:, -1:], right=True).squeeze(1)
-    token_ids_B = token_ids_B.clamp_(max=logits_BV.shape[-1] - 1)
+    draw = _draw if logits_BV.shape[-1] <= WIDE else _draw_by_runs
+    token_ids_B = draw(log_all_BV, uniform_B)
     logprobs_B = log_all_BV.gather(1, token_ids_B[:, None]).squeeze(1)
     return Sampled(token_ids_B=token_ids_B, logprobs_B=logprobs_B, finite_B=finite_B)
+
+
+def _draw(log_all_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The first token at which the cumulative distribution passes each uniform number."""
+    cumulative_BV = log_all_BV.double().exp().cumsum(dim=-1)
+    # Scaled by the total, which rounding leaves a hair off 1, so that no draw falls beyond the last possible token.
+    token_ids_B = torch.searchsorted(cumulative_BV, uniform_B[:, None] * cumulative_BV[:, -1:], right=True).squeeze(1)
+    return token_ids_B.clamp_(max=log_all_BV.shape[-1] - 1)
+
+
+def _draw_by_runs(log_all_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The same in two stages, first a run of tokens, then one of it: one pass over the vocabulary, in fp32.
+
+    Rounding moves the bounds between runs by parts in 10^7; a token of probability 0 is never drawn.
+    """
+    width = log_all_BV.shape[-1]
+    mass_BUR = F.pad(log_all_BV.exp(), (0, -width % RUN)).unflatten(-1, (-1, RUN))
+    ends_BU = mass_BUR.sum(dim=-1).double().cumsum(dim=-1)
+    aim_B1 = _below(uniform_B[:, None] * ends_BU[:, -1:], ends_BU[:, -1:])
+    run_B1 = torch.searchsorted(ends_BU, aim_B1, right=True)
+    chosen_BR = mass_BUR.take_along_dim(run_B1[..., None], dim=1).squeeze(1).double()
+    inner_BR = chosen_BR.cumsum(dim=-1)
+    start_B1 = F.pad(ends_BU, (1, 0)).gather(1, run_B1)
+    place_B1 = torch.searchsorted(inner_BR, _below(aim_B1 - start_B1, inner_BR[:, -1:]), right=True)
+    return (run_B1 * RUN + place_B1).squeeze(1).clamp_(max=width - 1)
+
+
+def _below(aim: Tensor, total: Tensor) -> Tensor:
+    """`aim`, at most the number before `total`, so that some cumulative sum passes it."""
+    return torch.minimum(aim, total.nextafter(torch.zeros_like(total)))
 
 
 def _sample_on_gpu(

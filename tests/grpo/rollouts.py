@@ -50,6 +50,8 @@ def rows_of(groups: list[Group], config: Config | None = None) -> list[Row]:
     return make_rows(groups, advantages, mask_truncated=config.mask_truncated_completions)
 
 
-def minibatches_of(rows: list[Row], max_tokens: int = 100, num_minibatches: int = 1) -> list[Minibatch]:
+def minibatches_of(
+    rows: list[Row], max_tokens: int = 100, num_minibatches: int = 1, *, share_prompts: bool = True
+) -> list[Minibatch]:
     """What an update is given, on one rank."""
-    return make_minibatches(rows, num_minibatches, max_tokens, Ranks(cpu=True))
+    return make_minibatches(rows, num_minibatches, max_tokens, Ranks(cpu=True), share_prompts=share_prompts)

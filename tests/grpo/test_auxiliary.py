@@ -23,14 +23,14 @@ LOSSES = {"router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.01, "freeze_route
 
 
 def run(
-    policy: Policy, rows: list[Row], max_tokens: int = 10**6, **changes: object
+    policy: Policy, rows: list[Row], max_tokens: int = 10**6, share_prompts: bool = True, **changes: object
 ) -> tuple[dict[str, torch.Tensor], UpdateStats]:
     """One update that moves no weight: the gradients are the optimizer's first moments, as its beta1 is 0."""
     optimizer = MasterAdamW(policy, betas=(0.0, 0.99), eps=1e-8, weight_decay=0.0)
     stats = update(
         policy,
         optimizer,
-        minibatches_of(rows, max_tokens),
+        minibatches_of(rows, max_tokens, share_prompts=share_prompts),
         learning_rate=0.0,
         config=tiny_config(max_grad_norm=1e9, **changes),
         ranks=Ranks(cpu=True),
@@ -108,6 +108,20 @@ def test_micro_batches_give_the_gradients_and_figures_of_one_batch(keys: dict[st
         assert torch.allclose(whole[name], cut[name], atol=2e-6), name
     for a, b in zip(figures(stats.auxiliary), figures(cut_stats.auxiliary), strict=True):
         assert b == pytest.approx(a, rel=1e-4)
+
+
+def test_shared_prompts_count_in_each_of_their_rows() -> None:
+    """As if each row were gone over by itself: gradients, losses, loads and entropies."""
+    keys = {"mtp_weight": 0.3} | LOSSES
+    policy = tiny_policy(num_nextn_predict_layers=1)
+    rows = rows_of(make_groups(policy))
+    assert all(batch.rows.shared is not None for batch in make_batches(rows, 50))
+    shared, stats = run(policy, rows, max_tokens=50, **keys)
+    alone, alone_stats = run(policy, rows, share_prompts=False, **keys)
+    for name in alone:
+        assert torch.allclose(shared[name], alone[name], atol=2e-6), name
+    for a, b in zip(figures(stats.auxiliary), figures(alone_stats.auxiliary), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
 
 
 def figures(stats: AuxiliaryStats) -> list[float]:

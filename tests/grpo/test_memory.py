@@ -61,6 +61,12 @@ def test_halves_hold_every_row_once_with_all_that_belongs_to_it() -> None:
     for name in ("token_ids_N", "completion_mask_N", "old_logprobs_N", "advantages_N", "prompt_tokens_B"):
         assert torch.equal(torch.cat([getattr(half, name) for half in halves]), getattr(batch, name)), name
     assert sum((half.origins for half in halves), ()) == batch.origins
+    assert batch.rows.shared is not None
+    prompts = [batch.rows.shared.prefix_rows.lengths[prefix] for prefix in batch.rows.shared.prefix_of_row]
+    for half, wanted in zip(halves, (prompts[:6], prompts[6:]), strict=True):
+        shared = half.rows.shared
+        assert shared is not None
+        assert [shared.prefix_rows.lengths[prefix] for prefix in shared.prefix_of_row] == wanted
     supports = [half.support for half in halves]
     assert batch.support is not None
     for name in ("token_ids_K", "counts_W"):

@@ -115,6 +115,10 @@ def test_a_finite_update_replays_to_the_same_loss_and_gradient(tmp_path: Path) -
     assert again == config
     assert step.minibatch.counts == steps[0].minibatch.counts
     assert isinstance(step.minibatch.batches[0].origins[0], Origin)
+    for ours, theirs in zip(step.minibatch.batches, steps[0].minibatch.batches, strict=True):
+        assert ours.rows.shared is not None
+        assert theirs.rows.shared is not None
+        assert torch.equal(ours.rows.shared.place_N, theirs.rows.shared.place_N)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a file of ours", b"PK\x03\x04"])

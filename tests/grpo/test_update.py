@@ -81,8 +81,9 @@ def test_one_row_at_a_time_gives_the_gradient_of_all(choices: dict[str, Any]) ->
     choices = {"algorithm": None} | choices
     config, ranks = tiny_config(**choices), Ranks(cpu=True)
     found = []
-    for max_tokens in (10**6, 1, 60):
+    for max_tokens in (10**6, 1, 60):  # all rows of a problem after one prompt; each by itself; some together
         minibatches = minibatches_of(rows, max_tokens)
+        assert all((batch.rows.shared is None) == (max_tokens == 1) for batch in minibatches[0].batches)
         # Old log-probabilities of the sampler, so that ratios are not 1.
         looked = prepare(sampler, minibatches, config.model_copy(update={"num_iterations": 2}), ranks)
         given = [step.minibatch for step in looked]
@@ -251,17 +252,6 @@ def test_expert_load_is_a_share_of_all_choices() -> None:
     assert len(routers.load_ME) == policy.config.num_moe_layers
     for layer in routers.load_ME:
         assert sum(layer) == pytest.approx(1)
-
-
-def test_rows_of_a_batch_fit_its_budget_and_none_is_lost() -> None:
-    policy = tiny_policy()
-    rows = rows_of(make_groups(policy, num_problems=7))
-    batches = make_batches(rows, 100)
-    assert sum(int(batch.completion_mask_N.sum()) for batch in batches) == sum(
-        len(row.completion.token_ids) for row in rows
-    )
-    assert sum(len(batch.rows.lengths) for batch in batches) == len(rows)
-    assert all(len(batch.rows.lengths) * batch.rows.longest <= 100 for batch in batches)
 
 
 def test_stale_rows_are_weighed_against_what_was_recorded() -> None:

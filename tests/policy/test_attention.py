@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from policy import PackedRows, Policy
-from policy.attention import SHORT_ROW, Expanded, attend_causally
+from policy.attention import SHORT_ROW, Expanded, attend_causally, attend_in_rows
+from policy.gpu_attention import Kernel, Pairing, attend_after_prefixes
 from policy.paged_attention import Absorbed
 from tests.policies import tiny_llama, tiny_policy
 
@@ -133,3 +134,78 @@ def test_packed_rows_equal_each_row_alone_gradients_too(shape: str, lengths: tup
         strict=True,
     ):
         assert torch.allclose(a, b, atol=1e-4, rtol=1e-4)
+
+
+def attend_pairs(query: Tensor, key: Tensor, value: Tensor, pairs: Pairing, scale: float) -> tuple[Tensor, Tensor]:
+    """What a GPU's kernel gives, by the definition."""
+    outs, totals = [], []
+    for q, k, v in zip(
+        query.tensor_split(pairs.query_bounds[1:-1].tolist()),
+        key.tensor_split(pairs.key_bounds[1:-1].tolist()),
+        value.tensor_split(pairs.key_bounds[1:-1].tolist()),
+        strict=True,
+    ):
+        times = query.shape[1] // key.shape[1]
+        scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(times, 1)) * scale
+        if pairs.is_causal:
+            scores = scores.masked_fill(torch.ones(len(q), len(k), dtype=torch.bool).triu(1), float("-inf"))
+        outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v.repeat_interleave(times, 1)))
+        totals.append(scores.logsumexp(-1))
+    return torch.cat(outs), torch.cat(totals, dim=1)
+
+
+def gradients_of_pairs(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, total: Tensor, pairs: Pairing, scale: float
+) -> tuple[Tensor, ...]:
+    """FlashAttention-2's backward pass (Dao, 2023, algorithm 2) without its tiles: weights from the given total."""
+    found: list[list[Tensor]] = [[], [], []]
+    starts, key_starts = pairs.query_bounds.tolist(), pairs.key_bounds.tolist()
+    times, groups = query.shape[1] // key.shape[1], key.shape[1]
+    for piece in range(len(starts) - 1):
+        at, of = slice(*starts[piece : piece + 2]), slice(*key_starts[piece : piece + 2])
+        k, v = (x[of].repeat_interleave(times, 1) for x in (key, value))
+        weights = (torch.einsum("qhd,khd->hqk", query[at], k) * scale - total[:, at, None]).exp()
+        if pairs.is_causal:
+            weights = weights.tril()
+        towards = torch.einsum("qhd,khd->hqk", grad[at], v) - (grad[at] * out[at]).sum(-1).t()[..., None]
+        scores_grad = weights * towards * scale
+        found[0].append(torch.einsum("hqk,khd->qhd", scores_grad, k))
+        found[1].append(torch.einsum("hqk,qhd->khd", scores_grad, query[at]).unflatten(1, (groups, times)).sum(2))
+        found[2].append(torch.einsum("hqk,qhd->khd", weights, grad[at]).unflatten(1, (groups, times)).sum(2))
+    return tuple(torch.cat(parts) for parts in found)
+
+
+PLAIN = Kernel(attend=attend_pairs, gradients=gradients_of_pairs)  # type: ignore[arg-type]
+
+LONG = SHORT_ROW + 40
+
+
+@pytest.mark.parametrize("in_pieces", [False, True], ids=["padded", "joined pieces"])
+@pytest.mark.parametrize(
+    ("prefixes", "rests"),
+    [((3, 3), ((0, 2), (0, 5), (1, 1))), ((1, 6), ((0, 4), (1, 3), (1, 30))), ((LONG, 9), ((0, 7), (1, LONG)))],
+    ids=["equal prefixes", "unequal", "long"],
+)
+@pytest.mark.parametrize(("groups", "width", "value_width"), [(4, 6, 6), (2, 6, 6), (4, 6, 4)])
+def test_attention_after_a_shared_prefix_equals_that_of_whole_rows(
+    groups: int,
+    width: int,
+    value_width: int,
+    prefixes: tuple[int, ...],
+    rests: tuple[tuple[int, int], ...],
+    in_pieces: bool,
+) -> None:
+    rows = PackedRows.of(
+        [prefixes[f] + rest for f, rest in rests], prefixes=prefixes, prefix_of_row=[f for f, _ in rests]
+    )
+    shared, generator = rows.shared, torch.Generator().manual_seed(0)
+    assert shared is not None
+    shapes = ((4, width), (groups, width), (groups, value_width), (4, value_width))
+    *inputs, grad = (torch.randn(len(shared.token_U), *shape, generator=generator).double() for shape in shapes)
+    inputs = [x.requires_grad_() for x in inputs]
+    ours = attend_after_prefixes(*inputs, shared, 0.3, PLAIN) if in_pieces else attend_in_rows(*inputs, rows, 0.3)
+    whole = attend_in_rows(*(x.index_select(0, shared.place_N) for x in inputs), rows.alone, 0.3)
+    wanted = whole.index_select(0, shared.token_U)
+    assert torch.allclose(ours, wanted, atol=1e-6)
+    for a, b in zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(wanted, inputs, grad), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)

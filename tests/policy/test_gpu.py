@@ -98,6 +98,73 @@ def test_attention_within_rows_equals_its_definition(
         assert (ours - wanted).norm() < 1e-2 * wanted.norm()
 
 
+SHARED = {  # prefixes, and of each how many tokens come after it in its rows
+    "ragged": ((70, 1, 130), ((1, 60, 33), (5, 1), (80,))),
+    "equal": ((64, 64), ((32, 32, 32), (32, 32, 32))),
+    "long": ((300,), ((513, 400, 7),)),
+}
+
+
+def shared_rows(layout: str, device: str) -> PackedRows:
+    prefixes, rests = SHARED[layout]
+    of_row = [f for f, of_prefix in enumerate(rests) for _ in of_prefix]
+    lengths = [prefixes[f] + rest for f, of_prefix in enumerate(rests) for rest in of_prefix]
+    return PackedRows.of(lengths, device, prefixes=prefixes, prefix_of_row=of_row)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("layout", SHARED)
+@pytest.mark.parametrize(
+    ("heads", "groups", "width", "value_width"),
+    [(14, 2, 64, 64), (12, 12, 192, 128), (4, 1, 128, 128), (4, 4, 20, 10)],
+    ids=["qwen05", "dsv3_05", "wide", "odd"],
+)
+def test_attention_after_shared_prefixes_is_that_of_the_cpu(
+    heads: int, groups: int, width: int, value_width: int, layout: str, dtype: torch.dtype
+) -> None:
+    shared, generator = shared_rows(layout, "cpu").shared, torch.Generator().manual_seed(0)
+    assert shared is not None
+    count = len(shared.token_U)
+    shapes = ((count, heads, width), (count, groups, width), (count, groups, value_width), (count, heads, value_width))
+    *inputs, grad = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+
+    def attend(device: str, dtype: torch.dtype) -> list[Tensor]:
+        tensors = [x.to(device, dtype).requires_grad_() for x in inputs]
+        out = attend_in_rows(*tensors, shared_rows(layout, device), width**-0.5)
+        return [x.double().cpu() for x in (out, *torch.autograd.grad(out, tensors, grad.to(device, dtype)))]
+
+    bound = 1e-5 if dtype == torch.float32 else 1e-2
+    for ours, wanted in zip(attend("cuda", dtype), attend("cpu", torch.float32), strict=True):
+        assert (ours - wanted).norm() < bound * wanted.norm()
+
+
+@pytest.mark.parametrize("recomputation", ["none", "selective", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen2", "qwen3_moe"])
+def test_shared_prefixes_change_values_and_gradients_by_rounding(
+    family: str, dtype: torch.dtype, recomputation: Recomputation
+) -> None:
+    """The same choice of experts in both, and tokens that are equal where rows share them."""
+    policy, rows = cast_weights(make_policy(family), dtype).cuda(), shared_rows("ragged", "cuda")
+    policy.recomputation = recomputation
+    assert rows.shared is not None
+    token_ids_U = torch.randint(3, 61, (len(rows.shared.token_U),), generator=torch.Generator().manual_seed(0)).cuda()
+    token_ids_N = token_ids_U[rows.shared.place_N]
+    found: list[tuple[Tensor, Tensor]] = []
+    experts_MNK = None
+    for given in (rows.alone, rows):
+        policy.zero_grad()
+        got = token_logprobs(policy, token_ids_N, given, rows.position_ids_N > 0, given_experts_MNK=experts_MNK)
+        experts_MNK = got.output.experts_MNK
+        (got.logprobs_N.mean() + 0.1 * got.entropy_N.mean()).backward()
+        gradient = torch.cat([w.grad.flatten().double() for w in policy.parameters() if w.grad is not None])
+        found.append((got.logprobs_N.detach(), gradient))
+    (alone, alone_gradient), (shared, gradient) = found
+    bound = 1e-4 if dtype == torch.float32 else 0.1
+    assert (alone - shared).abs().mean() < bound
+    assert torch.cosine_similarity(gradient, alone_gradient, dim=0) > 1 - bound**2 - 1e-7
+
+
 def test_what_was_recorded_over_the_cache_is_what_the_trainer_sees_in_bf16() -> None:
     """Sampler and trainer share weights and head; the rest is the rounding of two orders of addition."""
     from rollouts import EngineConfig, SamplingParams, make_engine

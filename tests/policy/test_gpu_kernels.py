@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from policy.fused import split_keys_values
+from policy.fused import join_softmaxes, split_keys_values
 from policy.head import Running, fold, gradient_of_logits
 
 pytest.importorskip("triton")
@@ -122,3 +122,23 @@ def test_folding_and_gradient_equal_the_formulas_in_torch(width: int) -> None:
         on_device = (x.to(DEVICE) for x in known)
         got = gpu_kernels.logit_gradient(logits_NS, first, token_ids_N.to(DEVICE), 1.25, *on_device, torch.float32)
         assert torch.allclose(got.cpu(), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "width"), [(1, 1), (5, 24), (14, 64)])
+def test_joined_softmaxes_are_one_softmax_over_both_sets_of_keys(heads: int, width: int, dtype: torch.dtype) -> None:
+    """The first two of five queries have no second set of keys, as a prefix's own have none."""
+    scores = 4 * draw(heads, 5, 9), 4 * draw(heads, 5, 3, seed=1)
+    values = draw(heads, 9, width, seed=2), draw(heads, 3, width, seed=3)
+    outs = [(x.softmax(-1) @ v).transpose(0, 1).contiguous().to(dtype) for x, v in zip(scores, values, strict=True)]
+    totals = [x.logsumexp(-1) for x in scores]
+    both = torch.cat(scores, -1)[:, 2:]
+    wanted = (both.softmax(-1) @ torch.cat(values, 1)).transpose(0, 1)
+    before = [outs[0][:2].clone(), totals[0][:, :2].clone()]
+    for join in (gpu_kernels.join_softmaxes, join_softmaxes):
+        out, total = outs[0].clone(), totals[0].clone()
+        join(out[2:], total[:, 2:], outs[1][2:], totals[1][:, 2:])
+        assert close(out[2:], wanted.to(dtype))
+        assert close(total[:, 2:], both.logsumexp(-1))
+        assert torch.equal(out[:2], before[0])
+        assert torch.equal(total[:, :2], before[1])

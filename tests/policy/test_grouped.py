@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from policy.grouped import Blocks, gather_sorted, scatter_sorted, sort_by_group
+from policy.grouped import Blocks, gather_sorted, scatter_sorted, sort_by_group, swiglu
 
 DISTRIBUTIONS = {
     "random": lambda rng: rng.integers(0, 6, 100),
@@ -77,3 +77,24 @@ def test_gathering_and_scattering_are_each_others_inverse_gradients_too() -> Non
     assert torch.autograd.gradcheck(lambda x: gather_sorted(x, order_T, 3), x_N)
     y_T = torch.randn(12, 5, dtype=torch.float64, generator=generator, requires_grad=True)
     assert torch.autograd.gradcheck(lambda y: scatter_sorted(y, order_T), y_T)
+
+
+@pytest.mark.parametrize("sizes", [(30, 20, 25, 25), (50, 0, 50, 0), (97, 1, 1, 1), (1, 1, 1, 1)])
+def test_groups_filled_up_for_threads_equal_one_group_at_a_time(sizes: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_TO, gate_up_EIO, down_EOI = (
+        torch.randn(shape, generator=generator) for shape in ((sum(sizes), 16), (4, 24, 16), (4, 16, 12))
+    )
+    expected = []
+    for group, rows in enumerate(x_TO.split(sizes)):
+        gate, up = (rows @ gate_up_EIO[group].T).chunk(2, dim=1)
+        expected.append((torch.nn.functional.silu(gate) * up) @ down_EOI[group].T)
+    ends_E = torch.tensor(sizes).cumsum(0).int()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with torch.no_grad():
+            out_TO = swiglu(x_TO, gate_up_EIO, down_EOI, ends_E)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.allclose(out_TO, torch.cat(expected), rtol=1e-5, atol=1e-5)

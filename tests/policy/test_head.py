@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from policy.head import project, score_tokens
+from policy.head import WIDENED_ROWS, project, score_tokens
 
 N, C, V = 9, 12, 50
 
@@ -123,3 +123,15 @@ def test_a_large_vocabulary_takes_under_a_gibibyte_beyond_its_inputs() -> None:
     logprobs_N, entropy_N = score_tokens(hidden_NC, weight_VC, token_ids_N, 0.9)
     (logprobs_N.mean() + 0.01 * entropy_N.mean()).backward()
     assert torch.cuda.max_memory_allocated() - before < 2**30
+
+
+def test_a_wide_head_widened_by_slices_gives_the_same_logits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden_NC = torch.randn(5, 16, generator=generator).bfloat16()
+    weight_VC = torch.randn(2 * WIDENED_ROWS + 7, 16, generator=generator).bfloat16()
+    whole = hidden_NC.float() @ weight_VC.float().T
+    with torch.no_grad():
+        logits_NV = project(hidden_NC, weight_VC)
+    assert logits_NV.dtype == torch.float32
+    assert torch.allclose(logits_NV, whole, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(project(hidden_NC, weight_VC.requires_grad_()), whole, rtol=1e-6, atol=1e-6)

@@ -4,6 +4,8 @@ Shapes: N packed tokens, V vocabulary, W wanted tokens.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import fields
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from policy import PackedRows, Policy
-from policy.logprobs import gather_logprobs, next_token_loss, token_logprobs
-from tests.policies import tiny_policy
+from policy.balance import RouterWatch
+from policy.logprobs import TokenLogprobs, ahead_losses, gather_logprobs, next_token_loss, token_logprobs
+from tests.policies import TINY_QWEN3_MOE, tiny_llama, tiny_policy
 
 LENGTHS = (6, 1, 9, 2)
 
@@ -99,3 +102,85 @@ def test_next_token_loss_is_the_mean_cross_entropy_of_all_but_first_tokens() -> 
     parameters = list(policy.parameters())
     for a, b in zip(torch.autograd.grad(ours.total, parameters), torch.autograd.grad(wanted, parameters), strict=True):
         assert torch.allclose(a, b, atol=1e-5, rtol=1e-4)
+
+
+def draw_groups() -> tuple[Tensor, PackedRows, Tensor]:
+    """Tokens of six rows over two prompts, the rows in no order; the rows; what comes after the prompts."""
+    prompts, of_row, rests = [5, 8], [1, 0, 1, 1, 0, 1], [7, 1, 3, 12, 6, 1]
+    generator = torch.Generator().manual_seed(4)
+    starts = [torch.randint(3, 61, (length,), generator=generator) for length in prompts]
+    ends = [torch.randint(3, 61, (length,), generator=generator) for length in rests]
+    rows = PackedRows.of(
+        [prompts[f] + rest for f, rest in zip(of_row, rests, strict=True)], prefixes=prompts, prefix_of_row=of_row
+    )
+    token_ids_N = torch.cat([torch.cat((starts[f], end)) for f, end in zip(of_row, ends, strict=True)])
+    own = [torch.arange(prompts[f] + rest) >= prompts[f] for f, rest in zip(of_row, rests, strict=True)]
+    return token_ids_N, rows, torch.cat(own)
+
+
+FAMILIES: dict[str, Callable[[], Policy]] = {
+    "deepseek_v3": tiny_policy, "llama": tiny_llama, "qwen3_moe": lambda: tiny_llama(**TINY_QWEN3_MOE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recomputation", ["none", "selective", "full"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_prefixes_change_values_and_gradients_by_rounding_only(family: str, recomputation: str) -> None:
+    policy, (token_ids_N, rows, wanted_N) = FAMILIES[family](), draw_groups()
+    policy.recomputation = recomputation  # type: ignore[assignment]
+    weights_N = torch.randn(len(token_ids_N), generator=torch.Generator().manual_seed(2)) / len(token_ids_N)
+
+    def run(rows: PackedRows, given: Tensor | None = None) -> tuple[TokenLogprobs, list[Tensor]]:
+        watch = RouterWatch.of(rows, with_losses=True)
+        got = token_logprobs(policy, token_ids_N, rows, wanted_N, temperature=0.8, given_experts_MNK=given, watch=watch)
+        loss = (weights_N * (got.logprobs_N + 0.3 * got.entropy_N)).sum()
+        if got.output.routers is not None:
+            loss = loss + 0.01 * (got.output.routers.balance_M.sum() + got.output.routers.z_M.sum() / len(weights_N))
+        return got, list(torch.autograd.grad(loss, list(policy.parameters())))
+
+    alone, wanted_gradients = run(rows.alone)
+    experts_MNK = alone.output.experts_MNK
+    for given in (None, experts_MNK) if experts_MNK is not None else (None,):
+        shared, gradients = run(rows, given)
+        assert len(shared.output.hidden_NC) == len(token_ids_N) - 3 * 8 - 1 * 5
+        assert torch.allclose(shared.logprobs_N, alone.logprobs_N, atol=5e-6)
+        assert torch.allclose(shared.entropy_N, alone.entropy_N, atol=5e-6)
+        for a, b in zip(gradients, wanted_gradients, strict=True):
+            assert torch.allclose(a, b, atol=1e-6, rtol=1e-5)
+        if experts_MNK is not None:
+            assert shared.output.experts_MNK is not None
+            assert shared.output.routers is not None
+            assert torch.equal(shared.output.experts_MNK, experts_MNK)
+            for field in fields(shared.output.routers):
+                ours, theirs = (getattr(x.output.routers, field.name) for x in (shared, alone))
+                assert torch.allclose(ours, theirs, rtol=1e-5), field.name
+
+
+def test_given_experts_are_those_of_the_first_row_with_a_prefix() -> None:
+    policy, (token_ids_N, rows, wanted_N) = tiny_policy(), draw_groups()
+    first = token_logprobs(policy, token_ids_N, rows, wanted_N)
+    assert first.output.experts_MNK is not None
+    given_MNK = (first.output.experts_MNK + 1) % 4  # another choice everywhere
+    moved = token_logprobs(policy, token_ids_N, rows, wanted_N, given_experts_MNK=given_MNK)
+    alone = token_logprobs(policy, token_ids_N, rows.alone, wanted_N, given_experts_MNK=given_MNK)
+    assert torch.allclose(moved.logprobs_N, alone.logprobs_N, atol=5e-6)
+    assert (moved.logprobs_N - first.logprobs_N).abs().max() > 0.01
+
+
+def test_modules_that_look_ahead_see_each_row_by_itself() -> None:
+    policy, (token_ids_N, rows, wanted_N) = tiny_policy(num_nextn_predict_layers=2), draw_groups()
+    found = []
+    for given in (rows.alone, rows):
+        watch = RouterWatch.of(given, with_losses=True)
+        output = token_logprobs(policy, token_ids_N, given, wanted_N).output
+        ahead = ahead_losses(policy, output.hidden_NC, token_ids_N, given, wanted_N=wanted_N, watch=watch)
+        assert ahead.routers is not None
+        gradients = torch.autograd.grad(
+            torch.stack(ahead.sums).sum() / 30, list(policy.parameters()), allow_unused=True
+        )
+        found.append((ahead.counts, [*ahead.sums, ahead.routers.load_ME, ahead.routers.balance_M], gradients))
+    assert found[0][0] == found[1][0]
+    for a, b in zip(found[0][1], found[1][1], strict=True):
+        assert torch.allclose(a, b, rtol=1e-5)
+    for a, b in zip(found[0][2], found[1][2], strict=True):
+        assert (a is None and b is None) or torch.allclose(a, b, atol=2e-6, rtol=1e-5)

@@ -13,8 +13,7 @@ from torch import Tensor, UntypedStorage, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from policy import PackedRows, Policy
-from policy.attention import Expanded
-from policy.logprobs import token_logprobs
+from policy.logprobs import run_trunk, token_logprobs
 from policy.recompute import Recomputation, forgetting, remade, run_block
 from tests.policies import tiny_policy
 
@@ -22,10 +21,17 @@ LENGTHS = (7, 1, 9)
 SHAPES: dict[str, dict[str, object]] = {"one_query_matrix": {}, "query_latent": {"q_lora_rank": 24}}
 
 
-def run(policy: Policy, recomputation: Recomputation) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+ROWS = {
+    "alone": PackedRows.of(LENGTHS),
+    "sharing": PackedRows.of((7, 5, 9, 4), prefixes=(3, 4), prefix_of_row=(0, 1, 0, 0)),
+}
+
+
+def run(
+    policy: Policy, recomputation: Recomputation, rows: PackedRows
+) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
     policy.recomputation = recomputation
-    rows = PackedRows.of(LENGTHS)
-    token_ids_N = torch.randint(3, 61, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0))
+    token_ids_N = torch.randint(3, 61, (sum(rows.lengths),), generator=torch.Generator().manual_seed(0))
     policy.zero_grad()
     got = token_logprobs(policy, token_ids_N, rows, rows.position_ids_N > 0, temperature=0.9)
     (got.logprobs_N.sum() + 0.1 * got.entropy_N.sum()).backward()
@@ -33,11 +39,12 @@ def run(policy: Policy, recomputation: Recomputation) -> tuple[Tensor, Tensor | 
     return got.logprobs_N.detach(), got.output.experts_MNK, {name: grad.clone() for name, grad in gradients.items()}
 
 
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("recomputation", ["selective", "full"])
-def test_recomputation_changes_no_bit(recomputation: Recomputation, shape: str) -> None:
+def test_recomputation_changes_no_bit(recomputation: Recomputation, shape: str, rows: PackedRows) -> None:
     policy = tiny_policy(**SHAPES[shape])
-    plain, ours = run(policy, "none"), run(policy, recomputation)
+    plain, ours = run(policy, "none", rows), run(policy, recomputation, rows)
     assert torch.equal(plain[0], ours[0])
     assert plain[1] is not None
     assert ours[1] is not None
@@ -46,8 +53,9 @@ def test_recomputation_changes_no_bit(recomputation: Recomputation, shape: str) 
     assert all(torch.equal(plain[2][name], ours[2][name]) for name in plain[2])
 
 
-def count_kept(policy: Policy, recomputation: Recomputation) -> int:
-    """Numbers that autograd keeps of the trunk, each piece of memory once, weights left out."""
+def count_kept(policy: Policy, recomputation: Recomputation, rows: PackedRows | None = None) -> int:
+    """Bytes that autograd keeps of the trunk, each piece of memory once, weights left out."""
+    rows = PackedRows.of([32] * 4) if rows is None else rows
     policy.recomputation = recomputation
     weights = {weight.untyped_storage().data_ptr() for weight in policy.parameters()}
     kept: dict[int, Tensor] = {}
@@ -57,10 +65,9 @@ def count_kept(policy: Policy, recomputation: Recomputation) -> int:
             kept[address] = x
         return x
 
-    rows = PackedRows.of([32] * 4)
-    token_ids_N = torch.randint(3, 61, (128,), generator=torch.Generator().manual_seed(0))
+    token_ids_N = torch.randint(3, 61, (sum(rows.lengths),), generator=torch.Generator().manual_seed(0))
     with saved_tensors_hooks(note, lambda x: x):
-        output = policy(token_ids_N, rows.position_ids_N, Expanded(rows=rows))
+        output = run_trunk(policy, token_ids_N, rows)
     assert output.hidden_NC.requires_grad
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 
@@ -68,6 +75,16 @@ def count_kept(policy: Policy, recomputation: Recomputation) -> int:
 def test_full_keeps_less_than_none() -> None:
     policy = tiny_policy()
     assert count_kept(policy, "full") < 0.2 * count_kept(policy, "none")
+
+
+def test_sharing_a_prefix_keeps_less_and_selective_forgets_its_copies() -> None:
+    """Of eight rows with 24 of 32 tokens in common."""
+    policy = tiny_policy()
+    rows = PackedRows.of([32] * 8, prefixes=[24], prefix_of_row=[0] * 8)
+    kept = count_kept(policy, "none", rows), count_kept(policy, "selective", rows)
+    assert kept[0] < 0.6 * count_kept(policy, "none", rows.alone)
+    copied = 8 * 32 * (12 + 8 + 10) * 4 * 4 * policy.config.num_hidden_layers  # keys and values of every row
+    assert kept[0] - kept[1] > copied
 
 
 def test_what_is_remade_is_not_kept_and_is_made_once_for_all_its_users() -> None:

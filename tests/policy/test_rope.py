@@ -44,6 +44,22 @@ def test_rotation_is_multiplication_by_a_complex_number(family) -> None:
             assert torch.allclose(turned[n, :, b], product.imag.float(), atol=1e-5)
 
 
+@pytest.mark.parametrize("family", [grouped, latent])
+def test_gradient_turns_back_and_leaves_the_numbers_before_alone(family) -> None:
+    config, positions = family(), torch.tensor([0, 1, 7, 100])
+    generator = torch.Generator().manual_seed(0)
+    x, back = (torch.randn(4, 3, WIDTH + 5, generator=generator) for _ in range(2))
+    rotation = rotation_of(positions, config)
+    turned = rotate(x.requires_grad_(), rotation)
+    turned.backward(back)
+    assert torch.equal(turned[..., :5], x[..., :5])
+    assert torch.equal(x.grad[..., :5], back[..., :5])
+    # A rotation by the gradient's own angle undoes itself: its transpose is its inverse.
+    assert torch.allclose(rotate(x.grad, rotation), back, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(rotate(x, rotation), turned)
+
+
 def test_frequencies_without_and_with_linear_scaling() -> None:
     plain = [THETA ** (-2 * i / WIDTH) for i in range(WIDTH // 2)]
     assert rope_frequencies(grouped()).tolist() == pytest.approx(plain)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rollouts.sampler import Sampled, mix, truncate, uniforms
+from rollouts.sampler import WIDE, Sampled, mix, truncate, uniforms
 from rollouts.sampler import sample as sample_tensors
 from rollouts.types import SamplingParams
 
@@ -124,6 +124,31 @@ def test_draws_follow_the_distribution(changes: dict[str, float]) -> None:
     assert p_value(counts, wanted) > 0.01
     assert sampled.logprobs_B.exp().numpy() == pytest.approx(wanted[sampled.token_ids_B.numpy()], rel=1e-5)
     assert sampled.finite_B.all()
+
+
+@pytest.mark.parametrize("changes", [{}, {"top_k": 40}])
+def test_a_wide_vocabulary_is_drawn_from_alike(changes: dict[str, float]) -> None:
+    """In two stages or in one: the same tokens, but where rounding moves a bound past a draw."""
+    draws, width = 500, WIDE + 3
+    logits_BV = 4 * torch.randn(1, width, generator=torch.Generator().manual_seed(0)).expand(draws, -1)
+    seeds, counters = np.arange(draws, dtype=np.uint64), np.zeros(draws, dtype=np.int64)
+    sampled = sample(logits_BV, seeds, counters, params_of(**changes))
+    mass_BV = truncate(logits_BV, params_of(**changes)).double().softmax(dim=-1)
+    ends_BV = mass_BV.cumsum(dim=-1)
+    drawn_B1, uniform_B = sampled.token_ids_B[:, None], torch.from_numpy(uniforms(seeds, counters))
+    end_B = ends_BV.gather(1, drawn_B1).squeeze(1)
+    assert (uniform_B < end_B + 1e-6).all()
+    assert (uniform_B > end_B - mass_BV.gather(1, drawn_B1).squeeze(1) - 1e-6).all()
+    assert (mass_BV.gather(1, drawn_B1) > 0).all()
+    assert len(sampled.token_ids_B.unique()) > 15
+
+
+@pytest.mark.parametrize("bits", [0, 2**53 - 1])
+def test_the_ends_of_a_wide_vocabulary_are_never_drawn_where_impossible(bits: int) -> None:
+    logits_V = torch.full((2 * WIDE,), float("-1e9"))
+    logits_V[[700, 701, 5000]] = torch.tensor([0.1, 1.0, -0.3])
+    sampled = sample(logits_V[None], np.array([seed_that_draws(bits)], dtype=np.uint64), np.zeros(1, int), params_of())
+    assert sampled.token_ids_B.tolist() == [5000 if bits else 700]
 
 
 def test_a_wrong_distribution_is_found_out() -> None:
