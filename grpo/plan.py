@@ -190,7 +190,7 @@ def estimate(
 
 
 def micro_batches(config: Config, prompt_tokens: int, num_processes: int = 1) -> MicroBatches:
-    """As `grpo.batch.make_batches` cuts completions of full length, and prompts of this one."""
+    """As `grpo.batch.make_batches` cuts completions of full length, and prompts of this one, each row by itself."""
     row_tokens = prompt_tokens + config.max_completion_length
     rows = _num_rows(config, num_processes) // config.num_minibatches or 1
     at_once = min(rows, max(1, config.max_tokens_per_micro_batch // row_tokens))

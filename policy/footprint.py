@@ -258,17 +258,15 @@ def _working_bytes(config: PolicyConfig, layer: int, size: PassSize) -> float:
 
 
 def _norm(width: int, size: PassSize, name: str = "norm", input_width: int | None = None) -> Piece:
-    """An RMSNorm: its input (`input_width`: of the tensor that this is a view of) and a number; a CPU in fp32, with the
-    normalised input.
+    """An RMSNorm: its input (`input_width`: of the tensor that this is a view of) and a number; a CPU in bf16, both in
+    fp32 and with the normalised input.
     """
     own = input_width or width
-    if size.is_gpu:
+    if size.is_gpu or size.itemsize == 4:
         return Piece(name=name, bytes_per_token=size.itemsize * own + 4)
-    numbers = own if size.itemsize == 4 else width
-    if size.lora is None:
-        numbers += width
-    # In bf16, what makes the output again starts from another tensor than the fp32 copy that is kept.
-    again = size.itemsize * own if size.itemsize < 4 and size.recomputation == "selective" else 0
+    numbers = width if size.lora is not None else 2 * width
+    # What makes the output again starts from another tensor than the fp32 copy that is kept.
+    again = size.itemsize * own if size.recomputation == "selective" else 0
     return Piece(name=name, bytes_per_token=4 * numbers + 4 + again)
 
 

@@ -8,6 +8,7 @@ import torch
 from grpo.checkpoint import load_checkpoint, save_checkpoint
 from grpo.optimizer import MasterAdamW
 from grpo.optimizer_8bit import BLOCK, CHUNK, MIN_NUMBERS, AdamW8bit, decode, dynamic_values, encode
+from grpo.weights import WholeWeights
 from policy import CheckpointError, Policy, cast_weights
 from policy.tokenizer import build_word_tokenizer
 from tests.policies import tiny_llama
@@ -147,10 +148,10 @@ def test_a_checkpoint_brings_codes_and_scales_back(tmp_path: Path) -> None:
     optimizer.gather_gradients()
     optimizer.step(1e-3, 1.0)
     tokenizer = build_word_tokenizer([f"w{n}" for n in range(124)], 128)
-    folder = save_checkpoint(tmp_path, 1, policy, tokenizer, optimizer, 1)
+    folder = save_checkpoint(tmp_path, 1, policy, tokenizer, optimizer.state_tensors(), 1)
     again = small_policy(seed=3)
     restored = MasterAdamW(again, **SETTINGS, is_8bit=True)
-    load_checkpoint(folder, again, restored)
+    load_checkpoint(folder, WholeWeights(again, restored))
     before, after = optimizer.state_tensors(), restored.state_tensors()
     assert {tensor.dtype for tensor in after.values()} == {torch.uint8, torch.float32}
     assert before.keys() == after.keys()

@@ -8,6 +8,7 @@ import torch
 from grpo.checkpoint import load_checkpoint, save_checkpoint
 from grpo.optimizer import MasterAdamW
 from grpo.optimizer_offload import OffloadedMasterAdamW
+from grpo.weights import WholeWeights
 from policy import Policy, cast_weights
 from policy.tokenizer import build_word_tokenizer
 from tests.policies import tiny_llama, tiny_policy
@@ -55,10 +56,14 @@ def test_checkpoints_are_interchangeable(tmp_path: Path) -> None:
     two = cast_weights(tiny_policy(seed=5), torch.bfloat16)
     offloaded = OffloadedMasterAdamW(two, **SETTINGS, bucket=512)
     tokenizer = build_word_tokenizer([f"w{n}" for n in range(57)], 128)
-    load_checkpoint(save_checkpoint(tmp_path / "one", 2, one, tokenizer, optimizer, 1), two, offloaded)
+    load_checkpoint(
+        save_checkpoint(tmp_path / "one", 2, one, tokenizer, optimizer.state_tensors(), 1), WholeWeights(two, offloaded)
+    )
     three = cast_weights(tiny_policy(seed=7), torch.bfloat16)
     back = MasterAdamW(three, **SETTINGS)
-    load_checkpoint(save_checkpoint(tmp_path / "two", 2, two, tokenizer, offloaded, 1), three, back)
+    load_checkpoint(
+        save_checkpoint(tmp_path / "two", 2, two, tokenizer, offloaded.state_tensors(), 1), WholeWeights(three, back)
+    )
     for policy, its in ((one, optimizer), (two, offloaded), (three, back)):
         train(policy, its, range(2, 4))
     expect_same((one, optimizer), (two, offloaded))

@@ -98,7 +98,7 @@ def test_a_real_update_takes_what_is_said(case: str) -> None:
         add_adapters(policy, config.lora, seed=0)
     groups = full_groups()
     rows = make_rows(groups, [[1.0, -1.0] * 4] * 2, mask_truncated=False)
-    minibatches = minibatches_of(rows, config.max_tokens_per_micro_batch)
+    minibatches = minibatches_of(rows, config.max_tokens_per_micro_batch, share_prompts=False)
 
     def two_steps() -> None:
         optimizer = make_optimizer(policy, config)
