@@ -198,7 +198,7 @@ def peak_of_pass(config: PolicyConfig, size: PassSize, parameters: ParameterCoun
         own = num_tokens * sum(piece.bytes_per_token for piece in layer_pieces(config, layer, size))
         moments.append(
             PassPeak(
-                activations=round(sum(kept[:layer]) + num_tokens * itemsize * width
+                activations=round(sum(kept[:layer]) + num_tokens * size.stream_itemsize * width
                                   + (own if size.recomputation == "full" else kept[layer])),
                 head=0,
                 working=round(num_tokens * _working_bytes(config, layer, size)),
@@ -208,7 +208,7 @@ def peak_of_pass(config: PolicyConfig, size: PassSize, parameters: ParameterCoun
         done += parameters.layers[layer] * itemsize
     # The embedding's gradient comes beside the head's, where the two are one tensor.
     last = 2 * table + done
-    moments.append(PassPeak(activations=num_tokens * itemsize * width, head=0, working=0, gradients=last))
+    moments.append(PassPeak(activations=num_tokens * size.stream_itemsize * width, head=0, working=0, gradients=last))
     return max(moments, key=lambda moment: moment.total)
 
 
