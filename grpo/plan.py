@@ -296,6 +296,7 @@ def _pass_size(config: Config, shape: PolicyConfig, device: Device, batches: Mic
         num_tokens=batches.tokens,
         longest=batches.row_tokens,
         itemsize=4 if config.dtype == "float32" else 2,
+        residual_in_fp32=config.residual_in_fp32,
         is_gpu=device.is_gpu,
         recomputation=config.activation_recomputation,
         lora=config.lora,
@@ -360,6 +361,7 @@ def _prefill_bytes(config: Config, shape: PolicyConfig, device: Device, prompt_t
         num_tokens=at_once * prompt_tokens,
         longest=prompt_tokens,
         itemsize=4 if config.dtype == "float32" else 2,
+        residual_in_fp32=config.residual_in_fp32,
         is_gpu=device.is_gpu,
     )
     read = inference_bytes(shape, size) + 4 * shape.vocab_size * at_once

@@ -16,7 +16,7 @@ width, R latent width, P rotated width, I inner width, K experts per token, E ex
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import cast
 
@@ -41,6 +41,8 @@ class PassSize:
     """S, tokens of the longest row."""
     itemsize: int
     """Bytes of a number that the policy computes with: 2 or 4."""
+    residual_in_fp32: bool = True
+    """Whether the trunk's residual stream takes 4 bytes a number whatever `itemsize` is."""
     is_gpu: bool
     """Whether the GPU's kernels run; a CPU keeps more between them."""
     is_ragged: bool = True
@@ -51,6 +53,11 @@ class PassSize:
     """MTP modules that are trained along."""
     is_truncated: bool = False
     """Whether log-probabilities are those within top-k, top-p or min-p (grpo/support.py)."""
+
+    @property
+    def stream_itemsize(self) -> int:
+        """Bytes of a number of the residual stream."""
+        return 4 if self.residual_in_fp32 else self.itemsize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,7 +151,9 @@ def layer_pieces(config: PolicyConfig, layer: int, size: PassSize) -> list[Piece
     else:
         pieces = _grouped_query_attention(config, size)
     if layer == 0 and size.lora is not None:
-        pieces = pieces[1:]  # with a frozen embedding, no gradient goes through the first norm
+        # With a frozen embedding, no gradient goes through the first norm; its output may be made again all the same.
+        remade_from = size.stream_itemsize * config.hidden_size if size.recomputation == "selective" else 0
+        pieces[0] = Piece(name="attention's norm", bytes_per_token=remade_from)
     return pieces + (_experts(config, size) if config.is_moe_layer(layer) else _feed_forward(config, size))
 
 
@@ -189,7 +198,7 @@ def peak_of_pass(config: PolicyConfig, size: PassSize, parameters: ParameterCoun
         own = num_tokens * sum(piece.bytes_per_token for piece in layer_pieces(config, layer, size))
         moments.append(
             PassPeak(
-                activations=round(sum(kept[:layer]) + num_tokens * itemsize * width
+                activations=round(sum(kept[:layer]) + num_tokens * size.stream_itemsize * width
                                   + (own if size.recomputation == "full" else kept[layer])),
                 head=0,
                 working=round(num_tokens * _working_bytes(config, layer, size)),
@@ -199,7 +208,7 @@ def peak_of_pass(config: PolicyConfig, size: PassSize, parameters: ParameterCoun
         done += parameters.layers[layer] * itemsize
     # The embedding's gradient comes beside the head's, where the two are one tensor.
     last = 2 * table + done
-    moments.append(PassPeak(activations=num_tokens * itemsize * width, head=0, working=0, gradients=last))
+    moments.append(PassPeak(activations=num_tokens * size.stream_itemsize * width, head=0, working=0, gradients=last))
     return max(moments, key=lambda moment: moment.total)
 
 
@@ -207,20 +216,21 @@ def _kept_of_layer(config: PolicyConfig, layer: int, size: PassSize) -> float:
     """Bytes a token, under the size's recomputation."""
     if size.recomputation == "full":
         experts = 8 * config.num_experts_per_tok if config.is_moe_layer(layer) else 0
-        return size.itemsize * config.hidden_size + experts
+        return size.stream_itemsize * config.hidden_size + experts
     pieces = layer_pieces(config, layer, size)
     return sum(piece.bytes_per_token for piece in pieces if not (piece.is_remade and size.recomputation == "selective"))
 
 
 def _kept_around(config: PolicyConfig, size: PassSize) -> float:
     """Bytes a token: angles, the final norm and what it gives, and the experts chosen, put together."""
-    final = _norm(config.hidden_size, size).bytes_per_token + size.itemsize * config.hidden_size
+    final = _stream_norm(config, size, "final norm").bytes_per_token + size.itemsize * config.hidden_size
     experts = 8 * config.num_moe_layers * config.num_experts_per_tok
     return final + 4 * config.rope_width + experts + 16
 
 
 def _ahead_bytes(config: PolicyConfig, size: PassSize) -> float:
-    """Bytes a token that an MTP module keeps, which recomputation leaves alone."""
+    """Bytes a token that an MTP module keeps, which recomputation leaves alone, as it does the residual's dtype."""
+    size = replace(size, residual_in_fp32=False)
     block = sum(piece.bytes_per_token for piece in layer_pieces(config, config.num_hidden_layers, size))
     norms = 3 * _norm(config.hidden_size, size).bytes_per_token
     return block + norms + 4 * size.itemsize * config.hidden_size
@@ -257,9 +267,20 @@ def _working_bytes(config: PolicyConfig, layer: int, size: PassSize) -> float:
     return b * (2 * width + pairs * (width + (2 * inner if remade else 0)))
 
 
+def _stream_norm(config: PolicyConfig, size: PassSize, name: str) -> Piece:
+    """An RMSNorm of the residual stream."""
+    width = config.hidden_size
+    if size.stream_itemsize == size.itemsize:
+        return _norm(width, size, name)
+    if size.is_gpu:
+        return Piece(name=name, bytes_per_token=4 * width)
+    numbers = width if size.lora is not None else 2 * width
+    return Piece(name=name, bytes_per_token=4 * numbers + 4)
+
+
 def _norm(width: int, size: PassSize, name: str = "norm", input_width: int | None = None) -> Piece:
-    """An RMSNorm: its input (`input_width`: of the tensor that this is a view of) and a number; a CPU in bf16, both in
-    fp32 and with the normalised input.
+    """An RMSNorm: its input (`input_width`: of the tensor that this is a view of) and a number; a CPU in bf16 an fp32
+    copy, with the normalised input.
     """
     own = input_width or width
     if size.is_gpu or size.itemsize == 4:
@@ -278,9 +299,9 @@ def _input(name: str, width: int, size: PassSize, layers: tuple[str, ...], *, is
 
 
 def _is_trained(size: PassSize, layers: tuple[str, ...]) -> bool:
-    return (
-        size.lora is None or size.lora.target_modules == "all-linear" or bool({*layers} & {*size.lora.target_modules})
-    )
+    if size.lora is None:
+        return True
+    return bool(layers if size.lora.target_modules == "all-linear" else {*layers} & {*size.lora.target_modules})
 
 
 def _adapters(size: PassSize, layers: tuple[str, ...]) -> list[Piece]:
@@ -320,7 +341,7 @@ def _grouped_query_attention(config: PolicyConfig, size: PassSize) -> list[Piece
     """policy/grouped_attention.py."""
     heads, groups, head = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     pieces = [
-        _norm(config.hidden_size, size, "attention's norm"),
+        _stream_norm(config, size, "attention's norm"),
         *_input("normed", config.hidden_size, size, ("q_proj", "k_proj", "v_proj"), is_remade=True),
     ]
     if config.family.has_qk_norm:
@@ -336,7 +357,7 @@ def _latent_attention(config: PolicyConfig, size: PassSize) -> list[Piece]:
     key, value = config.qk_head_dim, config.v_head_dim
     down = ("q_proj", "q_a_proj", "kv_a_proj_with_mqa")
     pieces = [
-        _norm(config.hidden_size, size, "attention's norm"),
+        _stream_norm(config, size, "attention's norm"),
         *_input("normed", config.hidden_size, size, down, is_remade=True),
     ]
     if config.q_lora_rank is not None:
@@ -367,7 +388,7 @@ def _feed_forward(config: PolicyConfig, size: PassSize) -> list[Piece]:
     """policy/moe.py, `FeedForward`; in a model with experts, adapters leave dense layers frozen too."""
     names = ("gate_proj", "up_proj", "down_proj") if size.lora is None or not config.num_moe_layers else ()
     return [
-        _norm(config.hidden_size, size, "feed-forward's norm"),
+        _stream_norm(config, size, "feed-forward's norm"),
         *_input("normed", config.hidden_size, size, names[:2], is_remade=True),
         *_swiglu(config.intermediate_size, size, names[2:]),
         *_adapters(size, names),
@@ -386,7 +407,7 @@ def _experts(config: PolicyConfig, size: PassSize) -> list[Piece]:
     b, width, pairs = size.itemsize, config.hidden_size, config.num_experts_per_tok
     inner, shared = config.moe_intermediate_size, config.n_shared_experts * config.moe_intermediate_size
     is_frozen = size.lora is not None
-    pieces = [_norm(width, size, "feed-forward's norm")]
+    pieces = [_stream_norm(config, size, "feed-forward's norm")]
     if not is_frozen or (size.is_gpu or b < 4):  # our router's own product keeps its input, frozen or not
         pieces.append(Piece(name="normed", bytes_per_token=b * width, is_remade=True))
     # Chosen experts and their order (a GPU: and its inverse), int64; scores of all, and the weights of the chosen.

@@ -38,7 +38,7 @@ def test_an_idle_pass_reaches_every_weight_and_changes_nothing(with_row: bool) -
     policy = tiny_policy(num_nextn_predict_layers=2)
     config = tiny_config(
         beta=0.1, kl_in="reward", mtp_weight=0.1, router_aux_loss_coef=0.1, bias_update_rate=0.01, entropy_coef=0.1,
-        top_entropy_quantile=0.5,
+        top_entropy_quantile=0.5, freeze_router=False,
     )  # fmt: skip
     [minibatch] = minibatches_of(rows_of(make_groups(policy, num_problems=1), config), 10**6)
     idle = fill_up([], policy, in_pieces())

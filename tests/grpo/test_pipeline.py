@@ -24,12 +24,13 @@ from grpo.pipeline import AskerAhead, make_asking, moving
 from grpo.pretrain import base_model
 from grpo.run import run
 from grpo.trainer import PreemptedError
+from grpo.weights import keep_weights
 from policy import Policy, load
 from policy.tokenizer import load_tokenizer
 from rewards import Grader
 from rollouts import EngineError, make_engine
 from tests.grpo.test_distributed import CPU
-from tests.grpo.test_trainer import STATEFUL, assert_same_steps, metrics_of, read_rollouts
+from tests.grpo.test_trainer import CARRIED, assert_same_steps, metrics_of, read_rollouts
 from tests.recipes import TINY, write_recipe
 from tests.rewards.test_grader_workers import wait_until
 from tests.rollouts.policy_server import PolicyServer, serving
@@ -94,7 +95,7 @@ def plain(recipe: Path, server: PolicyServer) -> Path:
 
 @pytest.fixture(scope="module")
 def stateful(recipe: Path, server: PolicyServer) -> Path:
-    run(recipe, served(server, f"output_dir={recipe.parent}", "name=stateful", *STATEFUL), resume=False)
+    run(recipe, served(server, f"output_dir={recipe.parent}", "name=stateful", *CARRIED), resume=False)
     return recipe.parent / "stateful"
 
 
@@ -121,7 +122,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
 ) -> None:
     """Questions that were out when it stopped are asked again, of the weights that were to sample them."""
     for last in (3, MAX_STEPS):
-        settings = [f"output_dir={tmp_path}", "name=pieces", f"max_steps={last}", *STATEFUL]
+        settings = [f"output_dir={tmp_path}", "name=pieces", f"max_steps={last}", *CARRIED]
         run(recipe, served(server, *settings), resume=True)
     assert_same_steps(stateful, tmp_path / "pieces")
     one, other = (
@@ -136,7 +137,7 @@ def test_a_step_given_up_while_it_is_sampled_ahead_is_asked_again(
     recipe: Path, server: PolicyServer, stateful: Path, tmp_path: Path
 ) -> None:
     """SIGTERM while a reward hangs in a step that is sampled beside the update: that update is saved."""
-    settings = served(server, f"output_dir={tmp_path}", "name=pieces", "save_steps=0", *STATEFUL)
+    settings = served(server, f"output_dir={tmp_path}", "name=pieces", "save_steps=0", *CARRIED)
     wait, waiting, before = recipe.with_name("wait"), recipe.with_name("waiting"), len(server.prompts)
 
     def interrupt() -> None:
@@ -168,7 +169,7 @@ def asking(recipe: Path, server: PolicyServer, retry_timeout: float = 20) -> Ite
     with Grader(config.rewards, num_workers=0) as grader:
         engine = make_engine(policy, config.engine)
         collector = make_collector(config, policy, load_tokenizer(Path(config.model)), grader, engine)
-        ahead = make_asking(collector, Ranks(cpu=True), dataset, policy)
+        ahead = make_asking(collector, Ranks(cpu=True), dataset, keep_weights(policy, config, Ranks(cpu=True)))
         assert isinstance(ahead, AskerAhead)
         yield ahead, policy
         engine.close()
@@ -289,13 +290,16 @@ def test_frozen_weights_are_shared_and_those_that_train_are_not(recipe: Path, se
     with Grader(config.rewards, num_workers=0) as grader:
         engine = make_engine(policy, config.engine)
         collector = make_collector(config, policy, load_tokenizer(Path(config.model or "")), grader, engine)
-        sampler = make_asking(collector, Ranks(cpu=True), dataset, policy).sampler
+        sampler = make_asking(
+            collector, Ranks(cpu=True), dataset, keep_weights(policy, config, Ranks(cpu=True))
+        ).sampler
     assert sampler is not None
     assert sampler.embed_tokens.weight is policy.embed_tokens.weight
-    assert "embed_tokens.weight" not in moving(sampler)
-    assert any(name.endswith("e_score_correction_bias") for name in moving(sampler))
-    for name, tensor in moving(sampler).items():
-        assert tensor.data_ptr() != moving(policy)[name].data_ptr()
+    trained = {name for name, weight in policy.named_parameters() if weight.requires_grad}
+    assert "embed_tokens.weight" not in moving(sampler, trained)
+    assert any(name.endswith("e_score_correction_bias") for name in moving(sampler, trained))
+    for name, tensor in moving(sampler, trained).items():
+        assert tensor.data_ptr() != moving(policy, trained)[name].data_ptr()
 
 
 @pytest.mark.parametrize("kind", ["builtin", "vllm_colocate"])

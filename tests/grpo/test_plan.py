@@ -1,5 +1,6 @@
 """The plan: its figures against a real update's, its suggestions against themselves, and the command."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from grpo.plan import (
     suggest,
 )
 from grpo.plan_text import plan_recipe
-from grpo.types import Group
+from grpo.types import Batch, Group
 from grpo.update import update
 from policy import Policy, PolicyConfig, cast_weights
 from policy.lora import add_adapters
@@ -80,8 +81,8 @@ UPDATES: dict[str, tuple[Policy, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", UPDATES)
-def test_a_real_update_takes_what_is_said(case: str) -> None:
+def measure_update(case: str, *, share_prompts: bool) -> tuple[int, Estimate, list[Batch]]:
+    """Most bytes held in an update beside the weights, what the plan says, and the micro-batches."""
     policy, changes = UPDATES[case]
     config = tiny_config(
         **{
@@ -89,16 +90,17 @@ def test_a_real_update_takes_what_is_said(case: str) -> None:
             "num_generations": 8,
             "max_completion_length": LENGTH,
             "max_tokens_per_micro_batch": 130,
+            "share_prompts": share_prompts,
         }
         | changes
     )
-    cast_weights(policy, getattr(torch, config.dtype))
+    policy = cast_weights(copy.deepcopy(policy), getattr(torch, config.dtype))
     policy.recomputation = config.activation_recomputation
     if config.lora is not None:
         add_adapters(policy, config.lora, seed=0)
     groups = full_groups()
     rows = make_rows(groups, [[1.0, -1.0] * 4] * 2, mask_truncated=False)
-    minibatches = minibatches_of(rows, config.max_tokens_per_micro_batch, share_prompts=False)
+    minibatches = minibatches_of(rows, config.max_tokens_per_micro_batch, share_prompts=share_prompts)
 
     def two_steps() -> None:
         optimizer = make_optimizer(policy, config)
@@ -107,13 +109,23 @@ def test_a_real_update_takes_what_is_said(case: str) -> None:
 
     measured = LiveBytes().measure(two_steps).peak
     device = Device(name="here", memory=8 * GIB, is_gpu=False)
-    said = estimate(config, policy.config, device, prompt_tokens=PROMPT)
-    assert said.micro_batches.count == len(minibatches[0].batches)
-    assert said.micro_batches.tokens == max(
-        len(batch.rows.lengths) * batch.rows.longest for batch in minibatches[0].batches
-    )
+    return measured, estimate(config, policy.config, device, prompt_tokens=PROMPT), list(minibatches[0].batches)
+
+
+@pytest.mark.parametrize("case", UPDATES)
+def test_a_real_update_takes_what_is_said(case: str) -> None:
+    measured, said, batches = measure_update(case, share_prompts=False)
+    assert said.micro_batches.count == len(batches)
+    assert said.micro_batches.tokens == max(len(batch.rows.lengths) * batch.rows.longest for batch in batches)
     # Weights were there before; nothing was sampled.
     assert said.update_peak - said.weights - said.cache == pytest.approx(measured, rel=0.1)
+
+
+def test_an_update_that_shares_prompts_takes_less_than_is_said() -> None:
+    measured, said, batches = measure_update("one micro-batch", share_prompts=True)
+    assert all(batch.rows.shared is not None for batch in batches)
+    room = said.update_peak - said.weights - said.cache
+    assert 0.7 * room < measured < room
 
 
 def plan_of(device: Device = CARD, **changes: Any) -> Estimate:
@@ -152,7 +164,14 @@ def test_the_cache_is_the_engines() -> None:
 @pytest.mark.parametrize(
     ("shape_changes", "bar_gib"),
     [
-        ({"max_tokens_per_micro_batch": 16384, "activation_recomputation": "selective"}, 22.9),
+        (
+            {
+                "max_tokens_per_micro_batch": 16384,
+                "activation_recomputation": "selective",
+                "residual_in_fp32": False,  # which takes 1.3 GiB
+            },
+            22.9,
+        ),
         ({"max_tokens_per_micro_batch": 8192}, 22.9),
         ({"prompts_per_step": 1, "num_generations": 8, "max_completion_length": 16384}, 40.0),
     ],

@@ -52,12 +52,13 @@ CHANGES = {
     "save_steps": 2,
 }
 """A base with something to lose, an odd number of problems, every pass of the update."""
-STATEFUL = [
+CARRIED = [
     *("dynamic_sampling.oversample=1.7", "dynamic_sampling.max_rounds=3", "curriculum.revisit_steps=2"),
     *("replay_buffer.max_pass_rate=0.5", "length_schedule.start=20", "length_schedule.steps=4"),
-    "routing_replay=sampler",
 ]
 """Everything that carries something from step to step."""
+STATEFUL = [*CARRIED, "routing_replay=sampler"]
+"""And what only the built-in engine records of it."""
 
 
 LUCKY = """

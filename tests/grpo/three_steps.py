@@ -58,6 +58,7 @@ CASES = {
         changes={
             "mtp_weight": 0.1, "router_aux_loss_coef": 0.01, "bias_update_rate": 0.01, "beta": 0.1, "num_iterations": 2,
             "num_minibatches": 2, "sync_ref_model": True, "top_entropy_quantile": 0.5,
+            "freeze_router": False,
         },
         recomputation="selective",
     ),
