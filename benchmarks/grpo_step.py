@@ -211,7 +211,7 @@ def run_ours(
         "rewards": [f"{scratch / 'reward.py'}:distinct"],
         "prompts_per_step": prompts, "num_generations": group, "max_completion_length": length,
         "max_steps": arguments.steps, "learning_rate": 1e-6, "evaluation": {"num_problems": 0}, "save_steps": 0,
-        "max_tokens_per_micro_batch": 8192 if is_gpu else 2048,
+        "max_tokens_per_micro_batch": 16384 if is_gpu else 2048,
     }  # fmt: skip
     threads = {}
     if num_threads is not None:
