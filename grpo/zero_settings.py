@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from grpo.config import Config, ConfigError
+from grpo.optimizers import check_in_pieces
 
 RECIPES = {
     "optimizer": "learning_rate and the adam_ keys",
@@ -25,6 +26,7 @@ def settings_of(given: Mapping[str, Any], config: Config) -> dict[str, Any]:
 
     Raises ConfigError where the file says what is the recipe's to say, or either asks for what is not done.
     """
+    check_in_pieces(config)
     for key, ours in RECIPES.items():
         value = given.get(key, "auto")
         if value != "auto" and not (isinstance(value, Mapping) and value.get("enabled") in (False, "auto")):

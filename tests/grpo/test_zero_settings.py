@@ -10,8 +10,11 @@ from accelerate.utils import DeepSpeedPlugin
 
 from grpo.config import ConfigError
 from grpo.distributed import Ranks
+from grpo.layout import Whole
+from grpo.optimizers import make_optimizer
 from grpo.zero_settings import settings_of
 from tests.grpo.rollouts import tiny_config
+from tests.policies import tiny_policy
 
 ACCELERATE = Path(__file__).parents[2] / "recipes" / "accelerate"
 ZERO = {"zero_optimization": {"stage": 3}}
@@ -58,11 +61,18 @@ def test_a_file_of_deepspeeds_own_settings_is_taken_as_it_is(tmp_path: Path, mon
             "offload_optimizer_device must be none in the launcher's file, got cpu",
         ),
         ({}, {"activation_recomputation": "selective"}, "set activation_recomputation to none or full, got selective"),
+        ({}, {"optimizer": "adamw_8bit"}, "in fp32 on the device; set optimizer: adamw"),
+        ({}, {"offload_optimizer": True}, "in fp32 on the device; set offload_optimizer: false"),
     ],
 )
 def test_what_the_recipe_says_or_nobody_does_is_refused(given: dict, changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         settings_of(ZERO | given, tiny_config(**changes))
+
+
+def test_an_optimizer_over_pieces_is_the_plain_one() -> None:
+    with pytest.raises(ConfigError, match="set optimizer: adamw"):
+        make_optimizer(tiny_policy(), tiny_config(optimizer="adamw_8bit"), Whole())
 
 
 def test_zero_2_makes_single_outputs_again() -> None:
