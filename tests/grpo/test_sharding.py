@@ -64,7 +64,7 @@ def test_three_steps_of_two_ranks_are_those_of_one(name: str, one: dict[str, Ten
 
 
 @pytest.mark.multi
-@pytest.mark.parametrize("pieces", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("pieces", ["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_other_ranks_under_another_way_of_keeping_weights(
     pieces: str,
     recipe: Path,  # noqa: F811
