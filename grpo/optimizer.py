@@ -155,9 +155,10 @@ class MasterAdamW:
 
         Raises CheckpointError for moments of another kind of optimizer.
         """
-        keys = {"step", "exp_avg", "exp_avg_sq"}
+        # In one order on all ranks, which hand the moments over one after another in the order in which they have them.
+        keys = ["step", "exp_avg", "exp_avg_sq"]
         if isinstance(self.inner, AdamW8bit):
-            keys |= {"exp_avg_scale", "exp_avg_sq_scale"}
+            keys += ["exp_avg_scale", "exp_avg_sq_scale"]
         self._check_state(state, is_8bit=isinstance(self.inner, AdamW8bit))
         for name, master in self.masters.items():
             weight = self._weights[name]

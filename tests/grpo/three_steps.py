@@ -124,7 +124,8 @@ def three_steps(ranks: Ranks, folder: Path) -> dict[str, Tensor]:
         load_checkpoint(path, again, None if other is None else other.policy)
         loaded = everything(again, other)
         if ranks.is_main:
-            assert all(torch.equal(loaded[key], kept[key]) for key in kept), f"{name}: not what was saved"
+            changed = [key for key in kept if not torch.equal(loaded[key], kept[key])]
+            assert not changed, f"{name}: not what was saved: {changed}"
         found |= {f"{name}: {key}": tensor for key, tensor in kept.items() if tensor.dtype == torch.float32}
     return found
 
