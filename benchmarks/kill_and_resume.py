@@ -111,10 +111,15 @@ def main() -> None:
     for difference in differences:
         print(f"DIFFERS: {difference}")
     if arguments.json:
-        about = {"peer": None, "ratio": None, "machine": platform.processor() or platform.machine()}
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        arguments.json.write_text(json.dumps([row | about | {"versions": versions} for row in rows], indent=2) + "\n")
+        write_rows(arguments.json, rows)
     sys.exit(1 if differences else 0)
+
+
+def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Figures without a peer as JSON, with what they were taken on."""
+    about = {"peer": None, "ratio": None, "machine": platform.processor() or platform.machine()}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    file.write_text(json.dumps([row | about | {"versions": versions} for row in rows], indent=2) + "\n")
 
 
 def make_job(settings: list[str], place: Path, name: str, processes: int) -> Job:

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import platform
 import random
 import resource
 import signal
@@ -28,12 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-from benchmarks.kill_and_resume import RECIPE, Job, descendants, make_job, read_metrics  # noqa: E402
+from benchmarks.kill_and_resume import RECIPE, Job, descendants, make_job, read_metrics, write_rows  # noqa: E402
 
 SETTINGS = (
     *("base.max_steps=20", "base.tokens_per_step=512", "prompts_per_step=4", "num_generations=4"),
@@ -210,9 +206,7 @@ def report(
     for row in rows:
         print(f"{row['name']:15} {row['ours']:>9}  {row['unit']}")
     if arguments.json:
-        about = {"peer": None, "ratio": None, "machine": platform.processor() or platform.machine()}
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        arguments.json.write_text(json.dumps([row | about | {"versions": versions} for row in rows], indent=2) + "\n")
+        write_rows(arguments.json, rows)
     # A line of metrics may have met a disk without room: the step was done all the same.
     if left:
         grown.append(f"processes left: {left}")
