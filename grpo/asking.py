@@ -17,6 +17,7 @@ from grpo.data import Dataset
 from grpo.distributed import Ranks
 from grpo.dynamic_sampling import Filled, fill_step
 from grpo.evaluate import is_correct
+from grpo.exchange import gather_groups
 from grpo.replay_buffer import ReplayBuffer
 from grpo.state import answer_to_json, read_answer
 from grpo.stream import Stream
@@ -165,7 +166,7 @@ class Asker:
             params=self._params(step),
             prompt_seeds=[int(mix(config.seed, question.number)) for question in mine],
         )
-        groups = self.ranks.gather(collected.groups)
+        groups = gather_groups(collected.groups, [question.problem for question in questions], self.ranks)
         if config.shuffle_rewards:
             groups = _shuffle_rewards(groups, config.seed, questions[0].number)
         return replace(collected, groups=groups)

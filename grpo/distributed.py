@@ -1,4 +1,4 @@
-"""How ranks share a step: who they are, sums over all, gathered objects. The only file that imports accelerate.
+"""How ranks share a step: who they are, sums over all, gathered values. The only file that imports accelerate.
 
 Gradients are summed once per update, after all micro-batches, instead of through a wrapper's hooks: the loss is already
 divided by the global number of tokens, and ranks may hold different numbers of micro-batches. Where the launcher's file
@@ -7,6 +7,7 @@ asks for weights in pieces, grpo/weights.py says what is different.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -106,21 +107,50 @@ class Ranks:
         return float(total)
 
     def max_number(self, value: float) -> float:
-        """The largest over all ranks."""
-        return max(self.gather([value]))
+        """The largest over all ranks, in double precision."""
+        largest = torch.tensor(value, dtype=torch.float64, device=self.device)
+        if self.size > 1:
+            with self._peers():
+                dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return float(largest)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         return self.sum_number(float(flag)) > 0
 
     def gather(self, items: list[Item]) -> list[Item]:
-        """The lists of all ranks joined in order of rank, on every rank."""
+        """The lists of all ranks joined in order of rank, on every rank.
+
+        Items are what JSON holds: numbers, texts, None, lists and dicts by text. With more ranks than one a tuple comes
+        back as a list.
+        """
         if self.size == 1:
             return items
-        parts: list[Any] = [None] * self.size
+        return [item for part in self.gather_bytes(json.dumps(items).encode()) for item in json.loads(part)]
+
+    def gather_bytes(self, own: bytes) -> list[bytes]:
+        """The bytes of all ranks, in order of rank, on every rank."""
+        return [
+            part.numpy().tobytes() for part in self.gather_rows(torch.frombuffer(bytearray(own), dtype=torch.uint8))
+        ]
+
+    def gather_rows(self, own_X: Tensor) -> list[Tensor]:
+        """One tensor of each rank, in order of rank, on every rank and its host: one-dimensional, of one dtype, each of
+        any length. They are never pickled, as `torch.distributed` does with objects.
+        """
+        if self.size == 1:
+            return [own_X.cpu()]
+        device = torch.device("cpu") if self._group is not None else self.device
+        lengths = list(torch.zeros(self.size, dtype=torch.int64, device=device).split(1))
         with self._peers():
-            dist.all_gather_object(parts, items, group=self._group)
-        return [item for part in parts for item in part]
+            dist.all_gather(lengths, torch.tensor([len(own_X)], device=device), group=self._group)
+            counts = [int(length) for length in lengths]
+            longest = max(counts)
+            padded = own_X.new_zeros(longest, device=device)
+            padded[: len(own_X)] = own_X
+            parts = list(padded.new_empty(self.size * longest).split(longest)) if longest else [padded] * self.size
+            dist.all_gather(parts, padded, group=self._group)
+        return [part[:count].cpu() for part, count in zip(parts, counts, strict=True)]
 
     def join(self, piece: Tensor, length: int) -> Tensor:
         """The whole, [length, ...], of the pieces that `cut` gave each rank; on every rank."""

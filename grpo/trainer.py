@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from types import FrameType
 from typing import Any
@@ -336,7 +336,7 @@ class Trainer:
         metrics = {
             "step": self.step,
             **rollouts,
-            **engine_metrics(self.ranks.gather([sampled])),
+            **engine_metrics([EngineStats(**own) for own in self.ranks.gather([asdict(sampled)])]),
             **asked.metrics,
             "sampling/policy_lag": policy_lag([answer.group for answer in asked.filled.trained], self.step - 1),
             **update_metrics(stats),
