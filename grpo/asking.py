@@ -159,13 +159,14 @@ class Asker:
         config = self.collector.config
         _, mine = self.ranks.share(questions)
         problems = [question.problem for question in mine]
-        collected = self.collector.collect(
-            problems,
-            self.collector.render(problems),
-            num_generations=config.num_generations,
-            params=self._params(step),
-            prompt_seeds=[int(mix(config.seed, question.number)) for question in mine],
-        )
+        with self.ranks.alone():
+            collected = self.collector.collect(
+                problems,
+                self.collector.render(problems),
+                num_generations=config.num_generations,
+                params=self._params(step),
+                prompt_seeds=[int(mix(config.seed, question.number)) for question in mine],
+            )
         groups = gather_groups(collected.groups, [question.problem for question in questions], self.ranks)
         if config.shuffle_rewards:
             groups = _shuffle_rewards(groups, config.seed, questions[0].number)

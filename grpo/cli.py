@@ -189,12 +189,11 @@ def _errors_in_one_line() -> Iterator[None]:
     from grpo.config import ConfigError
     from grpo.countdown import CountdownError
     from grpo.data import DatasetError
-    from grpo.distributed import RankLostError
+    from grpo.distributed import PreemptedError, RankLostError
     from grpo.memory import DeviceMemoryError
     from grpo.prompts import PromptError
     from grpo.record import RunFolderError
     from grpo.replay import NonFiniteError, ReplayError
-    from grpo.trainer import PreemptedError
     from policy import CheckpointError, ShapeError
     from policy.tokenizer import TokenizerError
     from rewards.grader_pool import GraderError

@@ -37,6 +37,10 @@ class RankLostError(RuntimeError):
     """Another rank ended in the middle of the run; why stands in its own output."""
 
 
+class PreemptedError(KeyboardInterrupt):
+    """Asked to leave before the step in hand could be done; like an interrupt, it may come at any line."""
+
+
 class Ranks:
     """The processes that `accelerate launch` (or nothing) started, and what they do together."""
 
@@ -52,6 +56,9 @@ class Ranks:
         self.device: torch.device = self._accelerator.device
         self.rank: int = dist.get_rank() if dist.is_initialized() else 0
         self.size: int = dist.get_world_size() if dist.is_initialized() else 1
+        self.may_give_up: bool = self.sharding is None
+        """Whether this rank may be made to give the step up where it is (`PreemptedError`): always where weights are
+        whole, else in `alone` only."""
         self._group: dist.ProcessGroup | None = None
 
     def apart(self) -> Ranks:
@@ -63,6 +70,28 @@ class Ranks:
         if self.size > 1:
             beside._group = dist.new_group(backend="gloo")
         return beside
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Around the part of a step that this rank does without the others, and may be made to give up.
+
+        Where weights lie in pieces, all ranks give the step up if one does, here: none is amid a message, so
+        that they can hand over together what a checkpoint takes.
+        """
+        if self.sharding is None or self._group is not None:  # a thread beside is not what is given up
+            yield
+            return
+        given_up: PreemptedError | None = None
+        try:
+            try:
+                self.may_give_up = True
+                yield
+            finally:
+                self.may_give_up = False
+        except PreemptedError as error:
+            given_up = error
+        if self.any(given_up is not None):
+            raise given_up or PreemptedError("another rank gave the step up")
 
     @property
     def is_main(self) -> bool:

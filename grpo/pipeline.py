@@ -37,9 +37,9 @@ CLOSE_S = 30.0
 class AskerAhead:
     """An `Asking` whose questions of a step are out while the step before it trains; one step is out at most."""
 
-    def __init__(self, asker: Asker, engine: Engine, weights: Weights, max_steps: int) -> None:
+    def __init__(self, asker: Asker, engine: Engine, weights: Weights, ranks: Ranks, max_steps: int) -> None:
         """`asker` asks, in a thread of its own, what `engine` samples with a copy of the newest weights."""
-        self._asker, self._engine, self._max_steps = asker, engine, max_steps
+        self._asker, self._engine, self._ranks, self._max_steps = asker, engine, ranks, max_steps
         self._policy, self._trained = weights.sampler, weights.optimizer.trained
         frozen = {id(weight): weight for name, weight in self._policy.named_parameters() if name not in self._trained}
         self._sampler = copy.deepcopy(self._policy, frozen)
@@ -61,7 +61,8 @@ class AskerAhead:
         if self._out is None:
             self._begin(step)
         assert self._out is not None
-        asked = self._out.result()
+        with self._ranks.alone():
+            asked = self._out.result()
         return replace(
             asked,
             sample_s=perf_counter() - started,
@@ -89,7 +90,8 @@ class AskerAhead:
     def settle(self, policy: Policy, version: int) -> None:
         """Wait for what is out, and have the engine hold this version, to be evaluated."""
         if self._out is not None:
-            self._out.result()
+            with self._ranks.alone():
+                self._out.result()
         self._sent = None
         self._engine.load_weights(policy, version)
 
@@ -131,4 +133,4 @@ def make_asking(collector: Collector, ranks: Ranks, dataset: Dataset, weights: W
     if not collector.config.rollout_lag:
         return make_asker(collector, ranks, dataset)
     asker = make_asker(collector, ranks.apart(), dataset)
-    return AskerAhead(asker, collector.engine, weights, collector.config.max_steps)
+    return AskerAhead(asker, collector.engine, weights, ranks, collector.config.max_steps)

@@ -18,7 +18,7 @@ from grpo.collect import Collector, make_collector
 from grpo.config import Config
 from grpo.data import Dataset
 from grpo.display import Display
-from grpo.distributed import Ranks
+from grpo.distributed import PreemptedError, Ranks
 from grpo.entropy import EntropyState, adapted, applied_coefficient
 from grpo.evaluate import Evaluator, make_evaluator
 from grpo.metrics import engine_metrics, graded, policy_lag, rollout_metrics, update_metrics
@@ -38,10 +38,6 @@ from policy.flops import Flops
 from policy.tokenizer import Tokenizer
 from rewards import Grader, Problem
 from rollouts import EngineStats, make_engine
-
-
-class PreemptedError(KeyboardInterrupt):
-    """Asked to leave before the step in hand could be done; like an interrupt, it may come at any line."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -156,7 +152,7 @@ class Trainer:
         """
         name = signal.Signals(signum).name
         if signum == signal.SIGALRM:
-            if self.is_asking:
+            if self.is_asking and self.ranks.may_give_up:
                 raise PreemptedError(f"step {self.step + 1} was given up, {self.config.stop_timeout:g} s after SIGTERM")
             return
         again = " (again to quit at once)" if signum == signal.SIGINT else ""
@@ -178,11 +174,8 @@ class Trainer:
             yield
         except PreemptedError as error:
             self.is_asking = False
-            if self.ranks.sharding is None:
-                self.display.note(f"{error}; saving what was before it")
-                self._write_checkpoint(asker, before, reference)
-            else:  # saving takes all ranks, and others may be in the middle of the step
-                self.display.note(f"{error}; the last checkpoint stays")
+            self.display.note(f"{error}; saving what was before it")
+            self._write_checkpoint(asker, before, reference)
             raise
         finally:
             self.is_asking = False
