@@ -41,9 +41,11 @@ def do_in_memory(
         except torch.OutOfMemoryError as error:
             reason = str(error).partition("\n")[0]
         if ranks is not None and ranks.sharding is not None:
+            tokens = max(len(batch.token_ids_N) for batch in given)
             raise DeviceMemoryError(
-                f"rank {ranks.rank}: out of memory ({reason}), and with weights in pieces a step cannot be done again; "
-                "lower max_tokens_per_micro_batch, or set activation_recomputation: full"
+                f"rank {ranks.rank}: out of memory ({reason}) on {tokens} tokens, in a pass that other ranks are in "
+                f"too and that cannot be done again; set max_tokens_per_micro_batch: {max(1, tokens // 2)} or "
+                "activation_recomputation: full, and --resume"
             )
         # After the handler: until then the error's frames hold what the attempt had computed.
         if torch.cuda.is_available():

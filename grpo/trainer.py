@@ -29,6 +29,7 @@ from grpo.record import RunFolder
 from grpo.reference import Reference
 from grpo.replay import NonFiniteError, save_fault
 from grpo.throughput import ASKING, Phases, Spent, Throughput, measure_matmul_rate
+from grpo.trial import Trial
 from grpo.types import Group
 from grpo.update import Step, UpdateStats, update
 from grpo.watchdog import Watchdog
@@ -65,6 +66,8 @@ class Trainer:
     """Tokens of one micro-batch on this rank (`make_batches`); fewer than the recipe says once memory has run out."""
     weights: Weights = field(init=False)
     """The policy's, as the launcher's file has them kept over ranks."""
+    trial: Trial | None = field(init=False)
+    """What finds out which micro-batches fit, where weights lie in pieces."""
     phases: Phases = field(init=False)
     """Seconds and memory of the step in hand."""
     throughput: Throughput = field(init=False)
@@ -83,6 +86,7 @@ class Trainer:
             matmul_rate=measure_matmul_rate(self.ranks.device, self.policy.dtype),
         )
         self.weights = keep_weights(self.policy, self.config, self.ranks)
+        self.trial = None if self.ranks.sharding is None else Trial(self.weights)
 
     def train(self) -> int:
         """Evaluate, train, save, evaluate; gives the number of the last step done.
@@ -276,6 +280,7 @@ class Trainer:
             entropy_coef=applied_coefficient(self.entropy, config),
             on_fault=self._keep_fault,
             phases=self.phases,
+            trial=self.trial,
         )
         if stats.num_halvings:
             self.max_tokens = max(1, self.max_tokens >> stats.num_halvings)

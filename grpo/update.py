@@ -29,6 +29,7 @@ from grpo.routing_replay import as_given, differing_tokens
 from grpo.scoring import drawn_with, score
 from grpo.support import is_truncated
 from grpo.throughput import Phases
+from grpo.trial import Trial
 from grpo.types import Batch
 from policy import Policy
 from policy.logprobs import TokenLogprobs
@@ -98,6 +99,7 @@ def update(
     entropy_coef: float = 0.0,
     on_fault: Callable[[Step], None] | None = None,
     phases: Phases | None = None,
+    trial: Trial | None = None,
 ) -> UpdateStats:
     """`num_iterations` passes over the minibatches, an optimizer step each.
 
@@ -105,13 +107,16 @@ def update(
     log-probabilities are computed once beforehand (the sampler's would mix in how sampler and trainer differ).
     A step whose loss or gradient is not finite on any rank is not taken on any; `on_fault` sees it, the weights as they
     were. A step for which memory runs out is done again in smaller micro-batches, which also the passes after it keep.
-    Where weights lie in pieces, ranks with fewer micro-batches than others do idle ones. `phases` learns where the time
-    goes.
+    Where weights lie in pieces, `trial` finds out beforehand what fits, and ranks with fewer micro-batches than others
+    do idle ones. `phases` learns where the time goes.
     """
-    phases = phases or Phases(policy.device)
+    phases, num_halvings = phases or Phases(policy.device), 0
     with phases.phase("logprobs"):
+        if trial is not None:
+            minibatches, num_halvings = trial.fit(minibatches, partial(_trial_loss, config=config, ranks=ranks), ranks)
         minibatches = [replace(part, batches=fill_up(part.batches, policy, ranks)) for part in minibatches]
         steps = prepare(policy, minibatches, config, ranks, reference, entropy_coef)
+        steps = [replace(step, num_halvings=step.num_halvings + num_halvings) for step in steps]
     grad_norm, num_skipped = 0.0, 0
     for _ in range(config.num_iterations):
         sums, norms = _Sums(policy), list[float]()
@@ -270,6 +275,13 @@ def _idle_loss(policy: Policy, batch: Batch, config: Config, auxiliary: Auxiliar
     watch = auxiliary.watch(batch)
     batch, values = score(policy, batch, drawn_with(config), watch)
     return 0.0 * (values.logprobs_N.sum() + auxiliary.loss(batch, values.output, watch))
+
+
+def _trial_loss(policy: Policy, batch: Batch, *, config: Config, ranks: Ranks) -> Tensor:
+    """Of a pass on this rank alone: the routers' losses, which ask the others, take next to no memory."""
+    config = config.model_copy(update={"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0})
+    auxiliary = Auxiliary(policy, [batch], num_tokens=1, config=config, ranks=ranks)
+    return _idle_loss(policy, batch, config, auxiliary)
 
 
 class _Sums:

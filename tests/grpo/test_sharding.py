@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -138,6 +139,29 @@ def test_a_step_given_up_at_sigterm_loses_none_before_it(
     run(recipe, [*settings, "name=pieces"], resume=True)
     run(recipe, [*settings, "name=whole"], resume=False)
     assert_same_run(tmp_path / "whole", tmp_path / "pieces")
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize(
+    ("way", "how", "words"),
+    [
+        ("fsdp2", "memory", r"DeviceMemoryError: rank 1: out of memory .* set max_tokens_per_micro_batch: \d+ or"),
+        *(
+            pytest.param(way, "killed", r"Signal 9 \(SIGKILL\)", marks=pytest.mark.slow)
+            for way in ("ddp", "fsdp2", "zero2", "zero3")
+        ),
+    ],
+)
+def test_all_ranks_end_within_a_minute_of_one_that_is_lost_in_an_update(
+    way: str, how: str, words: str, tmp_path: Path
+) -> None:
+    lost = tmp_path / "lost"
+    process = start(tmp_path, way, "tests.grpo.rank_lost", how, str(lost))
+    for _ in wait_for(lost, process):
+        pass
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert re.search(words, output), output
 
 
 def assert_same_run(whole: Path, other: Path) -> None:
