@@ -133,6 +133,8 @@ def read_launcher_file(file: Path) -> Spread:
     """
     try:
         values = yaml.safe_load(file.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"no launcher's file {str(file)!r}; see recipes/accelerate") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{file} cannot be read as accelerate's YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict) or "distributed_type" not in values:

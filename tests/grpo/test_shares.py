@@ -127,6 +127,8 @@ def test_a_launcher_file_that_cannot_be_planned_is_refused(text: str, message: s
     with pytest.raises(ConfigError) as caught:
         read_launcher_file(tmp_path / "file.yaml")
     assert message in str(caught.value)
+    with pytest.raises(ConfigError, match="no launcher's file '.*absent.yaml'; see recipes/accelerate"):
+        read_launcher_file(tmp_path / "absent.yaml")
 
 
 @pytest.mark.parametrize(
