@@ -12,9 +12,10 @@ from grpo.config import Config
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 HEAD = """# Every key of a recipe
 
-Written by `python -m tests.grpo.config_page` from the code that reads recipes; [algorithms.md](algorithms.md), [data.md](data.md),
-[rollouts.md](rollouts.md), [performance.md](performance.md) and [scaling.md](scaling.md) say what keys do together. A key is given in the recipe, or
-on the command line as `a.b=value`; what a section leaves out has its default, and `{}` takes all of them. Names without a word are TRL's.
+Written by `python -m tests.grpo.config_page` from the code that reads recipes. What keys do together is in
+[algorithms.md](algorithms.md), [data.md](data.md), [rollouts.md](rollouts.md), [performance.md](performance.md) and
+[scaling.md](scaling.md). A key stands in the recipe, or on the command line as `a.b=value`; what a section leaves out
+has its default, and `{}` takes all of them. Names without a word are TRL's, or a section's.
 
 | key | default | allowed | what |
 | --- | --- | --- | --- |
