@@ -32,6 +32,7 @@ from grpo.throughput import ASKING, Phases, Spent, Throughput, measure_matmul_ra
 from grpo.trial import Trial
 from grpo.types import Group
 from grpo.update import Step, UpdateStats, update
+from grpo.version import describe_change
 from grpo.watchdog import Watchdog
 from grpo.weights import Weights, keep_weights
 from policy import Policy
@@ -131,6 +132,7 @@ class Trainer:
             if config.evaluation.eval_steps and self.step % config.evaluation.eval_steps == 0:
                 with self._can_be_given_up(asker, reference):
                     self._evaluate(evaluator, asker, self.step)
+                self.display.stage("GRPO", config.max_steps, done=self.step)
             if config.save_steps and self.step % config.save_steps == 0 and self.step < config.max_steps:
                 self.save(asker, reference)
             if self.skipped >= config.max_skipped_steps:
@@ -227,8 +229,9 @@ class Trainer:
         found = find_checkpoint(self.folder.checkpoints)
         self.ranks.wait()
         if found is not None:
-            for line in found.damaged:
-                self.display.note(line)
+            for line in (*found.damaged, describe_change(found.versions)):
+                if line is not None:
+                    self.display.note(line)
             load_checkpoint(found.path, self.weights, None if reference is None else reference.policy)
             asker.load_state(read_data_state(found.path))
             if asker.sampler is not None:

@@ -19,6 +19,8 @@ from grpo.config import load_config
 from grpo.distributed import Ranks
 from grpo.pretrain import base_model
 from grpo.run import run
+from grpo.shares import Spread
+from tests.grpo.held_bytes import check_held
 from tests.grpo.test_trainer import STATEFUL, metrics_of, read_rollouts, recipe, wait_for  # noqa: F401
 from tests.grpo.three_steps import CASES, three_steps
 
@@ -66,6 +68,8 @@ def test_three_steps_of_two_ranks_are_those_of_one(name: str, one: dict[str, Ten
     for case in CASES:
         skipped = [float(one[f"{case}: step {step}"][-1]) for step in range(3)]
         assert skipped == [0.0, float(CASES[case].broken_step == 1), 0.0]
+    if name != "ddp":
+        check_held(json.loads((tmp_path / "held.json").read_text()), Spread(way=name, num_processes=2))
 
 
 @pytest.mark.multi

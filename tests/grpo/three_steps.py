@@ -1,9 +1,10 @@
 """Three steps of every kind of policy, its weights kept as the launcher's file says, and a checkpoint saved and loaded;
-rank 0 writes what came of them.
+rank 0 writes what came of them, and what it holds (held_bytes.py).
 
 accelerate launch --config_file fsdp2.yaml --num_processes 2 -m tests.grpo.three_steps FOLDER
 """
 
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from grpo.weights import Weights, keep_weights
 from policy import Policy, cast_weights
 from policy.lora import add_adapters
 from policy.tokenizer import build_word_tokenizer
+from tests.grpo.held_bytes import held_bytes
 from tests.grpo.rollouts import make_groups, tiny_config
 from tests.policies import tiny_llama, tiny_policy
 from tests.small_memory import room_for
@@ -165,5 +167,9 @@ if __name__ == "__main__":
     result = three_steps(here, Path(sys.argv[1]))
     if here.is_main:
         torch.save(result, Path(sys.argv[1]) / "result.pt")
+    if here.sharding is not None:
+        held = held_bytes(here)
+        if here.is_main:
+            (Path(sys.argv[1]) / "held.json").write_text(json.dumps(held))
     here.wait()
     here.close()
