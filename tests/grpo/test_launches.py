@@ -26,41 +26,26 @@ from tests.grpo.rollouts import tiny_config
 from tests.policies import tiny_llama, tiny_policy
 from tests.pretended_gpu import Waited, pretended_gpu
 
-ALIGNED: dict[str, Any] = {"hidden_size": 64, "qk_nope_head_dim": 24, "v_head_dim": 16, "kv_lora_rank": 32}
-"""Widths that a GPU's attention takes in half precision."""
-NUM_EXPERTS_LAYERS, PER_TOKEN = 2, 2
 
-
-def make_groups(*, records: bool) -> list[Group]:
-    """Two prompts with two completions each, which share enough for a GPU; experts are recorded on demand."""
-    groups = []
-    for p in range(2):
-        completions = []
-        for g in range(2):
-            count = 3 + g
-            experts = {"experts_MTK": (count - 1, g), "prompt_experts_MSK": (4, 0)} if records else {}
-            completions.append(
-                Completion(
-                    token_ids=[5 + p, 6 + g, 9, 2][-count:],
-                    logprobs=[-4.0, -4.2, -3.9, -4.1][-count:],
-                    finish_reason="stop",
-                    policy_version=0,
-                    **{
-                        name: np.full((NUM_EXPERTS_LAYERS, length, PER_TOKEN), [expert, 3], dtype=np.uint8)
-                        for name, (length, expert) in experts.items()
-                    },
-                )  # fmt: skip
-            )
-        groups.append(
-            Group(
-                problem=Problem(id=str(p), prompt="?"),
-                prompt_ids=[3, 4 + p, 7, 8],
-                completions=completions,
-                texts=["", ""],
-                results=[],
+def make_group(num_recorded: int = 0) -> Group:
+    """A prompt with two completions, enough of it shared for a GPU; experts of so many layers are recorded."""
+    completions = []
+    for g in range(2):
+        count, records = 2 + g, {}
+        if num_recorded:  # the last token was never fed
+            lengths = {"experts_MTK": count - 1, "prompt_experts_MSK": 4}
+            records = {name: np.full((num_recorded, length, 2), [g, 3], np.uint8) for name, length in lengths.items()}
+        completions.append(
+            Completion(
+                token_ids=[5, 6 + g, 2][-count:],
+                logprobs=[-4.0, -4.2, -3.9][-count:],
+                finish_reason="stop",
+                policy_version=0,
+                **records,
             )  # fmt: skip
         )
-    return groups
+    problem = Problem(id="0", prompt="?")
+    return Group(problem=problem, prompt_ids=[3, 4, 7, 8], completions=completions, texts=["", ""], results=[])
 
 
 def run(
@@ -68,8 +53,8 @@ def run(
 ) -> tuple[Tensor, Counter[str]]:
     """Loss and gradient of one micro-batch, in one row; and the kernels that it took."""
     config, ranks, policy = tiny_config(**choices), Ranks(cpu=True), cast_weights(make(), dtype)
-    groups = make_groups(records=config.routing_replay == "sampler")
-    rows = make_rows(groups, [[1.0, -0.5], [-1.0, 0.3]], mask_truncated=False)
+    group = make_group(len(policy.moe_layers) if config.routing_replay == "sampler" else 0)
+    rows = make_rows([group], [[1.0, -0.5]], mask_truncated=False)
     with pretended_gpu(may_wait=True):  # laid out as for a GPU either way
         batches = make_batches(rows, 10**6, "cuda", share_prompts=share)
     assert len(batches) == 1
@@ -90,17 +75,31 @@ def run(
     return torch.cat([terms.loss.detach()[None], *gradients]), kernels
 
 
+def dense(num_hidden_layers: int = 1, **changes: Any) -> Policy:
+    return tiny_llama(model_type="qwen2", hidden_size=64, num_hidden_layers=num_hidden_layers, **changes)
+
+
+def latent(num_hidden_layers: int = 1, **changes: Any) -> Policy:
+    shape = {"hidden_size": 64, "qk_nope_head_dim": 24, "v_head_dim": 16, "kv_lora_rank": 32}
+    return tiny_policy(**shape, num_hidden_layers=num_hidden_layers, first_k_dense_replace=num_hidden_layers, **changes)
+
+
+def experts(**changes: Any) -> Policy:
+    return tiny_policy(num_hidden_layers=1, first_k_dense_replace=0, **changes)
+
+
 CASES: dict[str, tuple[Callable[[], Policy], dict[str, Any]]] = {
-    "dense": (tiny_llama, {}),
-    "dense, rows by themselves": (tiny_llama, {"share": False}),
-    "experts": (tiny_policy, {"router_aux_loss_coef": 0.01, "router_z_loss_coef": 0.01}),
-    "experts replayed": (tiny_policy, {"routing_replay": "sampler"}),
-    "MTP modules": (partial(tiny_policy, num_nextn_predict_layers=1), {"mtp_weight": 0.3, "mtp_num_recycled": 1}),
-    "whole completions weighed": (tiny_llama, {"importance_sampling_correction": "sequence_truncate"}),
-    "off-policy rows dropped": (tiny_llama, {"off_policy_mask_threshold": 0.01, "algorithm": "gspo"}),
+    "dense": (dense, {}),
+    "dense, rows by themselves": (dense, {"share": False}),
+    "experts": (experts, {"router_aux_loss_coef": 0.01, "router_z_loss_coef": 0.01, "freeze_router": False}),
+    "experts replayed": (experts, {"routing_replay": "sampler"}),
+    "MTP modules": (partial(latent, num_nextn_predict_layers=1), {"mtp_weight": 0.3, "mtp_num_recycled": 1}),
+    "whole completions weighed": (dense, {"importance_sampling_correction": "sequence_truncate"}),
+    "off-policy rows dropped": (dense, {"off_policy_mask_threshold": 0.01, "algorithm": "gspo"}),
 }
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU need not be pretended")
 @pytest.mark.parametrize(("make", "choices"), CASES.values(), ids=CASES)
 def test_a_micro_batch_waits_for_nothing(make: Callable[[], Policy], choices: dict[str, Any]) -> None:
     """And what a GPU's branches give is what the CPU's give."""
@@ -109,6 +108,7 @@ def test_a_micro_batch_waits_for_nothing(make: Callable[[], Policy], choices: di
     assert torch.allclose(ours, plain, atol=1e-6 * float(plain.abs().max()), rtol=1e-4)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU need not be pretended")
 @pytest.mark.parametrize(
     "wait",
     [
@@ -131,19 +131,41 @@ def test_what_waits_is_found(wait: Callable[[Tensor], object]) -> None:
         wait(x)
 
 
-def layer_of(make: Callable[[int], Policy], **choices: Any) -> tuple[Counter[str], Counter[str]]:
-    """Kernels of one layer more, and of all that is not in a layer."""
-    two, three = (run(partial(make, layers), is_gpu=True, dtype=torch.bfloat16, **choices)[1] for layers in (2, 3))
-    return three - two, two - (three - two) - (three - two)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU need not be pretended")
+@pytest.mark.parametrize(
+    ("make", "most_of_a_layer"),
+    [(dense, 69), pytest.param(latent, 76, marks=pytest.mark.slow)],
+    ids=["dense", "latent"],
+)
+def test_kernels_of_a_micro_batch_stay_few(make: Callable[..., Policy], most_of_a_layer: int) -> None:
+    """Of one layer, and of all that is in none: forward, backward and summing up."""
+    one, two = (run(partial(make, layers), is_gpu=True, dtype=torch.bfloat16)[1].total() for layers in (1, 2))
+    assert two - one <= most_of_a_layer
+    assert 2 * one - two <= 137
 
 
-def test_kernels_of_a_micro_batch() -> None:
-    def qwen(layers: int) -> Policy:
-        return tiny_llama(model_type="qwen2", hidden_size=64, num_hidden_layers=layers)
-
-    def dense_deepseek(layers: int) -> Policy:
-        return tiny_policy(**ALIGNED, num_hidden_layers=layers, first_k_dense_replace=layers)
-
-    for make, share in ((qwen, True), (qwen, False), (dense_deepseek, True)):
-        layer, rest = layer_of(make, share=share)
-        print(make.__name__, share, layer.total(), rest.total(), layer.most_common(), rest.most_common(), sep="\n")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("make", "choices"), CASES.values(), ids=CASES)
+def test_a_micro_batch_waits_for_no_gpu(
+    make: Callable[[], Policy], choices: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """The same on a device that says by itself when it is waited for; after a first one, which compiles kernels."""
+    policy, choices = cast_weights(make(), dtype).cuda(), dict(choices)
+    share, ranks = choices.pop("share", True), Ranks(cpu=False)
+    config = tiny_config(**choices, device="auto")
+    group = make_group(len(policy.moe_layers) if config.routing_replay == "sampler" else 0)
+    rows = make_rows([group], [[1.0, -0.5]], mask_truncated=False)
+    batches = make_batches(rows, 10**6, "cuda", share_prompts=share)
+    counts = count_learned(rows, ranks)
+    step = Step(minibatch=Minibatch(batches=batches, counts=counts), num_kept=counts.tokens, entropy_coef=0.01)
+    optimizer = MasterAdamW(policy, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+    auxiliary = Auxiliary(policy, batches, num_tokens=counts.tokens, config=config, ranks=ranks)
+    sums = _Sums(policy)
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            backward(policy, batches[0], step, config, sums, auxiliary, partial(optimizer.backward, is_last=True))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
