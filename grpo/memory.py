@@ -17,6 +17,7 @@ from torch import Tensor
 from grpo.distributed import Ranks
 from grpo.support import Support
 from grpo.types import Batch
+from policy.packing import Wanted
 
 T = TypeVar("T")
 
@@ -86,10 +87,12 @@ def _take(batch: Batch, first: int, last: int) -> Batch:
         support = Support(
             token_ids_K=support.token_ids_K[slice(*edges)], counts_W=support.counts_W[before : before + own]
         )
+    rows = batch.rows.take(first, last)
     return replace(
         batch,
         **taken,
-        rows=batch.rows.take(first, last),
+        rows=rows,
+        learned=Wanted.of(batch.completion_mask_N[place], rows),
         origins=batch.origins[first:last],
         support=support,
     )
