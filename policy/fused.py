@@ -15,12 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from policy.decode_layout import lies_by_feature
+
 
 def silu_gate(gate_NI: Tensor, up_NI: Tensor) -> Tensor:
     """silu(gate) * up, the activation of SwiGLU (Shazeer, 2020), keeping only the two for the backward pass."""
     if gate_NI.device.type == "cuda" and gate_NI.ndim == 2:
         out: Tensor = _SiluGate.apply(gate_NI, up_NI)
         return out
+    if lies_by_feature(gate_NI) and lies_by_feature(up_NI):
+        from policy import cpu_decode_kernels
+
+        return cpu_decode_kernels.silu_gate(gate_NI, up_NI)
     if not torch.is_grad_enabled():
         return F.silu(gate_NI).mul_(up_NI)
     return F.silu(gate_NI) * up_NI

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from policy.attention import AttentionPlan, attend_in_rows, write_cache
 from policy.config import PolicyConfig
 from policy.continued_attention import Continued, attend_to_context
+from policy.linear import Linear
 from policy.norm import RMSNorm
 from policy.paged_attention import Absorbed, CacheLayout, attend_over_cache
 from policy.rope import Rotation, attention_scale, rotate
@@ -27,10 +28,10 @@ class GroupedQueryAttention(nn.Module):
         self.config, self.layer = config, layer
         width, head, family = config.hidden_size, config.head_dim, config.family
         bias = config.attention_bias
-        self.q_proj = nn.Linear(width, config.num_attention_heads * head, bias=bias)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * head, bias=bias)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * head, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * head, width, bias=bias and family.has_output_bias)
+        self.q_proj = Linear(width, config.num_attention_heads * head, bias=bias)
+        self.k_proj = Linear(width, config.num_key_value_heads * head, bias=bias)
+        self.v_proj = Linear(width, config.num_key_value_heads * head, bias=bias)
+        self.o_proj = Linear(config.num_attention_heads * head, width, bias=bias and family.has_output_bias)
         self.q_norm = RMSNorm(head, eps=config.rms_norm_eps) if family.has_qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head, eps=config.rms_norm_eps) if family.has_qk_norm else nn.Identity()
         self.scale = attention_scale(config)
@@ -39,6 +40,8 @@ class GroupedQueryAttention(nn.Module):
 
     def forward(self, x_NC: Tensor, rotation: Rotation, plan: AttentionPlan) -> Tensor:
         """[N, C] to [N, C]; under `Absorbed`, N is one token of each sequence."""
+        if isinstance(plan, Absorbed) and plan.is_by_feature:
+            return self._decode_on_cpu(x_NC, rotation, plan)
         head = self.config.head_dim
         query_NHD = rotate(self.q_norm(self.q_proj(x_NC).unflatten(-1, (-1, head))), rotation)
         key_NGD = rotate(self.k_norm(self.k_proj(x_NC).unflatten(-1, (-1, head))), rotation)
@@ -57,6 +60,18 @@ class GroupedQueryAttention(nn.Module):
             attended = attend_in_rows(query_NHD, key_NGD, value_NGD, plan.rows, self.scale)
         out: Tensor = self.o_proj(attended.flatten(-2))
         return out
+
+    def _decode_on_cpu(self, x_NC: Tensor, rotation: Rotation, plan: Absorbed) -> Tensor:
+        """The same under `Absorbed`, in one kernel between the projections."""
+        from policy import cpu_decode_kernels
+
+        head = (-1, self.config.head_dim)
+        query_NX = self.q_norm(self.q_proj(x_NC).unflatten(-1, head)).flatten(-2)
+        key_NX = self.k_norm(self.k_proj(x_NC).unflatten(-1, head)).flatten(-2)
+        attended_NX = cpu_decode_kernels.attend_grouped(
+            query_NX, key_NX, self.v_proj(x_NC), rotation, plan, self.layer, self.layout, self.scale
+        )
+        return self.o_proj(attended_NX)  # type: ignore[no-any-return]
 
 
 def _entries(key_NGD: Tensor, value_NGD: Tensor) -> Tensor:

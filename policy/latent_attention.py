@@ -17,6 +17,7 @@ from policy.attention import AttentionPlan, Expanded, attend_in_rows, write_cach
 from policy.config import PolicyConfig
 from policy.continued_attention import Continued, attend_to_context
 from policy.fused import split_keys_values
+from policy.linear import Linear
 from policy.norm import RMSNorm
 from policy.paged_attention import Absorbed, CacheLayout, attend_over_cache
 from policy.recompute import remade
@@ -34,17 +35,17 @@ class LatentAttention(nn.Module):
         self.config, self.layer = config, layer
         width, heads = config.hidden_size, config.num_attention_heads
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(width, heads * config.qk_head_dim, bias=False)
+            self.q_proj = Linear(width, heads * config.qk_head_dim, bias=False)
         else:
-            self.q_a_proj = nn.Linear(width, config.q_lora_rank, bias=False)
+            self.q_a_proj = Linear(width, config.q_lora_rank, bias=False)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=LATENT_NORM_EPS)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(width, config.cache_width, bias=False)
+            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = Linear(width, config.cache_width, bias=False)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps=LATENT_NORM_EPS)
-        self.kv_b_proj = nn.Linear(
+        self.kv_b_proj = Linear(
             config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False
         )
-        self.o_proj = nn.Linear(heads * config.v_head_dim, width, bias=False)
+        self.o_proj = Linear(heads * config.v_head_dim, width, bias=False)
         self.scale = attention_scale(config)
         self.layout = CacheLayout(
             groups=1, key_width=config.cache_width, value_start=0, value_width=config.kv_lora_rank
@@ -53,6 +54,8 @@ class LatentAttention(nn.Module):
     def forward(self, x_NC: Tensor, rotation: Rotation, plan: AttentionPlan) -> Tensor:
         """[N, C] to [N, C]; under `Absorbed`, N is one token of each sequence."""
         config = self.config
+        if isinstance(plan, Absorbed) and plan.is_by_feature:
+            return self._decode_on_cpu(x_NC, rotation, plan)
         query_NHQ = self._query(x_NC).unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
         query_NHQ = rotate(query_NHQ, rotation)
         latent_NR, k_rope_NP = self.kv_a_proj_with_mqa(x_NC).split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
@@ -66,6 +69,16 @@ class LatentAttention(nn.Module):
             attended = self._expanded(query_NHQ, latent_NR, k_rope_NP, plan)
         out: Tensor = self.o_proj(attended.flatten(-2))
         return out
+
+    def _decode_on_cpu(self, x_NC: Tensor, rotation: Rotation, plan: Absorbed) -> Tensor:
+        """As below, absorbed, in one kernel between the projections."""
+        from policy import cpu_decode_kernels
+
+        attended_NX = cpu_decode_kernels.attend_latent(
+            self._query(x_NC), self.kv_a_proj_with_mqa(x_NC), self.kv_a_layernorm.weight, LATENT_NORM_EPS,
+            self.kv_b_proj.weight, rotation, plan, self.layer, self.config.num_attention_heads, self.scale,
+        )  # fmt: skip
+        return self.o_proj(attended_NX)  # type: ignore[no-any-return]
 
     def _query(self, x_NC: Tensor) -> Tensor:
         if self.config.q_lora_rank is None:

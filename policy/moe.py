@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from policy.balance import RouterSums, RouterWatch, sum_up
 from policy.config import PolicyConfig
+from policy.decode_layout import lies_by_feature
 from policy.fused import silu_gate
 from policy.grouped import gather_sorted, mix_sorted, sort_by_group, swiglu
+from policy.linear import Linear
 from policy.recompute import remade
 from policy.router import Router
 
@@ -26,9 +28,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, intermediate: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(width, intermediate, bias=False)
-        self.up_proj = nn.Linear(width, intermediate, bias=False)
-        self.down_proj = nn.Linear(intermediate, width, bias=False)
+        self.gate_proj = Linear(width, intermediate, bias=False)
+        self.up_proj = Linear(width, intermediate, bias=False)
+        self.down_proj = Linear(intermediate, width, bias=False)
 
     def forward(self, x_NC: Tensor) -> Tensor:
         """[N, C] to [N, C]."""
@@ -46,6 +48,10 @@ class Experts(nn.Module):
 
     def forward(self, x_NC: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Weighted sum of each token's experts, [N, C]; nothing is dropped."""
+        if lies_by_feature(x_NC) and self.down_proj.dtype == torch.float32:
+            from policy import cpu_decode_kernels
+
+            return cpu_decode_kernels.mix_experts(x_NC, experts_NK, weights_NK, self.gate_up_proj, self.down_proj)
         per_token = experts_NK.shape[1]
         order = sort_by_group(experts_NK.flatten(), len(self.down_proj))
         sorted_TC = remade(partial(gather_sorted, per_row=per_token), x_NC, order.order_T)

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from policy.decode_layout import lies_by_feature
+
 
 class RMSNorm(nn.RMSNorm):
     """`nn.RMSNorm` over one dimension; what it gives has the dtype of its weight, whatever that of its input is."""
@@ -31,6 +33,10 @@ class RMSNorm(nn.RMSNorm):
         """[..., C] to [..., C]."""
         if x.dtype != self.weight.dtype:
             return normalise(x, self.weight, self.epsilon)
+        if lies_by_feature(x):
+            from policy import cpu_decode_kernels
+
+            return cpu_decode_kernels.normalise(x, self.weight, self.epsilon)
         if x.device.type != "cpu" or x.dtype != torch.float32:
             return super().forward(x)
         if torch.is_grad_enabled():

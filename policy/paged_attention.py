@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LEAST_BLOCK = 4
+"""Positions of the smallest cache block that the kernels for the CPU take: they score so many at a time."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheLayout:
@@ -45,7 +48,7 @@ class Absorbed:
     length_B: Tensor
     """Cached positions of each sequence, the new one included."""
     bias_B1L: Tensor | None
-    """[B, 1, L] fp32, 0 at a sequence's positions and -inf beyond; None on a GPU, whose kernel reads `length_B`."""
+    """[B, 1, L] fp32, 0 at a sequence's positions and -inf beyond; None for kernels, which read `length_B`."""
 
     @classmethod
     def at(cls, cache: Tensor, block_table_BM: Tensor, position_B: Tensor) -> Absorbed:
@@ -53,7 +56,8 @@ class Absorbed:
         size = cache.shape[2]
         own_B = block_table_BM.gather(1, (position_B // size)[:, None]).squeeze(1)
         bias_B1L = None
-        if cache.device.type != "cuda":
+        has_kernels = cache.dtype == torch.float32 and size >= LEAST_BLOCK and not torch.is_grad_enabled()
+        if cache.device.type != "cuda" and not has_kernels:
             beyond_BL = torch.arange(block_table_BM.shape[1] * size)[None] > position_B[:, None]
             bias_B1L = torch.zeros(beyond_BL.shape).masked_fill_(beyond_BL, float("-inf"))[:, None]
         return cls(
@@ -63,6 +67,11 @@ class Absorbed:
             length_B=position_B + 1,
             bias_B1L=bias_B1L,
         )
+
+    @property
+    def is_by_feature(self) -> bool:
+        """Whether the kernels for the CPU attend, in the layout of `policy.decode_layout`."""
+        return self.bias_B1L is None and self.cache.device.type == "cpu"
 
 
 def attend_over_cache(
