@@ -359,7 +359,7 @@ def _weigh(scores, length, scale):
     for at in range(1, length):
         highest = max(highest, scores[at])
     for at in range(length):
-        weight = exp((scores[at] - highest) * scale)
+        weight = exp((scores[at] - highest) * np.float32(scale))
         scores[at] = weight
         total += weight
     share = ONE / total
