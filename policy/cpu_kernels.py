@@ -1,14 +1,14 @@
 """Kernels for the CPU in fp32: what torch would do in many passes over memory, in one. Imported where first used.
 
-Each launcher has a plain twin in `policy/norm.py` or `policy/fused.py`, which defines it; tests compare the two. A kernel
-is Python that numba compiles at its first call and keeps on disk. It takes addresses and strides, in numbers, as a GPU's
-does: rows may lie apart, the numbers of a row may not. It runs on the thread that calls it, outside of the GIL, and adds
-up in a fixed order, so that runs repeat.
+Each launcher has a plain twin in `policy/norm.py` or `policy/fused.py`, which defines it; tests compare the two. A
+kernel is Python that numba compiles at its first call and keeps on disk. It takes addresses and strides, in numbers, as
+a GPU's does: rows may lie apart, the numbers of a row may not. It runs on the thread that calls it, outside of the GIL,
+and adds up in a fixed order, so that runs repeat.
 
 Numba looks at a kernel's own file to see whether what it kept on disk is still true: what kernels call lies here.
 
-Shapes: N rows (tokens, or token-expert pairs), C model width, I inner width, H heads, P rotated width, D width before it,
-Q = D + P, V value width.
+Shapes: N rows (tokens, or token-expert pairs), C model width, I inner width, H heads, P rotated width, D width before
+it, Q = D + P, V value width.
 """
 
 from __future__ import annotations
@@ -102,7 +102,13 @@ def _normalise(x, weight, out, rows, width, stride, eps):
 @kernel
 def _normalise_backward(x, weight, grad, x_grad, weight_grads, rows, width, stride, grad_stride, eps):
     """With n = x / rms and g = grad * weight: dx = (g - n * mean(g n)) / rms, dw = sum of grad * n."""
-    x, weight, grad, x_grad, weight_grads = floats(x), floats(weight), floats(grad), floats(x_grad), floats(weight_grads)
+    x, weight, grad, x_grad, weight_grads = (
+        floats(x),
+        floats(weight),
+        floats(grad),
+        floats(x_grad),
+        floats(weight_grads),
+    )
     for first in range(0, rows, ROWS_AT_ONCE):
         for row in range(first, min(rows, first + ROWS_AT_ONCE)):
             total = ZERO
