@@ -26,7 +26,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from policy.cpu_kernels import exp, floats, kernel
+from policy.cpu_kernels import exp, floats, integers, kernel
 from policy.decode_layout import by_feature
 from policy.paged_attention import Absorbed, CacheLayout
 
@@ -226,23 +226,22 @@ def _multiply(x, x_stride, w, out, stride, rows, width, depth):
 
 def multiply(x_NC: Tensor, weight_OC: Tensor) -> Tensor:
     """x @ weight.T, [N, O]."""
-    (rows, depth), x_CN, weight_OC = x_NC.shape, _columns(x_NC), weight_OC.contiguous()
-    filled = x_CN.shape[1]
-    out_ON = torch.empty(len(weight_OC), filled)
+    rows, width = x_NC.shape[0], weight_OC.shape[0]
+    if rows < LEAST_ROWS:
+        return multiply(_filled_up(x_NC), weight_OC)[:rows]
+    out_ON = torch.empty(width, rows)
+    weight_OC = weight_OC.contiguous()
     _multiply(
-        x_CN.data_ptr(), x_CN.stride(0), weight_OC.data_ptr(), out_ON.data_ptr(), filled, filled, len(weight_OC), depth
+        x_NC.data_ptr(), x_NC.stride(1), weight_OC.data_ptr(), out_ON.data_ptr(), rows, rows, width, x_NC.shape[1]
     )
-    return out_ON.t()[:rows]
+    return out_ON.t()
 
 
-def _columns(x_NC: Tensor) -> Tensor:
-    """[C, N] in memory, with at least LEAST_ROWS columns."""
-    rows = len(x_NC)
-    if rows >= LEAST_ROWS:
-        return by_feature(x_NC).t()
-    x_CN = torch.zeros(x_NC.shape[1], LEAST_ROWS)
-    x_CN[:, :rows] = x_NC.t()
-    return x_CN
+def _filled_up(x_NC: Tensor) -> Tensor:
+    """With rows of zeros to LEAST_ROWS, by feature."""
+    filled_CN = torch.zeros(x_NC.shape[1], LEAST_ROWS)
+    filled_CN[:, : x_NC.shape[0]] = x_NC.t()
+    return filled_CN.t()
 
 
 # --- Between products --------------------------------------------------------------------------------------------
@@ -296,16 +295,6 @@ def silu_gate(gate_NI: Tensor, up_NI: Tensor) -> Tensor:
 
 
 # --- Attention over the cache ------------------------------------------------------------------------------------
-
-
-@intrinsic
-def _integers(_: Any, address: Any) -> Any:
-    """The int64 numbers at an address."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.int64)(types.int64), generate
 
 
 @njit(error_model="numpy")
@@ -398,9 +387,9 @@ def _attend(
     of_group = heads // groups
     filled, capacity = (of_group + QUERIES - 1) // QUERIES * QUERIES, table_width * size
     mixed_numbers, out_numbers = floats(mixed), floats(out)
-    lengths = _integers(lengths)
+    lengths = integers(lengths)
     for n in range(rows):
-        table, length = _integers(tables + 8 * n * table_width), lengths[n]
+        table, length = integers(tables + 8 * n * table_width), lengths[n]
         for group in range(groups):
             for first in range(0, of_group, QUERIES):
                 query = queries + 4 * ((n * groups + group) * filled + first) * key_width
@@ -425,7 +414,7 @@ def _attend_grouped(
 ):  # fmt: skip
     of_group = heads // groups
     filled = (of_group + QUERIES - 1) // QUERIES * QUERIES
-    slots, starts = _integers(slots), np.empty(rows, dtype=np.int64)
+    slots, starts = integers(slots), np.empty(rows, dtype=np.int64)
     cos, sin = floats(cos), floats(sin)
     kept = width - 2 * half
     for n in range(rows):
@@ -458,7 +447,7 @@ def _attend_latent(
     heads, own, rank, value_width,
 ):  # fmt: skip
     width, filled = rank + 2 * half, (heads + QUERIES - 1) // QUERIES * QUERIES
-    slots, starts = _integers(slots), np.empty(rows, dtype=np.int64)
+    slots, starts = integers(slots), np.empty(rows, dtype=np.int64)
     cos, sin, norm, numbers = floats(cos), floats(sin), floats(norm), floats(latent)
     inverse = np.zeros(rows, dtype=np.float32)
     for r in range(rank):
@@ -499,15 +488,15 @@ def attend_latent(
 ) -> Tensor:  # fmt: skip
     """MLA's attention in its absorbed form, [N, H * V], from queries [N, H * (D + P)], what the latents and shared keys
     are before norm and rotation, and the up-projection [H * (D + V), R]; writes the cache first."""
-    rows, rank, half = len(query_NX), up_XR.shape[1], rotation.cos.shape[1]
+    rows, rank, half = query_NX.shape[0], up_XR.shape[1], rotation.cos.shape[1]
     own = query_NX.shape[1] // heads - 2 * half
     value_width, filled = up_XR.shape[0] // heads - own, -(-heads // QUERIES) * QUERIES
-    query_XN, latent_WN, up_XR = _columns(query_NX), by_feature(latent_NW).t(), up_XR.contiguous()
-    filled_rows = query_XN.shape[1]
+    query_NX = by_feature(query_NX) if rows >= LEAST_ROWS else _filled_up(query_NX)
+    latent_NW, up_XR, filled_rows = by_feature(latent_NW), up_XR.contiguous(), query_NX.shape[0]
     queries, scores, mixed = _scratch(rows * filled, rank + 2 * half, rank, plan)
     absorbed, out = torch.zeros(heads * rank, filled_rows), torch.empty(heads * value_width, filled_rows)
     _attend_latent(
-        query_XN.data_ptr(), query_XN.stride(0), latent_WN.data_ptr(), latent_WN.stride(0), norm_R.data_ptr(), eps,
+        query_NX.data_ptr(), query_NX.stride(1), latent_NW.data_ptr(), latent_NW.stride(1), norm_R.data_ptr(), eps,
         up_XR.data_ptr(), *_turning(rotation), *_cached(plan, layer), scale, queries.data_ptr(), scores.data_ptr(),
         mixed.data_ptr(), absorbed.data_ptr(), out.data_ptr(), rows, filled_rows, heads, own, rank, value_width,
     )  # fmt: skip
@@ -520,15 +509,15 @@ def attend_grouped(
 ) -> Tensor:  # fmt: skip
     """Grouped-query attention, [N, H * Q], from queries, keys and values before their rotation; writes the cache
     first."""
-    rows, width, groups = len(query_NX), layout.key_width, layout.groups
+    rows, width, groups = query_NX.shape[0], layout.key_width, layout.groups
     heads = query_NX.shape[1] // width
-    query_XN, key_XN, value_XN = (by_feature(x).t() for x in (query_NX, key_NX, value_NX))
+    query_NX, key_NX, value_NX = by_feature(query_NX), by_feature(key_NX), by_feature(value_NX)
     filled = -(-heads // groups // QUERIES) * QUERIES
     queries, scores, mixed = _scratch(rows * groups * filled, width, width, plan)
     out_XN = torch.empty(heads * width, rows)
     _attend_grouped(
-        query_XN.data_ptr(), query_XN.stride(0), key_XN.data_ptr(), key_XN.stride(0), value_XN.data_ptr(),
-        value_XN.stride(0), *_turning(rotation), *_cached(plan, layer), scale, queries.data_ptr(), scores.data_ptr(),
+        query_NX.data_ptr(), query_NX.stride(1), key_NX.data_ptr(), key_NX.stride(1), value_NX.data_ptr(),
+        value_NX.stride(1), *_turning(rotation), *_cached(plan, layer), scale, queries.data_ptr(), scores.data_ptr(),
         mixed.data_ptr(), out_XN.data_ptr(), rows, heads, groups, width,
     )  # fmt: skip
     return out_XN.t()
@@ -603,7 +592,7 @@ def _route(
     is_sigmoid, is_biased, groups, kept, num_best, is_normalised, factor,
 ):  # fmt: skip
     logits, bias, scores = floats(logits), floats(bias), floats(scores)
-    chosen, weights = _integers(chosen), floats(weights)
+    chosen, weights = integers(chosen), floats(weights)
     own, ratings = np.empty(experts, dtype=np.float32), np.empty(experts, dtype=np.float32)
     taken = np.empty(experts, dtype=np.bool_)
     for n in range(rows):
@@ -640,10 +629,9 @@ def route(logits_NE: Tensor, bias_E: Tensor | None, config: PolicyConfig) -> tup
 
 @kernel
 def _mix_experts(
-    x, stride, chosen, weights, gate_up, down, gathered, hidden, inner, result, out,
-    rows, experts, per_token, width, inner_width,
+    x, stride, chosen, weights, gate_up, down, room, out, rows, most, experts, per_token, width, inner_width,
 ):  # fmt: skip
-    x, chosen, weights, out = floats(x), _integers(chosen), floats(weights), floats(out)
+    x, chosen, weights, out = floats(x), integers(chosen), floats(weights), floats(out)
     order, ends = np.empty(rows * per_token, dtype=np.int64), np.zeros(experts + 1, dtype=np.int64)
     for pair in range(rows * per_token):
         ends[chosen[pair] + 1] += 1
@@ -653,6 +641,8 @@ def _mix_experts(
     for pair in range(rows * per_token):
         order[places[chosen[pair]]] = pair
         places[chosen[pair]] += 1
+    gathered, hidden = room, room + 4 * width * most
+    inner, result = hidden + 8 * inner_width * most, hidden + 12 * inner_width * most
     gathered_numbers, hidden_numbers = floats(gathered), floats(hidden)
     inner_numbers, result_numbers = floats(inner), floats(result)
     for e in range(experts):
@@ -684,11 +674,9 @@ def mix_experts(
     (rows, width), (experts, _, inner), per_token = x_NC.shape, down_ECI.shape, chosen_NK.shape[1]
     most = max(rows, LEAST_ROWS)
     room = torch.empty(2 * width + 3 * inner, most)
-    gathered, hidden, inner_rows, result = room.split([width, 2 * inner, inner, width])
     out_CN = torch.zeros(width, rows)
     _mix_experts(
         x_NC.data_ptr(), x_NC.stride(1), chosen_NK.data_ptr(), weights_NK.data_ptr(), gate_up_EIC.data_ptr(),
-        down_ECI.data_ptr(), gathered.data_ptr(), hidden.data_ptr(), inner_rows.data_ptr(), result.data_ptr(),
-        out_CN.data_ptr(), rows, experts, per_token, width, inner,
+        down_ECI.data_ptr(), room.data_ptr(), out_CN.data_ptr(), rows, most, experts, per_token, width, inner,
     )  # fmt: skip
     return out_CN.t()

@@ -56,6 +56,16 @@ def floats(_: Any, address: Any) -> Any:
 
 
 @intrinsic
+def integers(_: Any, address: Any) -> Any:
+    """The int64 numbers at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.int64)(types.int64), generate
+
+
+@intrinsic
 def _power_of_two(_: Any, rounded: Any) -> Any:
     """2^n from n + ROUNDER, whose lowest bits are n: as the exponent of a number."""
 

@@ -16,16 +16,16 @@ def lies_by_feature(x_NC: Tensor) -> bool:
     """Whether the kernels for decoding on the CPU take it: fp32, on a CPU, feature by feature, no gradient wanted."""
     return (
         x_NC.ndim == 2
-        and (x_NC.stride(0) == 1 or len(x_NC) == 1)
+        and (x_NC.stride(0) == 1 or x_NC.shape[0] == 1)
         and x_NC.dtype == torch.float32
-        and x_NC.device.type == "cpu"
+        and x_NC.is_cpu
         and not torch.is_grad_enabled()
-        and len(x_NC) > 0
+        and x_NC.shape[0] > 0
     )
 
 
 def by_feature(x_NC: Tensor) -> Tensor:
     """The same numbers, laid feature by feature."""
-    if x_NC.stride(0) == 1 or len(x_NC) == 1:
+    if x_NC.stride(0) == 1 or x_NC.shape[0] == 1:
         return x_NC
     return x_NC.t().contiguous().t()
