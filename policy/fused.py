@@ -23,9 +23,9 @@ from policy.decode_layout import lies_by_feature
 def silu_gate(gate_NI: Tensor, up_NI: Tensor) -> Tensor:
     """silu(gate) * up, the activation of SwiGLU (Shazeer, 2020), keeping only the two for the backward pass."""
     if lies_by_feature(gate_NI) and lies_by_feature(up_NI):
-        from policy import cpu_decode_kernels
+        from policy import cpu_products
 
-        return cpu_decode_kernels.silu_gate(gate_NI, up_NI)
+        return cpu_products.silu_gate(gate_NI, up_NI)
     kernels = kernels_for(gate_NI, up_NI)
     if kernels is None or gate_NI.ndim != 2:
         return F.silu(gate_NI) * up_NI

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from policy.attention import AttentionPlan, attend_in_rows, write_cache
 from policy.config import PolicyConfig
 from policy.continued_attention import Continued, attend_to_context
-from policy.linear import Linear
+from policy.linear import Linear, plain_matrices
 from policy.norm import RMSNorm
 from policy.paged_attention import Absorbed, CacheLayout, attend_over_cache
 from policy.rope import Rotation, attention_scale, rotate
@@ -40,8 +40,6 @@ class GroupedQueryAttention(nn.Module):
 
     def forward(self, x_NC: Tensor, rotation: Rotation, plan: AttentionPlan) -> Tensor:
         """[N, C] to [N, C]; under `Absorbed`, N is one token of each sequence."""
-        if isinstance(plan, Absorbed) and plan.is_by_feature:
-            return self._decode_on_cpu(x_NC, rotation, plan)
         head = self.config.head_dim
         query_NHD = rotate(self.q_norm(self.q_proj(x_NC).unflatten(-1, (-1, head))), rotation)
         key_NGD = rotate(self.k_norm(self.k_proj(x_NC).unflatten(-1, (-1, head))), rotation)
@@ -61,17 +59,23 @@ class GroupedQueryAttention(nn.Module):
         out: Tensor = self.o_proj(attended.flatten(-2))
         return out
 
-    def _decode_on_cpu(self, x_NC: Tensor, rotation: Rotation, plan: Absorbed) -> Tensor:
-        """The same under `Absorbed`, in one kernel between the projections."""
-        from policy import cpu_decode_kernels
+    def decode_on_cpu(self, x_NC: Tensor, norm: RMSNorm, rotation: Rotation, plan: Absorbed) -> Tensor:
+        """x + attention of norm(x) under `Absorbed`, in one kernel or in one between the projections."""
+        from policy import cpu_attention
 
-        head = (-1, self.config.head_dim)
-        query_NX = self.q_norm(self.q_proj(x_NC).unflatten(-1, head)).flatten(-2)
-        key_NX = self.k_norm(self.k_proj(x_NC).unflatten(-1, head)).flatten(-2)
-        attended_NX = cpu_decode_kernels.attend_grouped(
-            query_NX, key_NX, self.v_proj(x_NC), rotation, plan, self.layer, self.layout, self.scale
+        if not self.config.family.has_qk_norm:
+            layers = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+            if (matrices := plain_matrices(x_NC.shape[0], *layers)) is not None:
+                return cpu_attention.grouped_layer(
+                    x_NC, norm.weight, norm.epsilon, *matrices, rotation, plan, self.layer, self.layout, self.scale
+                )
+        inner_NC, head = norm(x_NC), (-1, self.config.head_dim)
+        query_NX = self.q_norm(self.q_proj(inner_NC).unflatten(-1, head)).flatten(-2)
+        key_NX = self.k_norm(self.k_proj(inner_NC).unflatten(-1, head)).flatten(-2)
+        attended_NX = cpu_attention.attend_grouped(
+            query_NX, key_NX, self.v_proj(inner_NC), rotation, plan, self.layer, self.layout, self.scale
         )
-        return self.o_proj(attended_NX)  # type: ignore[no-any-return]
+        return x_NC + self.o_proj(attended_NX)
 
 
 def _entries(key_NGD: Tensor, value_NGD: Tensor) -> Tensor:

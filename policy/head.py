@@ -43,9 +43,9 @@ def project(hidden_NC: Tensor, weight_VC: Tensor) -> Tensor:
         return torch.mm(hidden_NC, weight_VC.t(), out_dtype=torch.float32)
     wide = torch.promote_types(hidden_NC.dtype, torch.float32)
     if lies_by_feature(hidden_NC) and weight_VC.dtype == torch.float32:
-        from policy import cpu_decode_kernels
+        from policy import cpu_products
 
-        return cpu_decode_kernels.multiply(hidden_NC, weight_VC)
+        return cpu_products.multiply(hidden_NC, weight_VC)
     if weight_VC.dtype == wide or torch.is_grad_enabled() or len(weight_VC) <= WIDENED_ROWS:
         return F.linear(hidden_NC.to(wide), weight_VC.to(wide))
     # Slice by slice the wide copy of a large head stays in the processor's cache, off main memory.

@@ -17,7 +17,7 @@ from policy.attention import AttentionPlan, Expanded, attend_in_rows, write_cach
 from policy.config import PolicyConfig
 from policy.continued_attention import Continued, attend_to_context
 from policy.fused import split_keys_values
-from policy.linear import Linear
+from policy.linear import Linear, plain_matrices
 from policy.norm import RMSNorm
 from policy.paged_attention import Absorbed, CacheLayout, attend_over_cache
 from policy.recompute import remade
@@ -54,8 +54,6 @@ class LatentAttention(nn.Module):
     def forward(self, x_NC: Tensor, rotation: Rotation, plan: AttentionPlan) -> Tensor:
         """[N, C] to [N, C]; under `Absorbed`, N is one token of each sequence."""
         config = self.config
-        if isinstance(plan, Absorbed) and plan.is_by_feature:
-            return self._decode_on_cpu(x_NC, rotation, plan)
         query_NHQ = self._query(x_NC).unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
         query_NHQ = rotate(query_NHQ, rotation)
         latent_NR, k_rope_NP = self.kv_a_proj_with_mqa(x_NC).split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
@@ -70,15 +68,24 @@ class LatentAttention(nn.Module):
         out: Tensor = self.o_proj(attended.flatten(-2))
         return out
 
-    def _decode_on_cpu(self, x_NC: Tensor, rotation: Rotation, plan: Absorbed) -> Tensor:
-        """As below, absorbed, in one kernel between the projections."""
-        from policy import cpu_decode_kernels
+    def decode_on_cpu(self, x_NC: Tensor, norm: RMSNorm, rotation: Rotation, plan: Absorbed) -> Tensor:
+        """x + attention of norm(x), absorbed, in one kernel or in one between the projections."""
+        from policy import cpu_attention
 
-        attended_NX = cpu_decode_kernels.attend_latent(
-            self._query(x_NC), self.kv_a_proj_with_mqa(x_NC), self.kv_a_layernorm.weight, LATENT_NORM_EPS,
-            self.kv_b_proj.weight, rotation, plan, self.layer, self.config.num_attention_heads, self.scale,
+        heads, latent_norm_R = self.config.num_attention_heads, self.kv_a_layernorm.weight
+        if self.config.q_lora_rank is None:
+            layers = (self.q_proj, self.kv_a_proj_with_mqa, self.o_proj)
+            if (matrices := plain_matrices(x_NC.shape[0], *layers)) is not None:
+                return cpu_attention.latent_layer(
+                    x_NC, norm.weight, norm.epsilon, *matrices, latent_norm_R, LATENT_NORM_EPS, self.kv_b_proj.weight,
+                    rotation, plan, self.layer, heads, self.scale,
+                )  # fmt: skip
+        inner_NC = norm(x_NC)
+        attended_NX = cpu_attention.attend_latent(
+            self._query(inner_NC), self.kv_a_proj_with_mqa(inner_NC), latent_norm_R, LATENT_NORM_EPS,
+            self.kv_b_proj.weight, rotation, plan, self.layer, heads, self.scale,
         )  # fmt: skip
-        return self.o_proj(attended_NX)  # type: ignore[no-any-return]
+        return x_NC + self.o_proj(attended_NX)
 
     def _query(self, x_NC: Tensor) -> Tensor:
         if self.config.q_lora_rank is None:

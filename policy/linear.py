@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from policy.decode_layout import lies_by_feature
 
+LEAST_ROWS = 8
+"""Rows from which on whole layers can be one kernel."""
+
 
 class Linear(nn.Linear):
     """`nn.Linear`, by kernels of our own where rows lie feature by feature."""
@@ -18,7 +21,14 @@ class Linear(nn.Linear):
         """[..., I] to [..., O]."""
         if not (lies_by_feature(x_NI) and self.weight.dtype == torch.float32):
             return super().forward(x_NI)
-        from policy import cpu_decode_kernels
+        from policy import cpu_products
 
-        out_NO = cpu_decode_kernels.multiply(x_NI, self.weight)
+        out_NO = cpu_products.multiply(x_NI, self.weight)
         return out_NO if self.bias is None else out_NO + self.bias
+
+
+def plain_matrices(rows: int, *layers: nn.Module) -> list[Tensor] | None:
+    """The layers' matrices, where they and so many rows can be part of one kernel: no adapters, no biases, fp32."""
+    matrices = [layer.weight for layer in layers if type(layer) is Linear and layer.bias is None]
+    is_plain = len(matrices) == len(layers) and all(matrix.dtype == torch.float32 for matrix in matrices)
+    return [matrix.contiguous() for matrix in matrices] if is_plain and rows >= LEAST_ROWS else None

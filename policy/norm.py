@@ -34,9 +34,9 @@ class RMSNorm(nn.RMSNorm):
         if x.dtype != self.weight.dtype:
             return normalise(x, self.weight, self.epsilon)
         if lies_by_feature(x):
-            from policy import cpu_decode_kernels
+            from policy import cpu_products
 
-            return cpu_decode_kernels.normalise(x, self.weight, self.epsilon)
+            return cpu_products.normalise(x, self.weight, self.epsilon)
         if x.device.type != "cpu" or x.dtype != torch.float32:
             return super().forward(x)
         if torch.is_grad_enabled():

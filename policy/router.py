@@ -75,9 +75,9 @@ class Router(nn.Module):
         config = self.config
         logits_NE = linear_fp32(x_NC, self.weight)
         if given_experts_NK is None and lies_by_feature(logits_NE):
-            from policy import cpu_decode_kernels
+            from policy import cpu_experts
 
-            scores_NE, experts_NK, weights_NK = cpu_decode_kernels.route(
+            scores_NE, experts_NK, weights_NK = cpu_experts.route(
                 logits_NE, self.e_score_correction_bias, config
             )
             return Routing(experts_NK=experts_NK, weights_NK=weights_NK, logits_NE=logits_NE, scores_NE=scores_NE)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from policy import cpu_decode_kernels as kernels
+from policy import cpu_products as kernels
 from policy.config import PolicyConfig
 from policy.decode_layout import by_feature, lies_by_feature
 from policy.moe import Experts
