@@ -17,7 +17,18 @@ from torch import Tensor
 
 from policy.cpu_kernels import exp, floats, integers, kernel
 from policy.cpu_products import (
-    KEYS, LANES, LEAST_ROWS, ONE, QUERIES, ZERO, add_middle, add_narrow, add_rows, filled_up, normalise_rows, product,
+    KEYS,
+    LANES,
+    LEAST_ROWS,
+    ONE,
+    QUERIES,
+    ZERO,
+    add_middle,
+    add_narrow,
+    add_rows,
+    filled_up,
+    normalise_rows,
+    product,
     score,
 )  # fmt: skip
 from policy.decode_layout import by_feature
@@ -276,12 +287,10 @@ def _turning(rotation: Rotation) -> tuple[int, int, int, bool]:
 
 def _cached(plan: Absorbed, layer: int) -> tuple[int, ...]:
     """The layer's blocks, their sizes, and each row's slot, blocks and length."""
-    _, _, size, entry = plan.cache.shape
+    (_, _, size, entry), table_BM = plan.cache.shape, plan.block_table_BM
     blocks = plan.cache.data_ptr() + 4 * layer * plan.cache.stride(0)
-    table = plan.block_table_BM
-    return (
-        blocks, entry, size, plan.slot_B.data_ptr(), table.data_ptr(), table.shape[1], plan.length_B.data_ptr()
-    )  # fmt: skip
+    rows = (plan.slot_B.data_ptr(), table_BM.data_ptr(), table_BM.shape[1], plan.length_B.data_ptr())
+    return blocks, entry, size, *rows
 
 
 @kernel

@@ -149,9 +149,7 @@ def _mix_experts(
                 out[c * rows + pairs[i] // per_token] += weights[pairs[i]] * result_numbers[c * filled + i]
 
 
-def mix_experts(
-    x_NC: Tensor, chosen_NK: Tensor, weights_NK: Tensor, gate_up_EIC: Tensor, down_ECI: Tensor
-) -> Tensor:
+def mix_experts(x_NC: Tensor, chosen_NK: Tensor, weights_NK: Tensor, gate_up_EIC: Tensor, down_ECI: Tensor) -> Tensor:
     """Weighted sum of each row's experts, [N, C], added up in the order of the experts."""
     (rows, width), (experts, _, inner), per_token = x_NC.shape, down_ECI.shape, chosen_NK.shape[1]
     most = max(rows, LEAST_ROWS)

@@ -1,16 +1,17 @@
-"""Kernels for a decoding step on the CPU in fp32: matrix products, attention over a paged cache, experts.
+"""Matrix products for a decoding step on the CPU in fp32, and what lies between them.
 
-The numbers of a step lie feature by feature: feature c of all rows side by side, [C, N] in memory. So a row is a lane of a
-vector, and a product needs no copy of its matrix in another order: every weight is read once and met with many rows at once.
-A row's numbers are added up in one order whoever shares its batch, so that its result does not depend on them to the bit.
+The numbers of a step lie feature by feature: feature c of all rows side by side, [C, N] in memory
+(`policy/decode_layout.py`). So a row is a lane of a vector, and a product needs no copy of its matrix in another order:
+each weight is read once, where it lies, and met with many rows at once. A row's numbers are added up in one order whoever
+shares its batch, so that to the bit its result does not depend on them. (BLIS, Van Zee and van de Geijn, 2015, is how to
+keep such a product in registers.)
 
-Launchers take logical [N, C] tensors in this layout (`policy.decode_layout`). Kernels take addresses and strides in
-numbers and run outside of the GIL, on the thread that calls them. Each has a plain twin in torch, where it is called from;
-tests compare the two.
+Kernels take addresses and strides in numbers and run outside of the interpreter's lock, on the thread that calls them;
+launchers take [N, C] tensors in that layout. Each has a plain twin in torch where it is called from; tests compare the
+two. Numba looks at a kernel's own file to see whether what it kept on disk is still true: after a change here, touch the
+files that import from it.
 
-Shapes: N rows (one token of each sequence), C model width, O output width, H heads, G key-value heads, Q key width,
-R kv_lora_rank, P rotated width, D width before it, V value width, W numbers of a cache entry, M blocks of the longest
-sequence, E experts, K experts per token, I inner width.
+Shapes: N rows (one token of each sequence), C model width, O output width, I inner width, L lanes of a vector.
 """
 
 from __future__ import annotations
@@ -88,8 +89,18 @@ def _product_tile(lanes: int, features: int, *, adds: bool = False) -> Any:
     vector, mask = ir.VectorType(_FLOAT, lanes), ir.Constant(ir.VectorType(_INT32, lanes), [0] * lanes)
 
     @intrinsic
-    def tile(_: Any, x: Any, x_stride: Any, w: Any, o_stride: Any, c_stride: Any, out: Any, stride: Any, depth: Any,
-             ahead: Any):
+    def tile(
+        _: Any,
+        x: Any,
+        x_stride: Any,
+        w: Any,
+        o_stride: Any,
+        c_stride: Any,
+        out: Any,
+        stride: Any,
+        depth: Any,
+        ahead: Any,
+    ):
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             x, x_stride, w, o_stride, c_stride, out, stride, depth, ahead = arguments
             kinds = [_BYTE.as_pointer(), *[_INT32] * 3]
@@ -104,7 +115,9 @@ def _product_tile(lanes: int, features: int, *, adds: bool = False) -> Any:
                 builder.call(fetch, [builder.inttoptr(following, kinds[0]), _INT32(0), _INT32(2), _INT32(1)])
                 column, after = builder.mul(c, c_stride), []
                 for o, total in enumerate(totals):
-                    weight = builder.load(_at(builder, w, builder.add(column, builder.mul(o_stride, _INT64(o)))), align=4)
+                    weight = builder.load(
+                        _at(builder, w, builder.add(column, builder.mul(o_stride, _INT64(o)))), align=4
+                    )
                     nothing = ir.Constant(vector, ir.Undefined)
                     spread = builder.shuffle_vector(builder.insert_element(nothing, weight, _INT32(0)), nothing, mask)
                     after.append(_fused_multiply_add(builder, spread, rows, total))
@@ -208,9 +221,7 @@ def product(x, x_stride, w, o_stride, c_stride, out, stride, rows, width, depth)
         return
     for first in range(0, width, TILE):
         o = min(first, width - TILE)
-        _multiply_rows(
-            x, x_stride, w + 4 * o * o_stride, o_stride, c_stride, out + 4 * o * stride, stride, rows, depth
-        )
+        _multiply_rows(x, x_stride, w + 4 * o * o_stride, o_stride, c_stride, out + 4 * o * stride, stride, rows, depth)
 
 
 @kernel
@@ -282,9 +293,7 @@ def silu_gate(gate_NI: Tensor, up_NI: Tensor) -> Tensor:
     """silu(gate) * up, [N, I]."""
     rows, width = gate_NI.shape
     out_IN = torch.empty(width, rows)
-    _silu_gate(
-        gate_NI.data_ptr(), gate_NI.stride(1), up_NI.data_ptr(), up_NI.stride(1), out_IN.data_ptr(), rows, width
-    )
+    _silu_gate(gate_NI.data_ptr(), gate_NI.stride(1), up_NI.data_ptr(), up_NI.stride(1), out_IN.data_ptr(), rows, width)
     return out_IN.t()
 
 

@@ -1,7 +1,7 @@
 """How the numbers of a decoding step lie on the CPU: feature by feature, feature c of all rows side by side.
 
-A tensor [N, C] with strides (1, N) says so itself, and whatever meets one with no gradient wanted can take the kernels of
-`policy.cpu_decode_kernels`, which are made for it; to all else it is a tensor like any other.
+A tensor [N, C] with strides (1, N) says so itself. Whatever meets one with no gradient wanted can take the kernels that
+are made for it (`policy/cpu_products.py`); to all else it is a tensor like any other.
 
 Shapes: N rows (one token of each sequence), C width.
 """

@@ -42,9 +42,7 @@ class LatentAttention(nn.Module):
             self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
         self.kv_a_proj_with_mqa = Linear(width, config.cache_width, bias=False)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps=LATENT_NORM_EPS)
-        self.kv_b_proj = Linear(
-            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False
-        )
+        self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
         self.o_proj = Linear(heads * config.v_head_dim, width, bias=False)
         self.scale = attention_scale(config)
         self.layout = CacheLayout(

@@ -21,13 +21,11 @@ from policy.attention import AttentionPlan, Expanded
 from policy.balance import RouterSums, RouterWatch
 from policy.block import Block
 from policy.config import PolicyConfig
-from policy.decode_layout import by_feature
 from policy.head import project
 from policy.moe import MixtureOfExperts, Routed
 from policy.mtp import MultiTokenPredictor
 from policy.norm import RMSNorm
 from policy.packing import PackedRows
-from policy.paged_attention import Absorbed
 from policy.recompute import Recomputation, run_block
 from policy.rope import rotation_of
 
@@ -120,8 +118,6 @@ class Policy(nn.Module):
         x_NC = self.embed_tokens(token_ids_N)
         if self.residual_in_fp32:
             x_NC = x_NC.to(torch.promote_types(x_NC.dtype, torch.float32))
-        if isinstance(plan, Absorbed) and plan.is_by_feature:
-            x_NC = by_feature(x_NC)  # from here on all is
         routed: list[Routed] = []
         for index, layer in enumerate(self.layers):
             replay = given_experts_MNK is not None and config.is_moe_layer(index)

@@ -62,7 +62,7 @@ class Absorbed:
             bias_B1L = torch.zeros(beyond_BL.shape).masked_fill_(beyond_BL, float("-inf"))[:, None]
         return cls(
             cache=cache,
-            block_table_BM=block_table_BM,
+            block_table_BM=block_table_BM.contiguous(),  # kernels take it by its address
             slot_B=own_B * size + position_B % size,
             length_B=position_B + 1,
             bias_B1L=bias_B1L,

@@ -77,9 +77,7 @@ class Router(nn.Module):
         if given_experts_NK is None and lies_by_feature(logits_NE):
             from policy import cpu_experts
 
-            scores_NE, experts_NK, weights_NK = cpu_experts.route(
-                logits_NE, self.e_score_correction_bias, config
-            )
+            scores_NE, experts_NK, weights_NK = cpu_experts.route(logits_NE, self.e_score_correction_bias, config)
             return Routing(experts_NK=experts_NK, weights_NK=weights_NK, logits_NE=logits_NE, scores_NE=scores_NE)
         scores_NE = logits_NE.sigmoid() if config.scoring_func == "sigmoid" else logits_NE.softmax(dim=-1)
         own_NK = self._choose(scores_NE.detach())

@@ -56,8 +56,8 @@ def _sample(logits, row_stride, stride, rows, has_rows, seeds, counters, tempera
 def sample(
     logits_RV: Tensor, seeds_B: Tensor, counters_B: Tensor, temperature: float, row_of_B: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A token of each sequence, int64 [B], its log-probability at this temperature, [B], and whether its logits were all
-    finite, bool [B]; -inf is a token that cannot be."""
+    """A token of each sequence, int64 [B], its log-probability at this temperature, nats [B], and whether its logits
+    were all finite, bool [B]; -inf is a token that cannot be."""
     count, seeds_B, counters_B = seeds_B.shape[0], seeds_B.contiguous(), counters_B.contiguous()
     out_2B, logprobs_B = torch.empty(2, count, dtype=torch.int64), torch.empty(count)
     rows = seeds_B if row_of_B is None else row_of_B.contiguous()

@@ -1,14 +1,15 @@
 """Threads that share out the rows of a decoding step on a CPU.
 
-A product of a step is too small for several threads to share. So each thread of torch's takes some of the rows through the
-whole step instead: its kernels run outside of the interpreter's lock (policy/cpu_decode_kernels.py), and nobody waits for
-another before the step's end.
+A product of a step is too small for several threads to share. So each takes some of the rows through the whole step
+instead: its kernels run outside of the interpreter's lock (policy/cpu_products.py), and nobody waits for another before
+the step's end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -36,7 +37,7 @@ class Crew:
             self.close()
             self._others, self._size = ThreadPoolExecutor(parts - 1, thread_name_prefix="decode"), parts
         bounds = [rows * part // parts for part in range(parts + 1)]
-        slices = [slice(begin, end) for begin, end in zip(bounds, bounds[1:], strict=False)]
+        slices = [slice(begin, end) for begin, end in pairwise(bounds)]
         is_inference = torch.is_inference_mode_enabled()
 
         def alone(part: slice) -> T:
