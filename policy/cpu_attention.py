@@ -19,7 +19,6 @@ from policy.cpu_kernels import exp, floats, integers, kernel
 from policy.cpu_products import (
     KEYS,
     LANES,
-    LEAST_ROWS,
     ONE,
     QUERIES,
     ZERO,
@@ -31,7 +30,7 @@ from policy.cpu_products import (
     product,
     score,
 )  # fmt: skip
-from policy.decode_layout import by_feature
+from policy.decode_layout import LEAST_ROWS, by_feature
 from policy.paged_attention import Absorbed, CacheLayout
 
 if TYPE_CHECKING:

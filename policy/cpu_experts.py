@@ -15,7 +15,8 @@ from numba import njit
 from torch import Tensor
 
 from policy.cpu_kernels import exp, floats, integers, kernel
-from policy.cpu_products import LEAST_ROWS, ONE, ZERO, feed_forward_rows, gated, normalise_rows, product
+from policy.cpu_products import ONE, ZERO, feed_forward_rows, gated, normalise_rows, product
+from policy.decode_layout import LEAST_ROWS
 
 if TYPE_CHECKING:
     from policy.config import PolicyConfig

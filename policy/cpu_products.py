@@ -2,14 +2,14 @@
 
 The numbers of a step lie feature by feature: feature c of all rows side by side, [C, N] in memory
 (`policy/decode_layout.py`). So a row is a lane of a vector, and a product needs no copy of its matrix in another order:
-each weight is read once, where it lies, and met with many rows at once. A row's numbers are added up in one order whoever
-shares its batch, so that to the bit its result does not depend on them. (BLIS, Van Zee and van de Geijn, 2015, is how to
-keep such a product in registers.)
+each weight is read once, where it lies, and met with many rows at once. A row's numbers are added up in one order,
+whoever shares its batch, so that its result does not depend on them. How such a product stays in registers is from BLIS
+(Van Zee and van de Geijn, 2015).
 
 Kernels take addresses and strides in numbers and run outside of the interpreter's lock, on the thread that calls them;
 launchers take [N, C] tensors in that layout. Each has a plain twin in torch where it is called from; tests compare the
-two. Numba looks at a kernel's own file to see whether what it kept on disk is still true: after a change here, touch the
-files that import from it.
+two. Numba looks at a kernel's own file to see whether what it kept on disk is still true: after a change here, touch
+the files that import from it.
 
 Shapes: N rows (one token of each sequence), C model width, O output width, I inner width, L lanes of a vector.
 """
@@ -28,6 +28,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from policy.cpu_kernels import exp, floats, kernel
+from policy.decode_layout import LEAST_ROWS
 
 HAS_WIDE_VECTORS = bool(llvmlite.binding.get_host_cpu_features().get("avx512f", False))
 """Whether 32 registers of 16 numbers are there: enough for products of 32 rows and 8 features at a time."""
@@ -35,8 +36,6 @@ LANES = 16 if HAS_WIDE_VECTORS else 8
 """Numbers of a vector that dot products are taken in."""
 TILE = 8
 """Features of a product at a time."""
-LEAST_ROWS = 8
-"""Rows of the narrowest vector; fewer are filled up."""
 QUERIES, KEYS = 4, 4
 """Heads and positions whose scores are taken at a time."""
 ZERO, ONE = np.float32(0), np.float32(1)

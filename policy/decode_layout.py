@@ -11,6 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LEAST_ROWS = 8
+"""Rows of the narrowest vector: fewer are filled up for a product, and half a layer in one call needs so many."""
+
 
 def lies_by_feature(x_NC: Tensor) -> bool:
     """Whether the kernels for decoding on the CPU take it: fp32, on a CPU, feature by feature, no gradient wanted."""

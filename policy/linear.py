@@ -8,10 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from policy.decode_layout import lies_by_feature
-
-LEAST_ROWS = 8
-"""Rows from which on whole layers can be one kernel."""
+from policy.decode_layout import LEAST_ROWS, lies_by_feature
 
 
 class Linear(nn.Linear):

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from policy.balance import RouterSums, RouterWatch, sum_up
 from policy.config import PolicyConfig
-from policy.decode_layout import lies_by_feature
+from policy.decode_layout import LEAST_ROWS, lies_by_feature
 from policy.fused import silu_gate
 from policy.grouped import gather_sorted, mix_sorted, sort_by_group, swiglu
-from policy.linear import LEAST_ROWS, Linear, plain_matrices
+from policy.linear import Linear, plain_matrices
 from policy.norm import RMSNorm
 from policy.recompute import remade
 from policy.router import Router
