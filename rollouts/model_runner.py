@@ -82,7 +82,10 @@ class ModelRunner:
             shape = (config.num_moe_layers, num_blocks + 1, block_size, config.num_experts_per_tok)
             self.experts = torch.zeros(shape, dtype=_expert_dtype(config), device=policy.device)
         self._graphs: dict[int, _DecodeGraph] = {}
-        self._crew = Crew() if self.cache.device.type == "cpu" and self.cache.dtype == torch.float32 else None
+        # Modules in pieces over ranks gather them as they run: in one order, so on one thread.
+        is_alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        has_kernels = self.cache.device.type == "cpu" and self.cache.dtype == torch.float32
+        self._crew = Crew() if has_kernels and is_alone else None
         self.captured = _addresses(policy)
         """Where the weights lie that graphs read."""
 
