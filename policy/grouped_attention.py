@@ -61,18 +61,18 @@ class GroupedQueryAttention(nn.Module):
 
     def decode_on_cpu(self, x_NC: Tensor, norm: RMSNorm, rotation: Rotation, plan: Absorbed) -> Tensor:
         """x + attention of norm(x) under `Absorbed`, in one kernel or in one between the projections."""
-        from policy import cpu_attention
+        from policy import cpu_paged_attention
 
         if not self.config.family.has_qk_norm:
             layers = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
             if (matrices := plain_matrices(x_NC.shape[0], *layers)) is not None:
-                return cpu_attention.grouped_layer(
+                return cpu_paged_attention.grouped_layer(
                     x_NC, norm.weight, norm.epsilon, *matrices, rotation, plan, self.layer, self.layout, self.scale
                 )
         inner_NC, head = norm(x_NC), (-1, self.config.head_dim)
         query_NX = self.q_norm(self.q_proj(inner_NC).unflatten(-1, head)).flatten(-2)
         key_NX = self.k_norm(self.k_proj(inner_NC).unflatten(-1, head)).flatten(-2)
-        attended_NX = cpu_attention.attend_grouped(
+        attended_NX = cpu_paged_attention.attend_grouped(
             query_NX, key_NX, self.v_proj(inner_NC), rotation, plan, self.layer, self.layout, self.scale
         )
         return x_NC + self.o_proj(attended_NX)

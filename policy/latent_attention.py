@@ -68,18 +68,18 @@ class LatentAttention(nn.Module):
 
     def decode_on_cpu(self, x_NC: Tensor, norm: RMSNorm, rotation: Rotation, plan: Absorbed) -> Tensor:
         """x + attention of norm(x), absorbed, in one kernel or in one between the projections."""
-        from policy import cpu_attention
+        from policy import cpu_paged_attention
 
         heads, latent_norm_R = self.config.num_attention_heads, self.kv_a_layernorm.weight
         if self.config.q_lora_rank is None:
             layers = (self.q_proj, self.kv_a_proj_with_mqa, self.o_proj)
             if (matrices := plain_matrices(x_NC.shape[0], *layers)) is not None:
-                return cpu_attention.latent_layer(
+                return cpu_paged_attention.latent_layer(
                     x_NC, norm.weight, norm.epsilon, *matrices, latent_norm_R, LATENT_NORM_EPS, self.kv_b_proj.weight,
                     rotation, plan, self.layer, heads, self.scale,
                 )  # fmt: skip
         inner_NC = norm(x_NC)
-        attended_NX = cpu_attention.attend_latent(
+        attended_NX = cpu_paged_attention.attend_latent(
             self._query(inner_NC), self.kv_a_proj_with_mqa(inner_NC), latent_norm_R, LATENT_NORM_EPS,
             self.kv_b_proj.weight, rotation, plan, self.layer, heads, self.scale,
         )  # fmt: skip
