@@ -2,7 +2,8 @@
 
 Scores of a row lie in two parts: over its own keys, all rows of a block in one layout, and over the prefix that it goes
 on after, all rests of a prefix in one product. So a prefix's keys and values are copied for no rest, and the gradients
-that its rests have for them add up within a product.
+that its rests have for them add up within a product. What products give is laid out head by head, since torch would
+else take them one by one.
 
 Shapes: U tokens, B rows of a block, R its longest row, H query heads, G key-value heads (head h reads h // (H/G)),
 Q query and key width, V value width, M queries after one prefix, P tokens of the prefix.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +25,8 @@ from torch.autograd import Function
 from policy.packing import PackedRows
 
 SHORT_ROW = 256
-"""Up to here, in tokens, plain batched products beat torch's fused kernel; where queries and keys are not as many, up to
-so many scores."""
+"""Up to here, in tokens, plain batched products beat torch's fused kernel; where queries and keys are not as many, up
+to so many scores."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,16 +114,17 @@ class _Attend(Function):
     ) -> Tensor:
         from policy import cpu_kernels
 
-        out_UHV = query_UHQ.new_empty(*query_UHQ.shape[:2], value_UGV.shape[-1])
+        (tokens, heads, _), value_width = query_UHQ.shape, value_UGV.shape[-1]
+        out_HUV = query_UHQ.new_empty(heads, tokens, value_width)
         weights = list[Tensor]()
         for block in blocks:
             both = _multiply(block, query_UHQ, key_UGQ)
             cpu_kernels.softmax_rows(*both, block.layout_B4, scale)
-            _mix(block, *both, value_UGV, out_UHV)
+            _mix(block, *both, value_UGV, out_HUV)
             weights += both
         ctx.save_for_backward(query_UHQ, key_UGQ, value_UGV, *weights)
         ctx.blocks, ctx.scale = blocks, scale
-        return out_UHV
+        return out_HUV.transpose(0, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -129,14 +132,15 @@ class _Attend(Function):
 
         query_UHQ, key_UGQ, value_UGV, *weights = ctx.saved_tensors
         [grad_UHV] = grads
-        query_grad, key_grad, value_grad = (torch.empty(x.shape) for x in (query_UHQ, key_UGQ, value_UGV))
+        inputs = (query_UHQ, key_UGQ, value_UGV)
+        query_grad, key_grad, value_grad = (torch.empty(x.shape[1], len(x), x.shape[2]) for x in inputs)
         for block, own, before in zip(ctx.blocks, weights[::2], weights[1::2], strict=True):
             back = _multiply(block, grad_UHV, value_UGV)
             cpu_kernels.softmax_rows_backward(own, before, *back, block.layout_B4, ctx.scale)
             _mix(block, *back, key_UGQ, query_grad)
             _gather(block, *back, query_UHQ, key_grad)
             _gather(block, own, before, grad_UHV, value_grad)
-        return query_grad, key_grad, value_grad, None, None
+        return *(x.transpose(0, 1) for x in (query_grad, key_grad, value_grad)), None, None
 
 
 def _multiply(block: _Block, a_UHX: Tensor, b_UGX: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,40 +157,42 @@ def _multiply(block: _Block, a_UHX: Tensor, b_UGX: Tensor) -> tuple[Tensor, Tens
     return own, before
 
 
-def _mix(block: _Block, own_HBRR: Tensor, before: Tensor, b_UGX: Tensor, out_UHX: Tensor) -> None:
+def _mix(block: _Block, own_HBRR: Tensor, before: Tensor, b_UGX: Tensor, out_HUX: Tensor) -> None:
     """Write what these weights make of b, [H, X] for each token of the block."""
-    b_BRGX, is_even = block.rows.pad(b_UGX[block.tokens]), block.rows.slot_N is None
-    heads, share = out_UHX.shape[1], out_UHX.shape[1] // b_UGX.shape[1]
-    shape = (*b_BRGX.shape[:2], *out_UHX.shape[1:])
-    out_BRHX = out_UHX[block.tokens].view(shape) if is_even else out_UHX.new_empty(shape)
+    b_BRGX, heads, share = block.rows.pad(b_UGX[block.tokens]), len(out_HUX), len(out_HUX) // b_UGX.shape[1]
     for head in range(heads):
-        torch.bmm(own_HBRR[head], b_BRGX[:, :, head // share], out=out_BRHX[:, :, head])
-    if not is_even:
-        out_UHX[block.tokens] = block.rows.unpad(out_BRHX)
+        with _rows_of(block, out_HUX[head]) as out_BRX:
+            torch.bmm(own_HBRR[head], b_BRGX[:, :, head // share], out=out_BRX)
     for rests, weights_HMP in _by_prefix(block, before, heads):
-        b_GPX, out_HMX = b_UGX[rests.keys].transpose(0, 1), out_UHX[rests.queries].transpose(0, 1)
+        b_GPX, out_HMX = b_UGX[rests.keys].transpose(0, 1), out_HUX[:, rests.queries]
         for first in range(share):
             out_HMX[first::share].baddbmm_(weights_HMP[first::share], b_GPX)
 
 
-def _gather(block: _Block, own_HBRR: Tensor, before: Tensor, a_UHX: Tensor, out_UGX: Tensor) -> None:
+def _gather(block: _Block, own_HBRR: Tensor, before: Tensor, a_UHX: Tensor, out_GUX: Tensor) -> None:
     """Write what each token of the block is given of a by those that see it, [G, X]; add it for those of prefixes."""
-    a_BRHX, is_even = block.rows.pad(a_UHX[block.tokens]), block.rows.slot_N is None
-    heads, share = a_UHX.shape[1], a_UHX.shape[1] // out_UGX.shape[1]
-    shape = (*a_BRHX.shape[:2], *out_UGX.shape[1:])
-    out_BRGX = out_UGX[block.tokens].view(shape) if is_even else out_UGX.new_empty(shape)
-    for head in range(heads):
-        product = (own_HBRR[head].transpose(1, 2), a_BRHX[:, :, head])
-        if head % share == 0:
-            torch.bmm(*product, out=out_BRGX[:, :, head // share])
-        else:
-            out_BRGX[:, :, head // share].baddbmm_(*product)
-    if not is_even:
-        out_UGX[block.tokens] = block.rows.unpad(out_BRGX)
+    a_BRHX, heads, share = block.rows.pad(a_UHX[block.tokens]), a_UHX.shape[1], a_UHX.shape[1] // len(out_GUX)
+    for group in range(len(out_GUX)):
+        with _rows_of(block, out_GUX[group]) as out_BRX:
+            for head in range(share * group, share * (group + 1)):
+                kept = 0 if head == share * group else 1
+                out_BRX.baddbmm_(own_HBRR[head].transpose(1, 2), a_BRHX[:, :, head], beta=kept)
     for rests, weights_HMP in _by_prefix(block, before, heads):
-        a_HMX, out_GPX = a_UHX[rests.queries].transpose(0, 1), out_UGX[rests.keys].transpose(0, 1)
+        a_HMX, out_GPX = a_UHX[rests.queries].transpose(0, 1), out_GUX[:, rests.keys]
         for first in range(share):
             out_GPX.baddbmm_(weights_HMP[first::share].transpose(1, 2), a_HMX[first::share])
+
+
+@contextmanager
+def _rows_of(block: _Block, out_UX: Tensor) -> Iterator[Tensor]:
+    """The block's part of a head's output as rows [B, R, X] to write to."""
+    out_NX, shape = out_UX[block.tokens], (len(block.rows.lengths), block.rows.longest, out_UX.shape[1])
+    if block.rows.slot_N is None:
+        yield out_NX.view(shape)
+    else:
+        out_BRX = out_UX.new_empty(shape)
+        yield out_BRX
+        torch.index_select(out_BRX.flatten(0, 1), 0, block.rows.slot_N, out=out_NX)
 
 
 def _by_prefix(block: _Block, before: Tensor, heads: int) -> Iterator[tuple[_Rests, Tensor]]:
