@@ -311,6 +311,64 @@ def part_gradients(key_grad_NHQ: Tensor, value_grad_NHV: Tensor, own: int) -> tu
     return both, rope_grad_NP
 
 
+# --- experts' outputs --------------------------------------------------------------------------------------------
+
+
+@kernel
+def _mix_rows(rows, places, weights, out, count, per_token, width, is_weighted):
+    rows, places, weights, out = floats(rows), integers(places), floats(weights), floats(out)
+    for token in range(count):
+        for k in range(per_token):
+            source = places[token * per_token + k] * width
+            weight = weights[token * per_token + k] if is_weighted else ONE
+            if k == 0:
+                for c in range(width):
+                    out[token * width + c] = weight * rows[source + c]
+            else:
+                for c in range(width):
+                    out[token * width + c] += weight * rows[source + c]
+
+
+@kernel
+def _mix_rows_backward(grad, rows, places, weights, rows_grad, weights_grad, count, per_token, width):
+    grad, rows, places, weights = floats(grad), floats(rows), integers(places), floats(weights)
+    rows_grad, weights_grad = floats(rows_grad), floats(weights_grad)
+    for token in range(count):
+        for k in range(per_token):
+            source, weight = places[token * per_token + k] * width, weights[token * per_token + k]
+            product = ZERO
+            for c in range(width):
+                g = grad[token * width + c]
+                product += g * rows[source + c]
+                rows_grad[source + c] = g * weight
+            weights_grad[token * per_token + k] = product
+
+
+def mix_rows(rows_TC: Tensor, places_NK: Tensor, weights_NK: Tensor | None) -> Tensor:
+    """Of each token its K rows, at the places given (int64), added up with its weights (None: all 1), [N, C].
+
+    All contiguous, as in `policy.gpu_kernels.mix_rows`.
+    """
+    (count, per_token), width = places_NK.shape, rows_TC.shape[1]
+    out_NC, weights = torch.empty(count, width), places_NK if weights_NK is None else weights_NK
+    _mix_rows(
+        rows_TC.data_ptr(), places_NK.data_ptr(), weights.data_ptr(), out_NC.data_ptr(), count, per_token, width,
+        weights_NK is not None,
+    )  # fmt: skip
+    return out_NC
+
+
+def mix_rows_backward(grad_NC: Tensor, rows_TC: Tensor, places_NK: Tensor, weights_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the rows [T, C] and of the weights [N, K]; each of the T places belongs to one token."""
+    (count, per_token), width = places_NK.shape, rows_TC.shape[1]
+    rows_grad_TC, weights_grad_NK = torch.empty_like(rows_TC), torch.empty_like(weights_NK)
+    _mix_rows_backward(
+        grad_NC.data_ptr(), rows_TC.data_ptr(), places_NK.data_ptr(), weights_NK.data_ptr(), rows_grad_TC.data_ptr(),
+        weights_grad_NK.data_ptr(), count, per_token, width,
+    )  # fmt: skip
+    return rows_grad_TC, weights_grad_NK
+
+
 # --- attention within short rows ---------------------------------------------------------------------------------
 
 
