@@ -311,6 +311,162 @@ def part_gradients(key_grad_NHQ: Tensor, value_grad_NHV: Tensor, own: int) -> tu
     return both, rope_grad_NP
 
 
+# --- experts' outputs --------------------------------------------------------------------------------------------
+
+
+@kernel
+def _mix_rows(rows, places, weights, out, count, per_token, width, is_weighted):
+    rows, places, weights, out = floats(rows), integers(places), floats(weights), floats(out)
+    for token in range(count):
+        for k in range(per_token):
+            source = places[token * per_token + k] * width
+            weight = weights[token * per_token + k] if is_weighted else ONE
+            if k == 0:
+                for c in range(width):
+                    out[token * width + c] = weight * rows[source + c]
+            else:
+                for c in range(width):
+                    out[token * width + c] += weight * rows[source + c]
+
+
+@kernel
+def _mix_rows_backward(grad, rows, places, weights, rows_grad, weights_grad, count, per_token, width):
+    grad, rows, places, weights = floats(grad), floats(rows), integers(places), floats(weights)
+    rows_grad, weights_grad = floats(rows_grad), floats(weights_grad)
+    for token in range(count):
+        for k in range(per_token):
+            source, weight = places[token * per_token + k] * width, weights[token * per_token + k]
+            product = ZERO
+            for c in range(width):
+                g = grad[token * width + c]
+                product += g * rows[source + c]
+                rows_grad[source + c] = g * weight
+            weights_grad[token * per_token + k] = product
+
+
+def mix_rows(rows_TC: Tensor, places_NK: Tensor, weights_NK: Tensor | None) -> Tensor:
+    """Of each token its K rows, at the places given (int64), added up with its weights (None: all 1), [N, C].
+
+    All contiguous, as in `policy.gpu_kernels.mix_rows`.
+    """
+    (count, per_token), width = places_NK.shape, rows_TC.shape[1]
+    out_NC, weights = torch.empty(count, width), places_NK if weights_NK is None else weights_NK
+    _mix_rows(
+        rows_TC.data_ptr(), places_NK.data_ptr(), weights.data_ptr(), out_NC.data_ptr(), count, per_token, width,
+        weights_NK is not None,
+    )  # fmt: skip
+    return out_NC
+
+
+def mix_rows_backward(grad_NC: Tensor, rows_TC: Tensor, places_NK: Tensor, weights_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the rows [T, C] and of the weights [N, K]; each of the T places belongs to one token."""
+    (count, per_token), width = places_NK.shape, rows_TC.shape[1]
+    rows_grad_TC, weights_grad_NK = torch.empty_like(rows_TC), torch.empty_like(weights_NK)
+    _mix_rows_backward(
+        grad_NC.data_ptr(), rows_TC.data_ptr(), places_NK.data_ptr(), weights_NK.data_ptr(), rows_grad_TC.data_ptr(),
+        weights_grad_NK.data_ptr(), count, per_token, width,
+    )  # fmt: skip
+    return rows_grad_TC, weights_grad_NK
+
+
+# --- attention within short rows ---------------------------------------------------------------------------------
+
+
+@njit(error_model="numpy", inline="always")
+def _highest(peak, x, first, count):
+    """The highest of `peak` and some numbers: eight at a time, since each comparison waits for the one before."""
+    a = b = c = d = e = f = g = h = peak
+    whole = first + count - count % 8
+    for i in range(first, whole, 8):
+        a = x[i] if x[i] > a else a
+        b = x[i + 1] if x[i + 1] > b else b
+        c = x[i + 2] if x[i + 2] > c else c
+        d = x[i + 3] if x[i + 3] > d else d
+        e = x[i + 4] if x[i + 4] > e else e
+        f = x[i + 5] if x[i + 5] > f else f
+        g = x[i + 6] if x[i + 6] > g else g
+        h = x[i + 7] if x[i + 7] > h else h
+    for i in range(whole, first + count):
+        a = x[i] if x[i] > a else a
+    return max(max(max(a, b), max(c, d)), max(max(e, f), max(g, h)))
+
+
+@kernel
+def _softmax_rows(own, before, layout, heads, rows, longest, scale):
+    own, before, layout, scale = floats(own), floats(before), integers(layout), np.float32(scale)
+    for head in range(heads):
+        for row in range(rows):
+            length, num_before = layout[4 * row], layout[4 * row + 3]
+            for i in range(longest):
+                x = ((head * rows + row) * longest + i) * longest
+                y = layout[4 * row + 1] + head * layout[4 * row + 2] + i * num_before
+                seen = i + 1 if i < length else 0
+                if seen:
+                    peak = _highest(_highest(own[x], own, x, seen), before, y, num_before)
+                    total = ZERO
+                    for j in range(seen):
+                        weight = exp((own[x + j] - peak) * scale)
+                        own[x + j] = weight
+                        total += weight
+                    for j in range(num_before):
+                        weight = exp((before[y + j] - peak) * scale)
+                        before[y + j] = weight
+                        total += weight
+                    share = ONE / total
+                    for j in range(seen):
+                        own[x + j] *= share
+                    for j in range(num_before):
+                        before[y + j] *= share
+                for j in range(seen, longest):
+                    own[x + j] = ZERO
+
+
+@kernel
+def _softmax_rows_backward(own, before, own_grad, before_grad, layout, heads, rows, longest, scale):
+    """With weights w and their gradients g: w * (g - sum of w g) * scale, in the place of the latter."""
+    own, before, layout, scale = floats(own), floats(before), integers(layout), np.float32(scale)
+    own_grad, before_grad = floats(own_grad), floats(before_grad)
+    for head in range(heads):
+        for row in range(rows):
+            length, num_before = layout[4 * row], layout[4 * row + 3]
+            for i in range(longest):
+                x = ((head * rows + row) * longest + i) * longest
+                y = layout[4 * row + 1] + head * layout[4 * row + 2] + i * num_before
+                seen = i + 1 if i < length else 0
+                if seen:
+                    total = ZERO
+                    for j in range(seen):
+                        total += own[x + j] * own_grad[x + j]
+                    for j in range(num_before):
+                        total += before[y + j] * before_grad[y + j]
+                    for j in range(seen):
+                        own_grad[x + j] = own[x + j] * (own_grad[x + j] - total) * scale
+                    for j in range(num_before):
+                        before_grad[y + j] = before[y + j] * (before_grad[y + j] - total) * scale
+                for j in range(seen, longest):
+                    own_grad[x + j] = ZERO
+
+
+def softmax_rows(own_HBRR: Tensor, before: Tensor, layout_B4: Tensor, scale: float) -> None:
+    """Scores to weights, in place: softmax(scale * scores) over what comes before a row and, up to itself, the row.
+
+    See `policy.cpu_attention` for the layout. What a token must not see, and what pads rows, becomes 0.
+    """
+    heads, rows, longest, _ = own_HBRR.shape
+    _softmax_rows(own_HBRR.data_ptr(), before.data_ptr(), layout_B4.data_ptr(), heads, rows, longest, scale)
+
+
+def softmax_rows_backward(
+    own_HBRR: Tensor, before: Tensor, own_grad_HBRR: Tensor, before_grad: Tensor, layout_B4: Tensor, scale: float
+) -> None:
+    """Gradients of weights to those of scores, in place."""
+    heads, rows, longest, _ = own_HBRR.shape
+    _softmax_rows_backward(
+        own_HBRR.data_ptr(), before.data_ptr(), own_grad_HBRR.data_ptr(), before_grad.data_ptr(), layout_B4.data_ptr(),
+        heads, rows, longest, scale,
+    )  # fmt: skip
+
+
 def _packed(x: Tensor) -> Tensor:
     """As it is where the numbers of a row lie side by side, else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from policy import cpu_kernels, fused
+from policy.grouped import gather_sorted, mix_sorted
 from policy.norm import RMSNorm
 
 
@@ -81,6 +82,22 @@ def test_keys_and_values_equal_their_definition_gradients_too() -> None:
     torch.autograd.backward(got, backs)
     torch.autograd.backward(expected, [back.double() for back in backs])
     assert all(close(a, b) for a, b in zip(got, expected, strict=True))
+    assert all(close(a.grad, b.grad) for a, b in zip(ours, exact, strict=True))
+
+
+@pytest.mark.parametrize("per_token", [1, 2, 3])
+def test_experts_outputs_are_mixed_and_gathered_as_in_fp64_gradients_too(per_token: int) -> None:
+    order = torch.randperm(9 * per_token, generator=torch.Generator().manual_seed(3))
+    inputs = draw(9, 13), draw(9, per_token, seed=1)
+    ours, exact = ([x.to(dtype).clone().requires_grad_() for x in inputs] for dtype in (torch.float32, torch.float64))
+    back = draw(9, 13, seed=2)
+    results = []
+    for x_NC, weights_NK in (ours, exact):
+        rows_TC = gather_sorted(x_NC, order, per_token)
+        mixed = mix_sorted(rows_TC * rows_TC, order, weights_NK)
+        mixed.backward(back.to(mixed.dtype))
+        results.append(mixed.detach())
+    assert close(*results)
     assert all(close(a.grad, b.grad) for a, b in zip(ours, exact, strict=True))
 
 
