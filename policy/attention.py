@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from policy.continued_attention import Continued
+from policy.cpu_attention import SHORT_ROW, attend_short_rows, takes_short_rows
 from policy.gpu_attention import attend_on_gpu, takes_unpadded
 from policy.packing import PackedRows, SharedPrefixes
 from policy.paged_attention import Absorbed
@@ -38,15 +39,12 @@ class Expanded:
 AttentionPlan = Expanded | Continued | Absorbed
 
 
-SHORT_ROW = 256
-"""Up to here, in tokens, two plain batched products beat the fused kernel on a CPU (1.7 times at 128 tokens); where
-queries and keys are not as many, up to so many scores."""
-
-
 def attend_in_rows(query_NHQ: Tensor, key_NGQ: Tensor, value_NGV: Tensor, rows: PackedRows, scale: float) -> Tensor:
     """Causal softmax attention [N, H, V] within each packed row; of the U tokens of `rows.shared` where it is given."""
     if takes_unpadded(query_NHQ, value_NGV):
         return attend_on_gpu(query_NHQ, key_NGQ, value_NGV, rows, scale)
+    if takes_short_rows(query_NHQ, key_NGQ, value_NGV, rows):
+        return attend_short_rows(query_NHQ, key_NGQ, value_NGV, rows, scale)
     if rows.shared is not None:
         return _attend_after_prefixes(query_NHQ, key_NGQ, value_NGV, rows.shared, scale)
     # Causal attention never looks right, so zeros padded after a row's end change nothing inside it.

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from policy.attention import AttentionPlan
 from policy.balance import RouterWatch
 from policy.config import PolicyConfig
+from policy.decode_layout import by_feature
 from policy.grouped_attention import GroupedQueryAttention
 from policy.latent_attention import LatentAttention
 from policy.moe import FeedForward, MixtureOfExperts, Routed
 from policy.norm import RMSNorm
+from policy.paged_attention import Absorbed
 from policy.recompute import remade
 from policy.rope import Rotation
 
@@ -45,6 +47,9 @@ class Block(nn.Module):
         watch: RouterWatch | None = None,
     ) -> tuple[Tensor, Routed | None]:
         """Output [N, C], in the dtype of x, and for a mixture of experts what became known of its router."""
+        if isinstance(plan, Absorbed) and plan.is_by_feature and given_experts_NK is None and watch is None:
+            x_NC = self.self_attn.decode_on_cpu(by_feature(x_NC), self.input_layernorm, rotation, plan)
+            return self.mlp.decode_on_cpu(x_NC, self.post_attention_layernorm)
         x_NC = x_NC + self.self_attn(remade(self.input_layernorm, x_NC), rotation, plan)
         inner_NC = remade(self.post_attention_layernorm, x_NC)
         if isinstance(self.mlp, MixtureOfExperts):

@@ -39,7 +39,7 @@ class PassSize:
     residual_in_fp32: bool = True
     """Whether the trunk's residual stream takes 4 bytes a number whatever `itemsize` is."""
     is_gpu: bool
-    """Whether the GPU's kernels run; a CPU keeps more between them."""
+    """Whether the pass is on a GPU; a CPU keeps more of attention, and in bf16 of all else."""
     is_ragged: bool = True
     """Whether rows are of unequal length, as completions mostly are."""
     recomputation: Recomputation = "none"
@@ -48,6 +48,16 @@ class PassSize:
     """MTP modules that are trained along."""
     is_truncated: bool = False
     """Whether log-probabilities are those within top-k, top-p or min-p (grpo/support.py)."""
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether what lies between products is done by kernels, which keep nothing but their inputs."""
+        return self.is_gpu or self.itemsize == 4
+
+    @property
+    def attends_unpadded(self) -> bool:
+        """Whether attention keeps queries, keys and values as they come: on a CPU, that of policy/cpu_attention.py."""
+        return self.is_gpu or (self.itemsize == 4 and self.longest <= SHORT_ROW)
 
     @property
     def stream_itemsize(self) -> int:
@@ -200,11 +210,11 @@ def _working_bytes(config: PolicyConfig, layer: int, size: PassSize) -> float:
     remade = size.recomputation == "selective"
     if not size.is_gpu and size.longest > SHORT_ROW and config.family.attention == "latent":
         return b * config.num_attention_heads * size.longest  # attention's weights, written out
+    again = 1 if size.recomputation == "full" else 0  # the output, made again
     if not config.is_moe_layer(layer):
-        again = 1 if size.recomputation == "full" else 0  # the output, made again
         return b * ((1 + again) * width + (3 if remade else 2) * config.intermediate_size)
     pairs, inner = config.num_experts_per_tok, config.moe_intermediate_size
-    return b * (2 * width + pairs * (width + (2 * inner if remade else 0)))
+    return b * ((2 + again) * width + pairs * (width + (2 * inner if remade else 0)))
 
 
 def _stream_norm(config: PolicyConfig, size: PassSize, name: str) -> Piece:
@@ -219,12 +229,12 @@ def _stream_norm(config: PolicyConfig, size: PassSize, name: str) -> Piece:
 
 
 def _norm(width: int, size: PassSize, name: str = "norm", input_width: int | None = None) -> Piece:
-    """An RMSNorm: its input (`input_width`: of the tensor that this is a view of) and a number; a CPU in bf16 an fp32
-    copy, with the normalised input.
+    """An RMSNorm: its input (`input_width`: of the tensor that this is a view of), on a GPU and a number; a CPU in bf16
+    an fp32 copy, with the normalised input.
     """
     own = input_width or width
-    if size.is_gpu or size.itemsize == 4:
-        return Piece(name=name, bytes_per_token=size.itemsize * own + 4)
+    if size.has_kernels:
+        return Piece(name=name, bytes_per_token=size.itemsize * own + (4 if size.is_gpu else 0))
     numbers = width if size.lora is not None else 2 * width
     # What makes the output again starts from another tensor than the fp32 copy that is kept.
     again = size.itemsize * own if size.recomputation == "selective" else 0
@@ -272,8 +282,8 @@ def _attended(size: PassSize, heads: int, key: int, value: int) -> list[Piece]:
 
 
 def _padded(numbers: int, size: PassSize) -> list[Piece]:
-    """Queries, keys and values, on a CPU once more where rows of unequal length are padded."""
-    copies = 2 if size.is_ragged and not size.is_gpu else 1
+    """Queries, keys and values, once more where rows of unequal length are padded."""
+    copies = 2 if size.is_ragged and not size.attends_unpadded else 1
     return [Piece(name="queries, keys, values", bytes_per_token=size.itemsize * numbers * copies)]
 
 
@@ -314,6 +324,12 @@ def _latent_attention(config: PolicyConfig, size: PassSize) -> list[Piece]:
             Piece(name="keys", bytes_per_token=b * heads * key, is_remade=True),
             Piece(name="values", bytes_per_token=b * values, is_remade=not is_filled),
         ]
+    elif size.attends_unpadded:  # values are part of what keys are made of
+        pieces += [
+            Piece(name="queries", bytes_per_token=b * heads * key),
+            Piece(name="keys", bytes_per_token=b * heads * key, is_remade=True),
+            Piece(name="values", bytes_per_token=b * heads * (config.qk_nope_head_dim + value), is_remade=True),
+        ]
     else:  # of keys and values, copies in the order of heads, which nothing makes again
         both = b * heads * (key + value)
         pieces += [*_padded(heads * key, size), Piece(name="keys and values", bytes_per_token=both)]
@@ -336,8 +352,8 @@ def _feed_forward(config: PolicyConfig, size: PassSize) -> list[Piece]:
 
 
 def _swiglu(inner: int, size: PassSize, down: tuple[str, ...]) -> list[Piece]:
-    """Gate and up; on a CPU silu(gate) too; and their product."""
-    numbers = (2 if size.is_gpu else 3) * inner
+    """Gate and up; without kernels silu(gate) too; and their product."""
+    numbers = (2 if size.has_kernels else 3) * inner
     pieces = [Piece(name="gate and up", bytes_per_token=size.itemsize * numbers)]
     return pieces + _input("activated", inner, size, down, is_remade=True)
 
@@ -350,18 +366,20 @@ def _experts(config: PolicyConfig, size: PassSize) -> list[Piece]:
     pieces = [_stream_norm(config, size, "feed-forward's norm")]
     if not is_frozen or (size.is_gpu or b < 4):  # our router's own product keeps its input, frozen or not
         pieces.append(Piece(name="normed", bytes_per_token=b * width, is_remade=True))
-    # Chosen experts and their order (a GPU: and its inverse), int64; scores of all, and the weights of the chosen.
-    orders = 3 if size.is_gpu else 2
+    # Chosen experts and their order (kernels: and its inverse), int64; scores of all, and the weights of the chosen.
+    orders = 3 if size.has_kernels else 2
     pieces.append(Piece(name="routing", bytes_per_token=4 * config.n_routed_experts + pairs * (8 * orders + 2 * 4) + 4))
     if not is_frozen:
         pieces.append(Piece(name="sorted tokens", bytes_per_token=b * pairs * width, is_remade=True))
-    pieces.append(Piece(name="experts' gate and up", bytes_per_token=b * pairs * inner * (2 if size.is_gpu else 3)))
+    pieces.append(
+        Piece(name="experts' gate and up", bytes_per_token=b * pairs * inner * (2 if size.has_kernels else 3))
+    )
     if not is_frozen:
         pieces.append(Piece(name="experts' activated", bytes_per_token=b * pairs * inner, is_remade=True))
-    # A CPU puts them back in the order of tokens before it mixes them.
-    pieces.append(Piece(name="experts' outputs", bytes_per_token=b * pairs * width * (1 if size.is_gpu else 2)))
+    # Without kernels they are put back in the order of tokens before they are mixed.
+    pieces.append(Piece(name="experts' outputs", bytes_per_token=b * pairs * width * (1 if size.has_kernels else 2)))
     if shared:
-        numbers = (2 if size.is_gpu else 3) * shared
+        numbers = (2 if size.has_kernels else 3) * shared
         pieces.append(Piece(name="shared gate and up", bytes_per_token=b * numbers))
         if not is_frozen:
             pieces.append(Piece(name="shared activated", bytes_per_token=b * shared, is_remade=True))

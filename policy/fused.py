@@ -1,6 +1,7 @@
 """Operations between matrix products that autograd would keep too much of, or a GPU would do in too many passes.
 
-Each is one formula: on the CPU written out in torch, on a GPU a kernel of `policy/gpu_kernels.py` with the same result.
+Each is one formula, written out in torch, and a kernel with the same result: of `policy/gpu_kernels.py` on a GPU, of
+`policy/cpu_kernels.py` on a CPU in fp32.
 
 Shapes: N tokens or token-expert pairs, I inner width, H heads, P rotated width, D width before it, Q = D + P, V value
 width.
@@ -8,6 +9,7 @@ width.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,20 +17,29 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from policy.decode_layout import lies_by_feature
+
 
 def silu_gate(gate_NI: Tensor, up_NI: Tensor) -> Tensor:
     """silu(gate) * up, the activation of SwiGLU (Shazeer, 2020), keeping only the two for the backward pass."""
-    if gate_NI.device.type == "cuda" and gate_NI.ndim == 2:
-        out: Tensor = _SiluGate.apply(gate_NI, up_NI)
-        return out
-    if not torch.is_grad_enabled():
-        return F.silu(gate_NI).mul_(up_NI)
-    return F.silu(gate_NI) * up_NI
+    if lies_by_feature(gate_NI) and lies_by_feature(up_NI):
+        from policy import cpu_products
+
+        return cpu_products.silu_gate(gate_NI, up_NI)
+    kernels = kernels_for(gate_NI, up_NI)
+    if kernels is None or gate_NI.ndim != 2:
+        return F.silu(gate_NI) * up_NI
+    out: Tensor
+    if torch.is_grad_enabled():
+        out = _SiluGate.apply(gate_NI, up_NI)
+    else:
+        out = kernels.silu_gate_forward(_packed_rows(gate_NI), _packed_rows(up_NI))
+    return out
 
 
 def silu_gate_halves(gate_up_NI: Tensor) -> Tensor:
     """The same where gate and up are the halves of one tensor, [N, 2I] to [N, I]."""
-    if gate_up_NI.device.type == "cuda" and gate_up_NI.ndim == 2:
+    if torch.is_grad_enabled() and gate_up_NI.ndim == 2 and kernels_for(gate_up_NI) is not None:
         out: Tensor = _SiluGateHalves.apply(gate_up_NI)
         return out
     return silu_gate(*gate_up_NI.chunk(2, dim=-1))
@@ -47,7 +58,7 @@ def turn_pairs(x_NHQ: Tensor, cos: Tensor, sin: Tensor, *, is_interleaved: bool)
 
 def split_keys_values(keys_values: Tensor, k_rope_NP: Tensor, own: int) -> tuple[Tensor, Tensor]:
     """MLA's keys [N, H, D + P] and values [N, H, V], from own keys beside values [N, H, D + V] and the shared part."""
-    if keys_values.device.type == "cuda":
+    if kernels_for(keys_values, k_rope_NP) is not None:
         key_NHQ, value_NHV = _SplitKeysValues.apply(keys_values, k_rope_NP, own)
         return key_NHQ, value_NHV
     k_nope_NHD, value_NHV = keys_values.split([own, keys_values.shape[-1] - own], dim=-1)
@@ -70,20 +81,30 @@ def join_softmaxes(out_NHV: Tensor, log_total_HN: Tensor, more_NHV: Tensor, more
     log_total_HN.copy_(joined_HN)
 
 
+def kernels_for(*inputs: Tensor) -> ModuleType | None:
+    """The kernels that take these tensors, imported where first used; None where torch has to do."""
+    if all(x.device.type == "cuda" for x in inputs):
+        from policy import gpu_kernels
+
+        return gpu_kernels
+    if all(x.device.type == "cpu" and x.dtype == torch.float32 for x in inputs):
+        from policy import cpu_kernels
+
+        return cpu_kernels
+    return None
+
+
 class _SiluGate(Function):
     @staticmethod
     def forward(ctx: Any, gate_NI: Tensor, up_NI: Tensor) -> Tensor:
-        from policy import gpu_kernels
-
         ctx.save_for_backward(gate_NI, up_NI)
-        return gpu_kernels.silu_gate_forward(_packed_rows(gate_NI), _packed_rows(up_NI))
+        ctx.kernels = kernels_for(gate_NI, up_NI)
+        return ctx.kernels.silu_gate_forward(_packed_rows(gate_NI), _packed_rows(up_NI))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        from policy import gpu_kernels
-
         gate_NI, up_NI = ctx.saved_tensors
-        both = gpu_kernels.silu_gate_backward(_packed_rows(gate_NI), _packed_rows(up_NI), _packed_rows(grads[0]))
+        both = ctx.kernels.silu_gate_backward(_packed_rows(gate_NI), _packed_rows(up_NI), _packed_rows(grads[0]))
         gate_grad, up_grad = both.chunk(2, dim=-1)
         return gate_grad, up_grad
 
@@ -91,32 +112,25 @@ class _SiluGate(Function):
 class _SiluGateHalves(Function):
     @staticmethod
     def forward(ctx: Any, gate_up_NI: Tensor) -> Tensor:
-        from policy import gpu_kernels
-
         ctx.save_for_backward(gate_up_NI)
-        return gpu_kernels.silu_gate_forward(*_packed_rows(gate_up_NI).chunk(2, dim=-1))
+        ctx.kernels = kernels_for(gate_up_NI)
+        return ctx.kernels.silu_gate_forward(*_packed_rows(gate_up_NI).chunk(2, dim=-1))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        from policy import gpu_kernels
-
         [gate_up_NI] = ctx.saved_tensors
-        return gpu_kernels.silu_gate_backward(*_packed_rows(gate_up_NI).chunk(2, dim=-1), _packed_rows(grads[0]))
+        return ctx.kernels.silu_gate_backward(*_packed_rows(gate_up_NI).chunk(2, dim=-1), _packed_rows(grads[0]))
 
 
 class _SplitKeysValues(Function):
     @staticmethod
     def forward(ctx: Any, keys_values: Tensor, k_rope_NP: Tensor, own: int) -> tuple[Tensor, Tensor]:
-        from policy import gpu_kernels
-
-        ctx.own = own
-        return gpu_kernels.join_keys(keys_values[..., :own], _packed_rows(k_rope_NP)), keys_values[..., own:]
+        ctx.own, ctx.kernels = own, kernels_for(keys_values, k_rope_NP)
+        return ctx.kernels.join_keys(keys_values[..., :own], _packed_rows(k_rope_NP)), keys_values[..., own:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        from policy import gpu_kernels
-
-        return *gpu_kernels.part_gradients(*(_packed_rows(grad) for grad in grads), ctx.own), None
+        return *ctx.kernels.part_gradients(*(_packed_rows(grad) for grad in grads), ctx.own), None
 
 
 class _Turn(Function):
@@ -134,10 +148,11 @@ class _Turn(Function):
 
 
 def _turn(x_NHQ: Tensor, cos: Tensor, sin: Tensor, is_interleaved: bool, *, is_inverse: bool = False) -> Tensor:
-    if x_NHQ.is_cuda:
-        from policy import gpu_kernels
-
-        return gpu_kernels.turn(_packed_rows(x_NHQ), cos, sin, is_interleaved=is_interleaved, is_inverse=is_inverse)
+    kernels = kernels_for(x_NHQ, cos, sin)
+    if kernels is not None:
+        return kernels.turn(  # type: ignore[no-any-return]
+            _packed_rows(x_NHQ), cos, sin, is_interleaved=is_interleaved, is_inverse=is_inverse
+        )
     kept, x_NHP = x_NHQ.split([x_NHQ.shape[-1] - 2 * cos.shape[-1], 2 * cos.shape[-1]], dim=-1)
     # A pair as a complex number turns by one product, a quarter of the passes of four products and two sums.
     angle = torch.complex(cos, -sin if is_inverse else sin)[:, None]

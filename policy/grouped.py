@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from policy.fused import silu_gate_halves
+from policy.fused import kernels_for, silu_gate_halves
 from policy.recompute import remade
 
 FEW_ROWS = 64
@@ -147,11 +147,10 @@ class _GatherSorted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         [order_T], [grad_T] = ctx.saved_tensors, grads
-        if grad_T.is_cuda:
-            from policy import gpu_kernels
-
+        kernels = kernels_for(grad_T)
+        if kernels is not None and grad_T.ndim == 2:
             places_NK = invert(order_T).unflatten(0, (-1, ctx.per_row))
-            return gpu_kernels.mix_rows(grad_T.contiguous(), places_NK, None), None, None
+            return kernels.mix_rows(grad_T.contiguous(), places_NK, None), None, None
         return scatter_sorted(grad_T, order_T).unflatten(0, (-1, ctx.per_row)).sum(1), None, None
 
 
@@ -162,7 +161,7 @@ def scatter_sorted(x_T: Tensor, order_T: Tensor) -> Tensor:
 
 def mix_sorted(x_TC: Tensor, order_T: Tensor, weights_NK: Tensor) -> Tensor:
     """Of each token its K sorted rows, added up with its weights, [N, C]."""
-    if x_TC.is_cuda:
+    if kernels_for(x_TC) is not None and kernels_for(weights_NK) is not None:
         mixed: Tensor = _MixSorted.apply(x_TC, order_T, weights_NK)
         return mixed
     x_NKC = scatter_sorted(x_TC, order_T).unflatten(0, (-1, weights_NK.shape[1]))
@@ -175,18 +174,14 @@ class _MixSorted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TC: Tensor, order_T: Tensor, weights_NK: Tensor) -> Tensor:
-        from policy import gpu_kernels
-
-        places_NK = invert(order_T).view_as(weights_NK)
-        weights_NK = weights_NK.contiguous()
+        ctx.kernels = kernels_for(x_TC)
+        x_TC, weights_NK, places_NK = x_TC.contiguous(), weights_NK.contiguous(), invert(order_T).view_as(weights_NK)
         ctx.save_for_backward(x_TC, places_NK, weights_NK)
-        return gpu_kernels.mix_rows(x_TC, places_NK, weights_NK)
+        return ctx.kernels.mix_rows(x_TC, places_NK, weights_NK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor]:
-        from policy import gpu_kernels
-
-        x_grad_TC, weights_grad_NK = gpu_kernels.mix_rows_backward(grads[0].contiguous(), *ctx.saved_tensors)
+        x_grad_TC, weights_grad_NK = ctx.kernels.mix_rows_backward(grads[0].contiguous(), *ctx.saved_tensors)
         return x_grad_TC, None, weights_grad_NK
 
 

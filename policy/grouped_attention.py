@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from policy.attention import AttentionPlan, attend_in_rows, write_cache
 from policy.config import PolicyConfig
 from policy.continued_attention import Continued, attend_to_context
+from policy.linear import Linear, plain_matrices
 from policy.norm import RMSNorm
 from policy.paged_attention import Absorbed, CacheLayout, attend_over_cache
 from policy.rope import Rotation, attention_scale, rotate
@@ -26,10 +27,10 @@ class GroupedQueryAttention(nn.Module):
         self.config, self.layer = config, layer
         width, head, family = config.hidden_size, config.head_dim, config.family
         bias = config.attention_bias
-        self.q_proj = nn.Linear(width, config.num_attention_heads * head, bias=bias)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * head, bias=bias)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * head, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * head, width, bias=bias and family.has_output_bias)
+        self.q_proj = Linear(width, config.num_attention_heads * head, bias=bias)
+        self.k_proj = Linear(width, config.num_key_value_heads * head, bias=bias)
+        self.v_proj = Linear(width, config.num_key_value_heads * head, bias=bias)
+        self.o_proj = Linear(config.num_attention_heads * head, width, bias=bias and family.has_output_bias)
         self.q_norm = RMSNorm(head, eps=config.rms_norm_eps) if family.has_qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head, eps=config.rms_norm_eps) if family.has_qk_norm else nn.Identity()
         self.scale = attention_scale(config)
@@ -56,3 +57,21 @@ class GroupedQueryAttention(nn.Module):
             attended = attend_in_rows(query_NHD, key_NGD, value_NGD, plan.rows, self.scale)
         out: Tensor = self.o_proj(attended.flatten(-2))
         return out
+
+    def decode_on_cpu(self, x_NC: Tensor, norm: RMSNorm, rotation: Rotation, plan: Absorbed) -> Tensor:
+        """x + attention of norm(x) under `Absorbed`, in one kernel or in one between the projections."""
+        from policy import cpu_paged_attention
+
+        if not self.config.family.has_qk_norm:
+            layers = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+            if (matrices := plain_matrices(x_NC.shape[0], *layers)) is not None:
+                return cpu_paged_attention.grouped_layer(
+                    x_NC, norm.weight, norm.epsilon, *matrices, rotation, plan, self.layer, self.layout, self.scale
+                )
+        inner_NC, head = norm(x_NC), (-1, self.config.head_dim)
+        query_NX = self.q_norm(self.q_proj(inner_NC).unflatten(-1, head)).flatten(-2)
+        key_NX = self.k_norm(self.k_proj(inner_NC).unflatten(-1, head)).flatten(-2)
+        attended_NX = cpu_paged_attention.attend_grouped(
+            query_NX, key_NX, self.v_proj(inner_NC), rotation, plan, self.layer, self.layout, self.scale
+        )
+        return x_NC + self.o_proj(attended_NX)

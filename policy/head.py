@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from policy.decode_layout import lies_by_feature
+
 MAX_ELEMENTS = 1 << 26
 """Logits held at once, in numbers (256 MiB in fp32)."""
 MIN_SLICE = 256
@@ -40,6 +42,10 @@ def project(hidden_NC: Tensor, weight_VC: Tensor) -> Tensor:
     if _uses_matrix_units(hidden_NC, weight_VC):
         return torch.mm(hidden_NC, weight_VC.t(), out_dtype=torch.float32)
     wide = torch.promote_types(hidden_NC.dtype, torch.float32)
+    if lies_by_feature(hidden_NC) and weight_VC.dtype == torch.float32:
+        from policy import cpu_products
+
+        return cpu_products.multiply(hidden_NC, weight_VC)
     if weight_VC.dtype == wide or torch.is_grad_enabled() or len(weight_VC) <= WIDENED_ROWS:
         return F.linear(hidden_NC.to(wide), weight_VC.to(wide))
     # Slice by slice the wide copy of a large head stays in the processor's cache, off main memory.

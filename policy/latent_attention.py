@@ -17,6 +17,7 @@ from policy.attention import AttentionPlan, Expanded, attend_in_rows, write_cach
 from policy.config import PolicyConfig
 from policy.continued_attention import Continued, attend_to_context
 from policy.fused import split_keys_values
+from policy.linear import Linear, plain_matrices
 from policy.norm import RMSNorm
 from policy.paged_attention import Absorbed, CacheLayout, attend_over_cache
 from policy.recompute import remade
@@ -34,17 +35,15 @@ class LatentAttention(nn.Module):
         self.config, self.layer = config, layer
         width, heads = config.hidden_size, config.num_attention_heads
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(width, heads * config.qk_head_dim, bias=False)
+            self.q_proj = Linear(width, heads * config.qk_head_dim, bias=False)
         else:
-            self.q_a_proj = nn.Linear(width, config.q_lora_rank, bias=False)
+            self.q_a_proj = Linear(width, config.q_lora_rank, bias=False)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=LATENT_NORM_EPS)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(width, config.cache_width, bias=False)
+            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = Linear(width, config.cache_width, bias=False)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps=LATENT_NORM_EPS)
-        self.kv_b_proj = nn.Linear(
-            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False
-        )
-        self.o_proj = nn.Linear(heads * config.v_head_dim, width, bias=False)
+        self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
+        self.o_proj = Linear(heads * config.v_head_dim, width, bias=False)
         self.scale = attention_scale(config)
         self.layout = CacheLayout(
             groups=1, key_width=config.cache_width, value_start=0, value_width=config.kv_lora_rank
@@ -66,6 +65,25 @@ class LatentAttention(nn.Module):
             attended = self._expanded(query_NHQ, latent_NR, k_rope_NP, plan)
         out: Tensor = self.o_proj(attended.flatten(-2))
         return out
+
+    def decode_on_cpu(self, x_NC: Tensor, norm: RMSNorm, rotation: Rotation, plan: Absorbed) -> Tensor:
+        """x + attention of norm(x), absorbed, in one kernel or in one between the projections."""
+        from policy import cpu_paged_attention
+
+        heads, latent_norm_R = self.config.num_attention_heads, self.kv_a_layernorm.weight
+        if self.config.q_lora_rank is None:
+            layers = (self.q_proj, self.kv_a_proj_with_mqa, self.o_proj)
+            if (matrices := plain_matrices(x_NC.shape[0], *layers)) is not None:
+                return cpu_paged_attention.latent_layer(
+                    x_NC, norm.weight, norm.epsilon, *matrices, latent_norm_R, LATENT_NORM_EPS, self.kv_b_proj.weight,
+                    rotation, plan, self.layer, heads, self.scale,
+                )  # fmt: skip
+        inner_NC = norm(x_NC)
+        attended_NX = cpu_paged_attention.attend_latent(
+            self._query(inner_NC), self.kv_a_proj_with_mqa(inner_NC), latent_norm_R, LATENT_NORM_EPS,
+            self.kv_b_proj.weight, rotation, plan, self.layer, heads, self.scale,
+        )  # fmt: skip
+        return x_NC + self.o_proj(attended_NX)
 
     def _query(self, x_NC: Tensor) -> Tensor:
         if self.config.q_lora_rank is None:

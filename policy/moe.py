@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 from policy.balance import RouterSums, RouterWatch, sum_up
 from policy.config import PolicyConfig
+from policy.decode_layout import LEAST_ROWS, lies_by_feature
 from policy.fused import silu_gate
 from policy.grouped import gather_sorted, mix_sorted, sort_by_group, swiglu
+from policy.linear import Linear, plain_matrices
+from policy.norm import RMSNorm
 from policy.recompute import remade
 from policy.router import Router
 
@@ -29,13 +32,25 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, intermediate: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(width, intermediate, bias=False)
-        self.up_proj = nn.Linear(width, intermediate, bias=False)
-        self.down_proj = nn.Linear(intermediate, width, bias=False)
+        self.gate_proj = Linear(width, intermediate, bias=False)
+        self.up_proj = Linear(width, intermediate, bias=False)
+        self.down_proj = Linear(intermediate, width, bias=False)
 
     def forward(self, x_NC: Tensor) -> Tensor:
         """[N, C] to [N, C]."""
         return self.down_proj(remade(silu_gate, self.gate_proj(x_NC), self.up_proj(x_NC)))  # type: ignore[no-any-return]
+
+    def decode_on_cpu(self, x_NC: Tensor, norm: RMSNorm) -> tuple[Tensor, None]:
+        """x + self(norm(x)), in one kernel where it can be; there is no router."""
+        if (matrices := self.matrices(x_NC.shape[0])) is None:
+            return x_NC + self(norm(x_NC)), None
+        from policy import cpu_products
+
+        return cpu_products.feed_forward_layer(x_NC, norm.weight, norm.epsilon, *matrices), None
+
+    def matrices(self, rows: int) -> list[Tensor] | None:
+        """Gate, up and down, where they and so many rows can be part of one kernel."""
+        return plain_matrices(rows, self.gate_proj, self.up_proj, self.down_proj)
 
 
 class Experts(nn.Module):
@@ -49,6 +64,10 @@ class Experts(nn.Module):
 
     def forward(self, x_NC: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Weighted sum of each token's experts, [N, C]; nothing is dropped."""
+        if lies_by_feature(x_NC) and self.down_proj.dtype == torch.float32:
+            from policy import cpu_experts
+
+            return cpu_experts.mix_experts(x_NC, experts_NK, weights_NK, self.gate_up_proj, self.down_proj)
         per_token = experts_NK.shape[1]
         if x_NC.is_cuda and not torch.is_grad_enabled() and 0 < experts_NK.numel() <= FEW_PAIRS:
             from policy import gpu_kernels, step_kernels
@@ -99,3 +118,18 @@ class MixtureOfExperts(nn.Module):
     def _mix(self, x_NC: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         out_NC: Tensor = self.experts(x_NC, experts_NK, weights_NK)
         return out_NC if self.shared_experts is None else out_NC + self.shared_experts(x_NC)
+
+    def decode_on_cpu(self, x_NC: Tensor, norm: RMSNorm) -> tuple[Tensor, Routed]:
+        """x + self(norm(x)) and the choice of experts, in one kernel where it can be."""
+        shared = None if self.shared_experts is None else self.shared_experts.matrices(x_NC.shape[0])
+        if x_NC.shape[0] < LEAST_ROWS or (shared is None and self.shared_experts is not None):
+            out_NC, routed = self(norm(x_NC))
+            return x_NC + out_NC, routed
+        from policy import cpu_experts
+
+        router, experts = self.gate, self.experts
+        out_NC, experts_NK = cpu_experts.mixture_layer(
+            x_NC, norm.weight, norm.epsilon, router.weight, router.e_score_correction_bias, experts.gate_up_proj,
+            experts.down_proj, shared, router.config,
+        )  # fmt: skip
+        return out_NC, Routed(experts_NK=experts_NK, sums=None)

@@ -15,6 +15,7 @@ from policy.attention import AttentionPlan
 from policy.balance import RouterWatch
 from policy.block import Block
 from policy.config import PolicyConfig
+from policy.linear import Linear
 from policy.moe import Routed
 from policy.norm import RMSNorm
 from policy.rope import Rotation
@@ -27,7 +28,7 @@ class MultiTokenPredictor(nn.Module):
         super().__init__()
         self.enorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.block = Block(config, layer)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 

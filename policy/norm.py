@@ -1,7 +1,7 @@
 """RMSNorm (Zhang and Sennrich, 2019): x / sqrt(mean(x^2) + eps) * weight over the last dimension.
 
-Torch's own is one kernel on a GPU, but on a CPU a chain of passes, forward and backward. There, in fp32, it is written
-out in as few as torch allows.
+Torch's own is one kernel on a GPU, but on a CPU a chain of passes, forward and backward. There, in fp32, it is a kernel
+of `policy/cpu_kernels.py`, one pass each way.
 
 A residual stream in fp32 between matrix products in half precision is normalised in fp32 and rounded once: rounding
 the stream to bf16 after every sublayer is the largest part of what sampler and trainer differ by in bf16
@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from policy.decode_layout import lies_by_feature
+
 
 class RMSNorm(nn.RMSNorm):
     """`nn.RMSNorm` over one dimension; what it gives has the dtype of its weight, whatever that of its input is."""
@@ -31,40 +33,36 @@ class RMSNorm(nn.RMSNorm):
         """[..., C] to [..., C]."""
         if x.dtype != self.weight.dtype:
             return normalise(x, self.weight, self.epsilon)
+        if lies_by_feature(x):
+            from policy import cpu_products
+
+            return cpu_products.normalise(x, self.weight, self.epsilon)
         if x.device.type != "cpu" or x.dtype != torch.float32:
             return super().forward(x)
         if torch.is_grad_enabled():
-            out: Tensor = _RootMeanSquare.apply(x, self.weight, self.epsilon)
+            out: Tensor = _NormaliseOnCpu.apply(x, self.weight, self.epsilon)
             return out
-        return (x * _inverse_root(x, self.epsilon)).mul_(self.weight)
+        from policy import cpu_kernels
+
+        return cpu_kernels.normalise(x, self.weight, self.epsilon)
 
 
-def _inverse_root(x: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean(x^2) + eps), [..., 1]."""
-    # The norm is one pass; the mean of squares would write the squares first.
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+class _NormaliseOnCpu(Function):
+    """Keeps nothing but its inputs."""
 
-
-class _RootMeanSquare(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_C: Tensor, eps: float) -> Tensor:
-        inverse = _inverse_root(x, eps)
-        ctx.save_for_backward(x, weight_C, inverse)
-        return (x * inverse).mul_(weight_C)
+        from policy import cpu_kernels
+
+        ctx.save_for_backward(x, weight_C)
+        ctx.eps = eps
+        return cpu_kernels.normalise(x, weight_C, eps)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """With y = r w x and r = (mean(x^2) + eps)^-1/2: dL/dx = r (g w - x r^2 mean(g w x)), dL/dw = sum r g x."""
-        (x, weight_C, inverse), [grad] = ctx.saved_tensors, grads
-        product = (grad * x).reshape(-1, x.shape[-1])
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.mv(product.t(), inverse.flatten())
-        if ctx.needs_input_grad[0]:
-            mean = torch.mv(product, weight_C).view_as(inverse).div_(x.shape[-1])
-            grad_x = (grad * weight_C).mul_(inverse).addcmul_(x, mean * inverse**3, value=-1)
-        return grad_x, grad_weight, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        from policy import cpu_kernels
+
+        return *cpu_kernels.normalise_backward(*ctx.saved_tensors, grads[0], ctx.eps), None
 
 
 def normalise(x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LEAST_BLOCK = 4
+"""Positions of the smallest cache block that the kernels for the CPU take: they score so many at a time."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheLayout:
@@ -45,7 +48,7 @@ class Absorbed:
     length_B: Tensor
     """Cached positions of each sequence, the new one included."""
     bias_B1L: Tensor | None
-    """[B, 1, L] fp32, 0 at a sequence's positions and -inf beyond; None on a GPU, whose kernel reads `length_B`."""
+    """[B, 1, L] fp32, 0 at a sequence's positions and -inf beyond; None for kernels, which read `length_B`."""
 
     @classmethod
     def at(cls, cache: Tensor, block_table_BM: Tensor, position_B: Tensor) -> Absorbed:
@@ -57,15 +60,22 @@ class Absorbed:
             slot_B, length_B = step_kernels.place(block_table_BM, position_B, size)
             return cls(cache=cache, block_table_BM=block_table_BM, slot_B=slot_B, length_B=length_B, bias_B1L=None)
         own_B = block_table_BM.gather(1, (position_B // size)[:, None]).squeeze(1)
-        beyond_BL = torch.arange(block_table_BM.shape[1] * size)[None] > position_B[:, None]
-        bias_B1L = torch.zeros(beyond_BL.shape).masked_fill_(beyond_BL, float("-inf"))[:, None]
+        bias_B1L = None
+        if cache.dtype != torch.float32 or size < LEAST_BLOCK or torch.is_grad_enabled():
+            beyond_BL = torch.arange(block_table_BM.shape[1] * size)[None] > position_B[:, None]
+            bias_B1L = torch.zeros(beyond_BL.shape).masked_fill_(beyond_BL, float("-inf"))[:, None]
         return cls(
             cache=cache,
-            block_table_BM=block_table_BM,
+            block_table_BM=block_table_BM.contiguous(),  # kernels take it by its address
             slot_B=own_B * size + position_B % size,
             length_B=position_B + 1,
             bias_B1L=bias_B1L,
         )
+
+    @property
+    def is_by_feature(self) -> bool:
+        """Whether the kernels for the CPU attend, in the layout of `policy.decode_layout`."""
+        return self.bias_B1L is None and self.cache.device.type == "cpu"
 
 
 def attend_over_cache(

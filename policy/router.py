@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from policy.config import PolicyConfig
+from policy.decode_layout import lies_by_feature
 from policy.head import project
 
 FEW_TOKENS = 4096
@@ -76,6 +77,11 @@ class Router(nn.Module):
         """
         config = self.config
         logits_NE = linear_fp32(x_NC, self.weight)
+        if given_experts_NK is None and lies_by_feature(logits_NE):
+            from policy import cpu_experts
+
+            scores_NE, experts_NK, weights_NK = cpu_experts.route(logits_NE, self.e_score_correction_bias, config)
+            return Routing(experts_NK=experts_NK, weights_NK=weights_NK, logits_NE=logits_NE, scores_NE=scores_NE)
         scores_NE = logits_NE.sigmoid() if config.scoring_func == "sigmoid" else logits_NE.softmax(dim=-1)
         own_NK = self._choose(scores_NE.detach())
         experts_NK = own_NK
@@ -137,7 +143,7 @@ class Router(nn.Module):
 def linear_fp32(x_NC: Tensor, weight_EC: Tensor) -> Tensor:
     """x @ weight.T in fp32 whatever the inputs' dtype, [N, E]; keeps x for the backward pass as it came."""
     if x_NC.dtype == weight_EC.dtype == torch.float32:
-        return F.linear(x_NC, weight_EC)
+        return project(x_NC, weight_EC)
     product: Tensor = _LinearFp32.apply(x_NC, weight_EC)
     return product
 

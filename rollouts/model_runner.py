@@ -23,6 +23,7 @@ from policy.attention import Expanded
 from policy.continued_attention import Continued
 from policy.model import PolicyOutput
 from policy.paged_attention import Absorbed
+from rollouts.crew import Crew
 from rollouts.sampler import sample
 from rollouts.scheduler import RunningBatch
 from rollouts.sequence import Chunk
@@ -81,6 +82,10 @@ class ModelRunner:
             shape = (config.num_moe_layers, num_blocks + 1, block_size, config.num_experts_per_tok)
             self.experts = torch.zeros(shape, dtype=_expert_dtype(config), device=policy.device)
         self._graphs: dict[int, _DecodeGraph] = {}
+        # Modules in pieces over ranks gather them as they run: in one order, so on one thread.
+        is_alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        has_kernels = self.cache.device.type == "cpu" and self.cache.dtype == torch.float32
+        self._crew = Crew() if has_kernels and is_alone else None
         self.captured = _addresses(policy)
         """Where the weights lie that graphs read."""
 
@@ -139,15 +144,22 @@ class ModelRunner:
             for array in (running.last_token, running.length, running.count)
         )
         seed_B = torch.from_numpy(running.seed[:size].view(np.int64)).to(device)
-        forward = self.forward_of(self.table(running, steps))
-        tokens, logprobs = [], []
-        for step in range(steps):
-            logits_BV = forward(token_B, position_B + step)
-            sampled = sample(logits_BV, seed_B, counter_B + step, params)
-            token_B = sampled.token_ids_B
-            tokens.append(sampled.said_B)
-            logprobs.append(sampled.logprobs_B)
-        return torch.stack(tokens).cpu().numpy(), torch.stack(logprobs).cpu().numpy()
+        table_BM = self.table(running, steps)
+
+        def decode_some(rows: slice) -> tuple[Tensor, Tensor]:
+            forward, token = self.forward_of(table_BM[rows]), token_B[rows]
+            tokens, logprobs = [], []
+            for step in range(steps):
+                logits = forward(token, position_B[rows] + step)
+                sampled = sample(logits, seed_B[rows], counter_B[rows] + step, params)
+                token = sampled.token_ids_B
+                tokens.append(sampled.said_B)
+                logprobs.append(sampled.logprobs_B)
+            return torch.stack(tokens), torch.stack(logprobs)
+
+        parts = self._crew.run(decode_some, size) if self._crew is not None else [decode_some(slice(size))]
+        tokens_SB, logprobs_SB = (torch.cat(part, dim=1).cpu().numpy() for part in zip(*parts, strict=True))
+        return tokens_SB, logprobs_SB
 
     def copy_blocks(self, sources: np.ndarray, targets: np.ndarray) -> None:
         """Copy whole blocks, in every layer."""

@@ -247,3 +247,18 @@ def test_sequences_may_draw_from_the_logits_of_another_row() -> None:
     own = sample_tensors(logits_RV[row_of_B], seeds, counters, params_of())
     assert torch.equal(shared.token_ids_B, own.token_ids_B)
     assert torch.equal(shared.logprobs_B, own.logprobs_B)
+
+
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8, "temperature": 1.3}])
+def test_the_kernel_draws_as_the_plain_form(changes: dict[str, float]) -> None:
+    logits_BV = 3 * torch.randn(32, 61, generator=torch.Generator().manual_seed(0))
+    seeds, counters = np.arange(7, 39, dtype=np.uint64), np.arange(32)
+    by_feature_BV = logits_BV.t().contiguous().t()
+    plain = sample(logits_BV.double(), seeds, counters, params_of(**changes))  # which no kernel takes
+    for logits in (logits_BV, by_feature_BV):
+        drawn = sample(logits, seeds, counters, params_of(**changes))
+        assert torch.equal(drawn.token_ids_B, plain.token_ids_B)
+        torch.testing.assert_close(drawn.logprobs_B.double(), plain.logprobs_B, atol=1e-5, rtol=0)
+        assert drawn.finite_B.all()
+    logits_BV[3, 7] = float("nan")
+    assert sample(logits_BV, seeds, counters, params_of(**changes)).finite_B.tolist() == [b != 3 for b in range(32)]

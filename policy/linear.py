@@ -1,0 +1,31 @@
+"""A linear layer that takes a decoding step's numbers as they lie on the CPU (policy/decode_layout.py).
+
+Shapes: N tokens, I and O widths in and out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from policy.decode_layout import LEAST_ROWS, lies_by_feature
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, by kernels of our own where rows lie feature by feature."""
+
+    def forward(self, x_NI: Tensor) -> Tensor:
+        """[..., I] to [..., O]."""
+        if not (lies_by_feature(x_NI) and self.weight.dtype == torch.float32):
+            return super().forward(x_NI)
+        from policy import cpu_products
+
+        out_NO = cpu_products.multiply(x_NI, self.weight)
+        return out_NO if self.bias is None else out_NO + self.bias
+
+
+def plain_matrices(rows: int, *layers: nn.Module) -> list[Tensor] | None:
+    """The layers' matrices, where they and so many rows can be part of one kernel: no adapters, no biases, fp32."""
+    matrices = [layer.weight for layer in layers if type(layer) is Linear and layer.bias is None]
+    is_plain = len(matrices) == len(layers) and all(matrix.dtype == torch.float32 for matrix in matrices)
+    return [matrix.contiguous() for matrix in matrices] if is_plain and rows >= LEAST_ROWS else None
