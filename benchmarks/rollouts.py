@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -166,7 +166,18 @@ def measure(name: str, work: Work, arguments: argparse.Namespace, device: str) -
         if arguments.ranks > 1:
             for side in ("ours",) if arguments.no_generate else ("ours", "generate"):
                 rates[side] = [
-                    rate_of_ranks(side, folder, dtype, prompts_PS[:count], group, num_new, arguments)
+                    rate_of_ranks(
+                        Part(
+                            side=side,
+                            folder=folder,
+                            dtype=dtype,
+                            prompts_PS=prompts_PS[:count],
+                            group=group,
+                            num_new=num_new,
+                            rounds=arguments.rounds,
+                        ),
+                        arguments.ranks,
+                    )
                     for count, group in work.batches
                 ]
         elif not arguments.no_generate:
@@ -295,65 +306,65 @@ def vllm_rates(
     return rates
 
 
-def rate_of_ranks(
-    side: str,
-    folder: str,
-    dtype: torch.dtype,
-    prompts_PS: torch.Tensor,
-    group: int,
-    num_new: int,
-    arguments: argparse.Namespace,
-) -> float:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """What one rank samples, or all together."""
+
+    side: str
+    """`ours` or `generate`."""
+    folder: str
+    """Of the model."""
+    dtype: torch.dtype
+    prompts_PS: torch.Tensor
+    """Token ids, all prompts of one length."""
+    group: int
+    """Completions a prompt."""
+    num_new: int
+    """Tokens a completion."""
+    rounds: int
+    """Runs that count."""
+
+
+def rate_of_ranks(whole: Part, ranks: int) -> float:
     """Median tokens a second of processes that start each run together; a run lasts until the last is done."""
-    context, ranks = multiprocessing.get_context("spawn"), arguments.ranks
+    context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(ranks), context.Queue()
     processes = [
-        context.Process(
-            target=sample_part,
-            args=(side, folder, dtype, part_PS, group, num_new, arguments.rounds, barrier, results),
-            daemon=True,
-        )
-        for part_PS in prompts_PS.tensor_split(ranks)
+        context.Process(target=sample_part, args=(replace(whole, prompts_PS=part_PS), barrier, results), daemon=True)
+        for part_PS in whole.prompts_PS.tensor_split(ranks)
     ]
     for process in processes:
         process.start()
-    runs = [results.get(timeout=3600) for _ in range(ranks * arguments.rounds)]
+    runs = [results.get(timeout=3600) for _ in range(ranks * whole.rounds)]
     for process in processes:
         process.join()
     rates = []
-    for turn in range(arguments.rounds):
+    for turn in range(whole.rounds):
         of_turn = [run for run in runs if run[0] == turn]
         seconds = max(end for _, _, end, _ in of_turn) - min(begin for _, begin, _, _ in of_turn)
         rates.append(sum(count for _, _, _, count in of_turn) / seconds)
-    print(f"{side}: {ranks} ranks, tokens/s of each run: {[round(rate) for rate in rates]}", flush=True)
+    print(f"{whole.side}: {ranks} ranks, tokens/s of each run: {[round(rate) for rate in rates]}", flush=True)
     return statistics.median(rates)
 
 
-def sample_part(
-    side: str,
-    folder: str,
-    dtype: torch.dtype,
-    prompts_PS: torch.Tensor,
-    group: int,
-    num_new: int,
-    rounds: int,
-    barrier: Barrier,
-    results: Queue[tuple[int, float, float, int]],
-) -> None:
-    """One rank: a run that does not count, then `rounds` that begin with all others'."""
+def sample_part(part: Part, barrier: Barrier, results: Queue[tuple[int, float, float, int]]) -> None:
+    """One rank: a run that does not count, then those that begin with all others'."""
     torch.set_num_threads(1)
-    if side == "ours":
-        engine = make_engine(policies.load(folder, dtype=dtype), EngineConfig(max_num_seqs=1024, cache_gib=1.0))
+    if part.side == "ours":
+        params = SamplingParams(max_completion_length=part.num_new)
+        engine = make_engine(
+            policies.load(part.folder, dtype=part.dtype), EngineConfig(max_num_seqs=1024, cache_gib=1.0)
+        )
 
         def run() -> int:
-            groups = engine.generate(prompts_PS.tolist(), group, SamplingParams(max_completion_length=num_new))
+            groups = engine.generate(part.prompts_PS.tolist(), part.group, params)
             return sum(len(completion.token_ids) for of_prompt in groups for completion in of_prompt)
 
     else:
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        run = generate_run(theirs, prompts_PS, group, num_new)
+        theirs = AutoModelForCausalLM.from_pretrained(part.folder, dtype=part.dtype).eval()
+        run = generate_run(theirs, part.prompts_PS, part.group, part.num_new)
     run()
-    for turn in range(rounds):
+    for turn in range(part.rounds):
         barrier.wait()
         begin = time.perf_counter()
         count = run()

@@ -4,7 +4,8 @@ Every GPU keeps the work of one (weak scaling), so sampling, grading and the upd
 is added:
 
 - messages of weights and gradients, by the way in which weights are kept (docs/scaling.md has the table);
-- completions that every rank gets from every other, as Python objects, and that the first rank writes to disk.
+- completions that every rank gets from every other (what Python does for them; their bytes are few beside weights), and
+  that the first rank writes to disk.
 
 A ring of n ranks moves (n - 1) / n of the bytes over each rank's link, twice for sums. Within a node a rank's link is
 NVLink; beyond, the node's network cards together, if these are slower. Messages of a pass over weights in pieces travel
@@ -140,8 +141,8 @@ def memory_of(work: Work, way: Way, ranks: int) -> float:
 
 def measure_host(tokens: int, completions: int = 256, rounds: int = 20) -> Host:
     """On this machine, with completions of different tokens; the fastest of some rounds."""
-    import torch.distributed as dist
-
+    from grpo.distributed import Ranks
+    from grpo.exchange import pack_groups, unpack_groups
     from grpo.record import RunFolder
     from grpo.types import Answer, Group, Question
     from rewards import Problem, RewardResult
@@ -159,28 +160,18 @@ def measure_host(tokens: int, completions: int = 256, rounds: int = 20) -> Host:
         texts=[" ".join(map(str, completion.token_ids))] * completions,
         results=[RewardResult(reward=1.0, breakdown={"score": 1.0})] * completions,
     )  # fmt: skip
-    question = Question(number=0, place=0, problem=problem)
+    question, ranks = Question(number=0, place=0, problem=problem), Ranks(cpu=True)
     with tempfile.TemporaryDirectory() as scratch:
-        dist.init_process_group("gloo", init_method=f"file://{scratch}/store", rank=0, world_size=1)
         folder = RunFolder(Path(scratch), print)
         gathered, recorded = [], []
         for _ in range(rounds):
-            # Equal objects would travel once: each is one of its own.
-            sent = [
-                Completion(
-                    token_ids=list(completion.token_ids), logprobs=[x * 1.0 for x in completion.logprobs],
-                    finish_reason="length", policy_version=0,
-                )
-                for _ in range(completions)
-            ]  # fmt: skip
-            parts: list[Any] = [None]
+            sent = pack_groups([group])
             started = time.perf_counter()
-            dist.all_gather_object(parts, sent)
+            unpack_groups(ranks.gather_bytes(sent)[0], [problem])
             gathered.append(time.perf_counter() - started)
             started = time.perf_counter()
             folder.add_rollouts(1, [Answer(question=question, group=group)], [[0.5] * completions])
             recorded.append(time.perf_counter() - started)
-        dist.destroy_process_group()
     return Host(
         source="measured now",
         gathered_s=min(gathered) / completions,

@@ -17,6 +17,7 @@ from grpo.data import Dataset
 from grpo.distributed import Ranks
 from grpo.dynamic_sampling import Filled, fill_step
 from grpo.evaluate import is_correct
+from grpo.exchange import gather_groups
 from grpo.replay_buffer import ReplayBuffer
 from grpo.state import answer_to_json, read_answer
 from grpo.stream import Stream
@@ -158,14 +159,15 @@ class Asker:
         config = self.collector.config
         _, mine = self.ranks.share(questions)
         problems = [question.problem for question in mine]
-        collected = self.collector.collect(
-            problems,
-            self.collector.render(problems),
-            num_generations=config.num_generations,
-            params=self._params(step),
-            prompt_seeds=[int(mix(config.seed, question.number)) for question in mine],
-        )
-        groups = self.ranks.gather(collected.groups)
+        with self.ranks.alone():
+            collected = self.collector.collect(
+                problems,
+                self.collector.render(problems),
+                num_generations=config.num_generations,
+                params=self._params(step),
+                prompt_seeds=[int(mix(config.seed, question.number)) for question in mine],
+            )
+        groups = gather_groups(collected.groups, [question.problem for question in questions], self.ranks)
         if config.shuffle_rewards:
             groups = _shuffle_rewards(groups, config.seed, questions[0].number)
         return replace(collected, groups=groups)

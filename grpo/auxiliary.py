@@ -40,6 +40,7 @@ class Auxiliary:
         """`num_tokens` are the learned tokens of all ranks, the losses' denominator."""
         self._policy, self._config, self._ranks = policy, config, ranks
         self._num_tokens = max(1, num_tokens)
+        self._has_routers = bool(policy.moe_layers or policy.mtp_moe_layers)
         self._with_router_losses = config.router_aux_loss_coef > 0 or config.router_z_loss_coef > 0
         self.restart()
         self._num_rows = self._num_routed = 1
@@ -53,11 +54,13 @@ class Auxiliary:
         self._totals = RouterTotals(policy, with_mtp=config.mtp_weight > 0, with_losses=self._with_router_losses)
         self._mtp_loss = torch.zeros((), dtype=torch.float64, device=policy.device)
 
-    def watch(self, batch: Batch) -> RouterWatch:
-        """What the pass over a micro-batch is to sum up of the routers."""
+    def watch(self, batch: Batch) -> RouterWatch | None:
+        """What the pass over a micro-batch is to sum up of the routers; None where there are none."""
+        if not self._has_routers:
+            return None
         return RouterWatch.of(batch.rows, with_losses=self._with_router_losses)
 
-    def loss(self, batch: Batch, output: PolicyOutput, watch: RouterWatch) -> Tensor:
+    def loss(self, batch: Batch, output: PolicyOutput, watch: RouterWatch | None) -> Tensor:
         """What one micro-batch adds to the loss, after a pass over the trunk that was watched; 0 unless asked for.
 
         The MTP modules' loss moves these modules alone: what a policy says is reward's business.
@@ -70,7 +73,7 @@ class Auxiliary:
                 output.hidden_NC,
                 batch.token_ids_N,
                 batch.rows,
-                wanted_N=batch.completion_mask_N,
+                wanted=batch.learned,
                 temperature=config.temperature,
                 watch=watch,
                 is_detached=True,

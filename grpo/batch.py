@@ -20,6 +20,7 @@ from grpo.distributed import Ranks
 from grpo.routing_replay import pack_experts
 from grpo.types import Batch, Group, Origin
 from policy import PackedRows
+from policy.packing import Wanted
 from rollouts import Completion
 
 Sized = TypeVar("Sized", bound=collections.abc.Sized)
@@ -190,11 +191,13 @@ def _pack(
         advantages += [0.0] * prompt + [row.advantage] * length
         stale += [False] * prompt + [row.is_stale] * length
     experts_NMK = pack_experts([(len(row.prompt_ids), row.completion) for row in rows])
+    packed, mask_N = _lay_out(rows, device, share_prompts=share_prompts), torch.tensor(mask)
     return Batch(
         token_ids_N=torch.tensor(token_ids, device=device),
-        rows=_lay_out(rows, device, share_prompts=share_prompts),
+        rows=packed,
         origins=tuple(row.origin for row in rows),
-        completion_mask_N=torch.tensor(mask, device=device),
+        completion_mask_N=mask_N.to(device),
+        learned=Wanted.of(mask_N, packed),
         rollout_logprobs_N=torch.tensor(logprobs, dtype=torch.float32, device=device),
         advantages_N=torch.tensor(advantages, dtype=torch.float32, device=device),
         prompt_tokens_B=torch.tensor([prompt_tokens[row.origin.problem] for row in rows], device=device),

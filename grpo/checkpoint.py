@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import policy as policies
+from grpo.version import versions
 from grpo.weights import Weights
 from policy import CheckpointError, Policy
 from policy.checkpoint import load_config, read_tensors, restore
@@ -48,6 +49,8 @@ class Found:
     """What was wrong with newer ones, one line each."""
     state: Mapping[str, float | None] = field(default_factory=dict)
     """Numbers of the trainer, as given to `save_checkpoint`."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of what wrote it (`grpo.version.versions`); empty in one that does not say."""
 
 
 def save_checkpoint(
@@ -83,7 +86,7 @@ def save_checkpoint(
             save_file(dict(reference), temporary / REFERENCE)
         if sampler is not None:
             save_file({name: weight.contiguous() for name, weight in sampler.items()}, temporary / SAMPLER)
-        (temporary / STATE).write_text(json.dumps({"step": step, **(state or {})}) + "\n")
+        (temporary / STATE).write_text(json.dumps({"step": step, "versions": versions(), **(state or {})}) + "\n")
         (temporary / DATA).write_text(json.dumps(data) + "\n")
         files = sorted(file for file in temporary.rglob("*") if file.is_file())
         digests = {file.relative_to(temporary).as_posix(): _digest(file) for file in files}
@@ -125,7 +128,8 @@ def find_checkpoint(folder: Path) -> Found | None:
             damaged.append(f"{path} is damaged ({fault}); the one before is taken")
             continue
         state = json.loads((path / STATE).read_text())
-        return Found(path=path, step=int(state.pop("step")), damaged=tuple(damaged), state=state)
+        step, wrote = int(state.pop("step")), state.pop("versions", {})
+        return Found(path=path, step=step, damaged=tuple(damaged), state=state, versions=wrote)
     if damaged:
         raise CheckpointError(f"{damaged[0].split(';')[0]}, and there is no other; remove it to start anew")
     return None

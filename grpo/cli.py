@@ -57,9 +57,13 @@ def plan(
     ] = None,
     device_name: Annotated[str | None, typer.Option(help="what to call the device")] = None,
     prompt_tokens: Annotated[int | None, typer.Option(min=1, help="tokens of a prompt; default: 256")] = None,
-    processes: Annotated[int, typer.Option(min=1, help="processes that share a step")] = 1,
+    processes: Annotated[int | None, typer.Option(min=1, help="processes that share a step; default: 1")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="how they keep the policy: whole, fsdp2, zero2 or zero3; default: whole")
+    ] = None,
+    accelerate: Annotated[Path | None, typer.Option(help="the launcher's file, which says both")] = None,
 ) -> None:
-    """Say what a recipe will need of the device's memory, and what to change if it does not fit (exit code 1)."""
+    """Say what a recipe will need of each device's memory, and what to change if it does not fit (exit code 1)."""
     from grpo.plan_text import plan_recipe
 
     with _errors_in_one_line():
@@ -70,6 +74,8 @@ def plan(
             device_name=device_name,
             prompt_tokens=prompt_tokens,
             num_processes=processes,
+            weights=weights,
+            launcher_file=accelerate,
         )
     typer.echo(told.text)
     if not told.fits:
@@ -189,12 +195,11 @@ def _errors_in_one_line() -> Iterator[None]:
     from grpo.config import ConfigError
     from grpo.countdown import CountdownError
     from grpo.data import DatasetError
-    from grpo.distributed import RankLostError
+    from grpo.distributed import PreemptedError, RankLostError
     from grpo.memory import DeviceMemoryError
     from grpo.prompts import PromptError
     from grpo.record import RunFolderError
     from grpo.replay import NonFiniteError, ReplayError
-    from grpo.trainer import PreemptedError
     from policy import CheckpointError, ShapeError
     from policy.tokenizer import TokenizerError
     from rewards.grader_pool import GraderError

@@ -1,4 +1,4 @@
-"""How ranks share a step: who they are, sums over all, gathered objects. The only file that imports accelerate.
+"""How ranks share a step: who they are, sums over all, gathered values. The only file that imports accelerate.
 
 Gradients are summed once per update, after all micro-batches, instead of through a wrapper's hooks: the loss is already
 divided by the global number of tokens, and ranks may hold different numbers of micro-batches. Where the launcher's file
@@ -7,6 +7,7 @@ asks for weights in pieces, grpo/weights.py says what is different.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,10 @@ class RankLostError(RuntimeError):
     """Another rank ended in the middle of the run; why stands in its own output."""
 
 
+class PreemptedError(KeyboardInterrupt):
+    """Asked to leave before the step in hand could be done; like an interrupt, it may come at any line."""
+
+
 class Ranks:
     """The processes that `accelerate launch` (or nothing) started, and what they do together."""
 
@@ -51,6 +56,9 @@ class Ranks:
         self.device: torch.device = self._accelerator.device
         self.rank: int = dist.get_rank() if dist.is_initialized() else 0
         self.size: int = dist.get_world_size() if dist.is_initialized() else 1
+        self.may_give_up: bool = self.sharding is None
+        """Whether this rank may be made to give the step up where it is (`PreemptedError`): always where weights are
+        whole, else in `alone` only."""
         self._group: dist.ProcessGroup | None = None
 
     def apart(self) -> Ranks:
@@ -62,6 +70,28 @@ class Ranks:
         if self.size > 1:
             beside._group = dist.new_group(backend="gloo")
         return beside
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Around the part of a step that this rank does without the others, and may be made to give up.
+
+        Where weights lie in pieces, all ranks give the step up if one does, here: none is amid a message, so
+        that they can hand over together what a checkpoint takes.
+        """
+        if self.sharding is None or self._group is not None:  # a thread beside is not what is given up
+            yield
+            return
+        given_up: PreemptedError | None = None
+        try:
+            try:
+                self.may_give_up = True
+                yield
+            finally:
+                self.may_give_up = False
+        except PreemptedError as error:
+            given_up = error
+        if self.any(given_up is not None):
+            raise given_up or PreemptedError("another rank gave the step up")
 
     @property
     def is_main(self) -> bool:
@@ -106,21 +136,50 @@ class Ranks:
         return float(total)
 
     def max_number(self, value: float) -> float:
-        """The largest over all ranks."""
-        return max(self.gather([value]))
+        """The largest over all ranks, in double precision."""
+        largest = torch.tensor(value, dtype=torch.float64, device=self.device)
+        if self.size > 1:
+            with self._peers():
+                dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return float(largest)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         return self.sum_number(float(flag)) > 0
 
     def gather(self, items: list[Item]) -> list[Item]:
-        """The lists of all ranks joined in order of rank, on every rank."""
+        """The lists of all ranks joined in order of rank, on every rank.
+
+        Items are what JSON holds: numbers, texts, None, lists and dicts by text. With more ranks than one a tuple comes
+        back as a list.
+        """
         if self.size == 1:
             return items
-        parts: list[Any] = [None] * self.size
+        return [item for part in self.gather_bytes(json.dumps(items).encode()) for item in json.loads(part)]
+
+    def gather_bytes(self, own: bytes) -> list[bytes]:
+        """The bytes of all ranks, in order of rank, on every rank."""
+        return [
+            part.numpy().tobytes() for part in self.gather_rows(torch.frombuffer(bytearray(own), dtype=torch.uint8))
+        ]
+
+    def gather_rows(self, own_X: Tensor) -> list[Tensor]:
+        """One tensor of each rank, in order of rank, on every rank and its host: one-dimensional, of one dtype, each of
+        any length. They are never pickled, as `torch.distributed` does with objects.
+        """
+        if self.size == 1:
+            return [own_X.cpu()]
+        device = torch.device("cpu") if self._group is not None else self.device
+        lengths = list(torch.zeros(self.size, dtype=torch.int64, device=device).split(1))
         with self._peers():
-            dist.all_gather_object(parts, items, group=self._group)
-        return [item for part in parts for item in part]
+            dist.all_gather(lengths, torch.tensor([len(own_X)], device=device), group=self._group)
+            counts = [int(length) for length in lengths]
+            longest = max(counts)
+            padded = own_X.new_zeros(longest, device=device)
+            padded[: len(own_X)] = own_X
+            parts = list(padded.new_empty(self.size * longest).split(longest)) if longest else [padded] * self.size
+            dist.all_gather(parts, padded, group=self._group)
+        return [part[:count].cpu() for part, count in zip(parts, counts, strict=True)]
 
     def join(self, piece: Tensor, length: int) -> Tensor:
         """The whole, [length, ...], of the pieces that `cut` gave each rank; on every rank."""

@@ -23,7 +23,7 @@ def entropy_threshold(entropies: Sequence[Tensor], top_quantile: float, ranks: R
     those of this rank's learned tokens.
     """
     own = torch.cat([e.detach().cpu() for e in entropies]) if entropies else torch.zeros(0)
-    ordered = torch.cat(ranks.gather([own])).sort().values  # torch.quantile takes no more than 2^24 numbers
+    ordered = torch.cat(ranks.gather_rows(own)).sort().values  # torch.quantile takes no more than 2^24 numbers
     if not len(ordered):
         return 0.0
     place = (1 - top_quantile) * (len(ordered) - 1)

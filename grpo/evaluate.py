@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
@@ -44,19 +44,8 @@ class Evaluator:
         `progress` is told of every batch how many of this rank's problems it held.
         """
         first, problems = self.ranks.share(self.problems)
-        prompts = self.prompts[first : first + len(problems)]
-        rows: list[tuple[float, float, float]] = []
-        for start in range(0, len(problems), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            seeds = [int(mix(self.seed, EVALUATION_STREAM + first + start + i)) for i in range(len(problems[part]))]
-            # Groups of k first: a reward that returns lists of a wrong length would pass for right on groups of one.
-            sampled = self._ask(problems[part], prompts[part], self.k, self.sampled, seeds)
-            greedy = self._ask(problems[part], prompts[part], 1, self.greedy, seeds)
-            rows += [
-                (fmean(self._is_correct(g)), fmean(self._is_correct(s)), fmean(len(c.token_ids) for c in s.completions))
-                for g, s in zip(greedy, sampled, strict=True)
-            ]
-            progress(len(greedy))
+        with self.ranks.alone():
+            rows = list(self._rows(first, problems, progress))
         rows = self.ranks.gather(rows)
         means = [sampled for _, sampled, _ in rows]
         average = fmean(means)
@@ -71,6 +60,22 @@ class Evaluator:
             "ci95": [max(0.0, average - margin), min(1.0, average + margin)],
             "mean_length": fmean(length for _, _, length in rows),
         }
+
+    def _rows(
+        self, first: int, problems: Sequence[Problem], progress: Callable[[int], None]
+    ) -> Iterator[tuple[float, float, float]]:
+        """Of each problem of this rank, the first of which is number `first`: accuracies and mean length."""
+        prompts = self.prompts[first : first + len(problems)]
+        for start in range(0, len(problems), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            seeds = [int(mix(self.seed, EVALUATION_STREAM + first + start + i)) for i in range(len(problems[part]))]
+            # Groups of k first: a reward that returns lists of a wrong length would pass for right on groups of one.
+            sampled = self._ask(problems[part], prompts[part], self.k, self.sampled, seeds)
+            greedy = self._ask(problems[part], prompts[part], 1, self.greedy, seeds)
+            for g, s in zip(greedy, sampled, strict=True):
+                lengths = [len(completion.token_ids) for completion in s.completions]
+                yield fmean(self._is_correct(g)), fmean(self._is_correct(s)), fmean(lengths)
+            progress(len(greedy))
 
     def _ask(
         self,

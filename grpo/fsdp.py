@@ -10,7 +10,6 @@ together until the backward pass is through with them; `Optimizer.step` comes af
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -22,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from grpo.config import Config, ConfigError
 from grpo.distributed import Ranks
 from grpo.optimizers import make_optimizer
+from grpo.weights import copy_policy, sampler_device
 from policy import Policy
 
 
@@ -65,7 +65,7 @@ class FsdpWeights:
             raise ConfigError("with weights in pieces the reference is in pieces too: offload_ref_model must be false")
         self.policy, self._ranks, self._pieces = policy, ranks, Pieces(ranks)
         self._dtype = policy.dtype
-        self.sampler = copy.deepcopy(policy).requires_grad_(False).to(ranks.device)
+        self.sampler = copy_policy(policy, sampler_device(config, ranks.device))
         self._take_apart(policy, torch.float32)
         # FSDP2 may lay pieces out anew when they are first put together; the optimizer needs to see them after that.
         self.publish()
@@ -88,7 +88,7 @@ class FsdpWeights:
     def freeze_copy(self) -> Policy:
         """See `Weights.freeze_copy`."""
         self.publish()
-        copied = copy.deepcopy(self.sampler)
+        copied = copy_policy(self.sampler, self._ranks.device)
         self._take_apart(copied, self._dtype)
         return copied
 

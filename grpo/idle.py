@@ -14,6 +14,7 @@ import torch
 from grpo.distributed import Ranks
 from grpo.types import Batch
 from policy import PackedRows, Policy
+from policy.packing import Wanted
 
 
 def fill_up(batches: Sequence[Batch], policy: Policy, ranks: Ranks) -> list[Batch]:
@@ -29,12 +30,13 @@ def fill_up(batches: Sequence[Batch], policy: Policy, ranks: Ranks) -> list[Batc
 def _idle(policy: Policy, device: torch.device) -> Batch:
     """One row, just long enough that trunk, head and every MTP module have a token to predict: all take part."""
     length = 2 + policy.config.num_nextn_predict_layers
-    zero_N = torch.zeros(length, device=device)
+    zero_N, rows, mask_N = torch.zeros(length, device=device), PackedRows.of([length], device), torch.arange(length) > 0
     return Batch(
         token_ids_N=zero_N.long(),
-        rows=PackedRows.of([length], device),
+        rows=rows,
         origins=(),
-        completion_mask_N=torch.arange(length, device=device) > 0,
+        completion_mask_N=mask_N.to(device),
+        learned=Wanted.of(mask_N, rows),
         rollout_logprobs_N=zero_N,
         advantages_N=zero_N,
         prompt_tokens_B=torch.ones(1, dtype=torch.int64, device=device),

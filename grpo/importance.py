@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo.ratio import row_counts, row_means, row_sums, spread_over_rows
+from grpo.ratio import row_means, row_sums, spread_over_rows
 from policy import PackedRows
+from policy.packing import Wanted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,12 +34,15 @@ def weigh_sampler(
     rollout_logprobs_N: Tensor,
     mask_N: Tensor,
     rows: PackedRows,
+    learned: Wanted,
     *,
     correction: str,
     clip_min: float | None,
     clip_max: float | None,
 ) -> SamplerWeights:
     """pi_old / sampler of a token or of a whole row, then bounded or, out of bounds, set to 0.
+
+    `learned` are the places of the mask.
 
     `*_truncate` clamps (truncated importance sampling, TIS: "Your Efficient RL Framework Secretly Brings You Off-Policy
     RL Training", 2025); `*_mask` drops (masked importance sampling; `token_mask` with two bounds is IcePop, Ling
@@ -48,10 +52,10 @@ def weigh_sampler(
     if correction.startswith("sequence"):
         log_ratio_B = row_sums(log_ratio_N, mask_N, rows)
         log_weight_N = spread_over_rows(log_ratio_B, rows)
-        ratio_X = log_ratio_B[row_counts(mask_N, rows) > 0].double().exp()
+        ratio_X = log_ratio_B.index_select(0, learned.row_L).double().exp()
     else:
         log_weight_N = log_ratio_N
-        ratio_X = log_ratio_N[mask_N].double().exp()
+        ratio_X = log_ratio_N.index_select(0, learned.token_W).double().exp()
     weight_N = log_weight_N.exp()
     if correction == "off":
         weight_N = torch.ones_like(weight_N)

@@ -82,6 +82,7 @@ def batch_loss(
         batch.rollout_logprobs_N,
         mask_N,
         rows,
+        batch.learned,
         correction=algorithm.importance_sampling_correction,
         clip_min=algorithm.importance_sampling_clip_min,
         clip_max=algorithm.importance_sampling_clip_max,

@@ -17,6 +17,7 @@ from torch import Tensor
 from grpo.distributed import Ranks
 from grpo.support import Support
 from grpo.types import Batch
+from policy.packing import Wanted
 
 T = TypeVar("T")
 
@@ -41,9 +42,11 @@ def do_in_memory(
         except torch.OutOfMemoryError as error:
             reason = str(error).partition("\n")[0]
         if ranks is not None and ranks.sharding is not None:
+            tokens = max(len(batch.token_ids_N) for batch in given)
             raise DeviceMemoryError(
-                f"rank {ranks.rank}: out of memory ({reason}), and with weights in pieces a step cannot be done again; "
-                "lower max_tokens_per_micro_batch, or set activation_recomputation: full"
+                f"rank {ranks.rank}: out of memory ({reason}) on {tokens} tokens, in a pass that other ranks are in "
+                f"too and that cannot be done again; set max_tokens_per_micro_batch: {max(1, tokens // 2)} or "
+                "activation_recomputation: full, and --resume"
             )
         # After the handler: until then the error's frames hold what the attempt had computed.
         if torch.cuda.is_available():
@@ -84,10 +87,12 @@ def _take(batch: Batch, first: int, last: int) -> Batch:
         support = Support(
             token_ids_K=support.token_ids_K[slice(*edges)], counts_W=support.counts_W[before : before + own]
         )
+    rows = batch.rows.take(first, last)
     return replace(
         batch,
         **taken,
-        rows=batch.rows.take(first, last),
+        rows=rows,
+        learned=Wanted.of(batch.completion_mask_N[place], rows),
         origins=batch.origins[first:last],
         support=support,
     )

@@ -115,13 +115,25 @@ class MasterAdamW:
 
         Returns the masters' gradients, all of them: zeros where nothing reached a weight, so that ranks agree.
         """
+        # All at once, as a GPU's host takes longer to start a small kernel than that takes.
+        fresh, first, totals, later = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
         for name, master in self.masters.items():
             weight = self._weights[name]
+            if weight is master or weight.grad is None:
+                master.grad = torch.zeros_like(master) if master.grad is None else master.grad
+                continue
+            given, weight.grad = self._layout.own(weight.grad), None
             if master.grad is None:
-                master.grad = torch.zeros_like(master)
-            if weight is not master and weight.grad is not None:
-                master.grad.add_(self._layout.own(weight.grad))
-                weight.grad = None
+                master.grad = torch.empty_like(master)
+                fresh.append(master.grad)
+                first.append(given)
+            else:
+                totals.append(master.grad)
+                later.append(given)
+        if fresh:
+            torch._foreach_copy_(fresh, first)
+        if totals:
+            torch._foreach_add_(totals, later)
         return [master.grad for master in self.masters.values() if master.grad is not None]
 
     def reduce(self, loss: Tensor, ranks: Ranks) -> None:
@@ -193,10 +205,10 @@ class MasterAdamW:
     @torch.no_grad()
     def _round(self) -> None:
         """Give the policy what its dtype can hold of the masters, where these are not its own memory."""
-        for name, master in self.masters.items():
-            own = self._layout.own(self._weights[name])
-            if own.data_ptr() != master.data_ptr():
-                own.copy_(master)
+        pairs = [(self._layout.own(self._weights[name]), master) for name, master in self.masters.items()]
+        apart = [(own, master) for own, master in pairs if own.data_ptr() != master.data_ptr()]
+        if apart:
+            torch._foreach_copy_([own for own, _ in apart], [master for _, master in apart])
 
     def _check_state(self, state: Mapping[str, Tensor], *, is_8bit: bool) -> None:
         """Refuse moments of the other kind; those of small tensors are the same in both."""

@@ -25,7 +25,7 @@ from grpo.asking import Asked, Asker, Asking, make_asker
 from grpo.collect import Collector
 from grpo.data import Dataset
 from grpo.distributed import Ranks
-from grpo.weights import Weights
+from grpo.weights import Weights, copy_policy, sampler_device
 from policy import Policy
 from rewards.background import run_apart
 from rollouts import Engine
@@ -37,12 +37,19 @@ CLOSE_S = 30.0
 class AskerAhead:
     """An `Asking` whose questions of a step are out while the step before it trains; one step is out at most."""
 
-    def __init__(self, asker: Asker, engine: Engine, weights: Weights, max_steps: int) -> None:
-        """`asker` asks, in a thread of its own, what `engine` samples with a copy of the newest weights."""
-        self._asker, self._engine, self._max_steps = asker, engine, max_steps
+    def __init__(
+        self, asker: Asker, engine: Engine, weights: Weights, ranks: Ranks, max_steps: int, device: torch.device
+    ) -> None:
+        """`asker` asks, in a thread of its own, what `engine` samples with a copy of the newest weights, on `device`.
+
+        On the policy's own device, weights that do not move are not copied.
+        """
+        self._asker, self._engine, self._ranks, self._max_steps = asker, engine, ranks, max_steps
         self._policy, self._trained = weights.sampler, weights.optimizer.trained
-        frozen = {id(weight): weight for name, weight in self._policy.named_parameters() if name not in self._trained}
-        self._sampler = copy.deepcopy(self._policy, frozen)
+        frozen = [weight for name, weight in self._policy.named_parameters() if name not in self._trained]
+        self._sampler = copy_policy(
+            self._policy, device, shared=frozen if device.type == self._policy.device.type else ()
+        )
         self._version = 0
         """Of the copy."""
         self._sent: int | None = None
@@ -61,7 +68,8 @@ class AskerAhead:
         if self._out is None:
             self._begin(step)
         assert self._out is not None
-        asked = self._out.result()
+        with self._ranks.alone():
+            asked = self._out.result()
         return replace(
             asked,
             sample_s=perf_counter() - started,
@@ -89,7 +97,8 @@ class AskerAhead:
     def settle(self, policy: Policy, version: int) -> None:
         """Wait for what is out, and have the engine hold this version, to be evaluated."""
         if self._out is not None:
-            self._out.result()
+            with self._ranks.alone():
+                self._out.result()
         self._sent = None
         self._engine.load_weights(policy, version)
 
@@ -131,4 +140,5 @@ def make_asking(collector: Collector, ranks: Ranks, dataset: Dataset, weights: W
     if not collector.config.rollout_lag:
         return make_asker(collector, ranks, dataset)
     asker = make_asker(collector, ranks.apart(), dataset)
-    return AskerAhead(asker, collector.engine, weights, collector.config.max_steps)
+    device = sampler_device(collector.config, ranks.device)
+    return AskerAhead(asker, collector.engine, weights, ranks, collector.config.max_steps, device)

@@ -2,7 +2,8 @@
 
 Two moments of a step matter. Sampling holds the weights, the optimizer's state, the cache and a pass over prompts; the
 update holds the same (the built-in engine keeps its cache), gradients in fp32, and one micro-batch's forward and
-backward pass (policy/footprint.py). All completions are taken to be as long as `max_completion_length` allows.
+backward pass (policy/footprint.py). What weights in pieces take is in grpo/shares.py. All completions are taken to be
+as long as `max_completion_length` allows.
 
 What torch allocates is worked out; a GPU holds more: its context, and what lies unused between allocations.
 """
@@ -12,18 +13,23 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from grpo.batch import LEAST_SAVED, LEAST_SAVED_ON_CPU, Row, count_sharing, cut_by_prompts
 from grpo.config import Config, ConfigError
-from grpo.optimizer_8bit import BYTES_PER_MOMENT, CHUNK, WORK_BYTES
+from grpo.optimizer_8bit import CHUNK, WORK_BYTES
 from grpo.optimizer_offload import STAGING_BYTES
 from grpo.scoring import drawn_with
+from grpo.shares import ALONE, Share, Spread, share_of
 from grpo.support import is_truncated
+from grpo.types import Origin
 from policy import PolicyConfig
-from policy.footprint import ParameterCount, PassPeak, PassSize, count_parameters, inference_bytes, peak_of_pass
+from policy.footprint import PassPeak, PassSize, inference_bytes, peak_of_pass
+from policy.parameter_count import ParameterCount, count_parameters
+from rollouts import Completion
 from rollouts.builtin_engine import FREE_SHARE
 from rollouts.engine import DEFAULT_CACHE_GIB
 from rollouts.model_runner import CAPTURED_ROWS
@@ -87,25 +93,33 @@ class MicroBatches:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Sharing:
+    """What is saved where a group's prompt is gone over once (`share_prompts`), on one rank."""
+
+    tokens: int
+    """Of all passes of an optimizer step."""
+    alone: int
+    """The same, each row by itself."""
+    count: int
+    """Micro-batches."""
+    activations: int
+    """Bytes kept of the largest."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
     """What one rank of a recipe needs, in bytes where nothing else is said."""
 
     config: Config
     """The recipe."""
     parameters: ParameterCount
+    spread: Spread
+    """How the policy lies over ranks."""
+    share: Share
+    """What this rank holds of it."""
     micro_batches: MicroBatches
-    weights: int
-    """In the policy's dtype; where that is fp32 they are their own masters."""
-    masters: int
-    """fp32 copies of trained weights, where the policy computes in less."""
-    moments: int
-    """Of AdamW, both."""
-    host: int
-    """Masters and moments that stay in the host's memory instead."""
-    gradients: int
-    """In fp32, summed up over micro-batches."""
-    reference: int
-    """A frozen copy of the weights, where the recipe has a penalty and the copy stays on the device."""
+    sharing: Sharing | None
+    """Where prompts are shared. The rest is planned without: the tokens of a micro-batch bound both."""
     cache: int
     """Of the sampler, kept during the update too."""
     graphs: int
@@ -120,7 +134,9 @@ class Estimate:
     @property
     def resident(self) -> int:
         """Held all the time."""
-        return self.weights + self.masters + self.moments + self.reference + self.cache + self.graphs
+        share = self.share
+        held = share.weights + share.masters + share.moments + share.reference + share.sampler
+        return held + self.cache + self.graphs
 
     @property
     def sampling_peak(self) -> int:
@@ -130,15 +146,18 @@ class Estimate:
     @property
     def update_peak(self) -> int:
         """The most that is allocated while the policy is updated."""
-        is_fp32 = self.config.dtype == "float32"
-        if self.micro_batches.count > 1:
+        is_fp32, gradients = self.config.dtype == "float32", self.share.gradients
+        if self.spread.way != "whole":
+            # Gradients leave for their pieces block by block, those of the pass among the buffers.
+            working = gradients + self.share.gathered + self.share.buffers + self.pass_peak.total
+        elif self.micro_batches.count > 1:
             # In fp32, gradients add up in place, and only one of them is there twice at a time.
             fresh = 4 * self.parameters.embedding if is_fp32 else self.pass_peak.gradients
-            working = self.gradients + self.pass_peak.total - self.pass_peak.gradients + fresh
+            working = gradients + self.pass_peak.total - self.pass_peak.gradients + fresh
         else:
             # Masters' gradients come as the policy's go.
-            working = max(self.pass_peak.total, self.gradients + 2 * self.parameters.embedding)
-        return self.resident + max(working, self.gradients + self.optimizer_work)
+            working = max(self.pass_peak.total, gradients + 2 * self.parameters.embedding)
+        return self.resident + max(working, gradients + self.optimizer_work)
 
     @property
     def peak(self) -> int:
@@ -152,40 +171,36 @@ def estimate(
     device: Device,
     *,
     prompt_tokens: int,
-    num_processes: int = 1,
+    spread: Spread = ALONE,
 ) -> Estimate:
-    """What each of `num_processes` ranks needs, whole copies of everything on each.
+    """What the first rank of those that the policy is spread over needs; no other needs more.
 
-    `prompt_tokens` is the length of a prompt. Raises LoraError where the recipe adapts a layer that is not there.
+    `prompt_tokens` is the length of a prompt. Raises LoraError where the recipe adapts a layer that is not there, and
+    ConfigError for keys that do not go with weights in pieces.
     """
-    parameters = count_parameters(shape, config.lora)
-    itemsize = 4 if config.dtype == "float32" else 2
-    masters = 4 * parameters.trained if itemsize < 4 else 0
-    is_8bit = config.optimizer == "adamw_8bit"
-    moments = int(2 * parameters.trained * (BYTES_PER_MOMENT if is_8bit else 4))
-    host = masters + moments if config.offload_optimizer and device.is_gpu else 0
-    weights = itemsize * parameters.total
-    has_copy = config.beta > 0 and config.lora is None
-    reference = weights if has_copy and not (config.offload_ref_model and device.is_gpu) else 0
-    held = weights + masters + moments - host + reference
+    parameters, num_processes = count_parameters(shape, config.lora), spread.num_processes
+    share = share_of(config, shape, spread, is_gpu=device.is_gpu)
+    held = share.weights + share.masters + share.moments + share.reference + share.sampler
     cache = _cache_bytes(config, shape, device, held, prompt_tokens, num_processes)
     batches = micro_batches(config, prompt_tokens, num_processes)
     work = WORK_BYTES * min(CHUNK, parameters.largest) // CHUNK
+    is_offloaded = config.offload_optimizer and device.is_gpu
+    # Of weights in pieces, gradients of the pass are gone by the next block.
+    in_pass = (
+        parameters if spread.way == "whole" else replace(parameters, layers=(0,) * len(parameters.layers), embedding=0)
+    )
     return Estimate(
         config=config,
         parameters=parameters,
+        spread=spread,
+        share=share,
         micro_batches=batches,
-        weights=weights,
-        masters=0 if host else masters,
-        moments=0 if host else moments,
-        host=host,
-        gradients=4 * parameters.trained,
-        reference=reference,
+        sharing=share_prompts(config, shape, device, prompt_tokens, num_processes),
         cache=cache,
         graphs=_graph_bytes(config, shape, device, num_processes),
         prefill=_prefill_bytes(config, shape, device, prompt_tokens, num_processes),
-        pass_peak=peak_of_pass(shape, _pass_size(config, shape, device, batches), parameters),
-        optimizer_work=STAGING_BYTES if host else work if is_8bit else 0,
+        pass_peak=peak_of_pass(shape, _pass_size(config, shape, device, batches), in_pass),
+        optimizer_work=STAGING_BYTES if is_offloaded else work if config.optimizer == "adamw_8bit" else 0,
     )
 
 
@@ -195,6 +210,36 @@ def micro_batches(config: Config, prompt_tokens: int, num_processes: int = 1) ->
     rows = _num_rows(config, num_processes) // config.num_minibatches or 1
     at_once = min(rows, max(1, config.max_tokens_per_micro_batch // row_tokens))
     return MicroBatches(count=-(-rows // at_once), rows=at_once, row_tokens=row_tokens)
+
+
+def share_prompts(
+    config: Config, shape: PolicyConfig, device: Device, prompt_tokens: int, num_processes: int = 1
+) -> Sharing | None:
+    """As `grpo.batch.make_batches` cuts groups of full completions; None where it goes over each row by itself."""
+    least = LEAST_SAVED if device.is_gpu else LEAST_SAVED_ON_CPU
+    completion = Completion(
+        token_ids=[0] * config.max_completion_length, logprobs=[], finish_reason="length", policy_version=0
+    )
+    prompt = [0] * prompt_tokens
+    rows = [
+        Row(
+            prompt_ids=prompt,
+            completion=completion,
+            advantage=0.0,
+            learned=True,
+            origin=Origin(problem=p, completion=g),
+        )
+        for p in range(-(-config.prompts_per_step // num_processes) // config.num_minibatches or 1)
+        for g in range(config.num_generations)
+    ]
+    parts = cut_by_prompts(rows, config.max_tokens_per_micro_batch)
+    tokens, alone = [count_sharing(part) for part in parts], sum(map(len, rows))
+    if not config.share_prompts or sum(tokens) > (1 - least) * alone:
+        return None
+    largest = MicroBatches(count=1, rows=1, row_tokens=max(tokens))
+    size = replace(_pass_size(config, shape, device, largest), longest=len(rows[0]))
+    kept = peak_of_pass(shape, size, count_parameters(shape, config.lora)).activations
+    return Sharing(tokens=sum(tokens), alone=alone, count=len(parts), activations=kept)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,30 +254,31 @@ class Suggestion:
     """With those before it too."""
 
 
-def suggest(current: Estimate, shape: PolicyConfig, device: Device, **sizes: int) -> list[Suggestion]:
-    """What to change, what costs least first, until it fits; each change that helps, with what it leads to.
-
-    `sizes` are `estimate`'s prompt_tokens and num_processes.
-    """
+def suggest(current: Estimate, shape: PolicyConfig, device: Device, *, prompt_tokens: int) -> list[Suggestion]:
+    """What to change, what costs least first, until it fits; each change that helps, with what it leads to."""
     suggestions, config = list[Suggestion](), current.config
+    spread = current.spread
     together = current
     for change in _changes(current):
         if device.fits(together.peak):
             break
-        alone = estimate(_changed(config, change), shape, device, **sizes)
-        both = estimate(_changed(together.config, change), shape, device, **sizes)
+        alone = estimate(_changed(config, change), shape, device, prompt_tokens=prompt_tokens, spread=spread)
+        both = estimate(_changed(together.config, change), shape, device, prompt_tokens=prompt_tokens, spread=spread)
         if both.peak < together.peak:
             suggestions.append(Suggestion(change=change, alone=alone, together=both))
             together = both
     return suggestions
 
 
-def largest_micro_batch(current: Estimate, shape: PolicyConfig, device: Device, **sizes: int) -> MicroBatches | None:
+def largest_micro_batch(
+    current: Estimate, shape: PolicyConfig, device: Device, *, prompt_tokens: int
+) -> MicroBatches | None:
     """The most rows in one micro-batch with which the recipe fits, all else as it is; None where one is too many."""
 
     def with_rows(rows: int) -> Estimate:
         tokens = rows * current.micro_batches.row_tokens
-        return estimate(_changed(current.config, {"max_tokens_per_micro_batch": tokens}), shape, device, **sizes)
+        config = _changed(current.config, {"max_tokens_per_micro_batch": tokens})
+        return estimate(config, shape, device, prompt_tokens=prompt_tokens, spread=current.spread)
 
     low, high = 0, current.micro_batches.rows * current.micro_batches.count
     while low < high:
@@ -246,21 +292,21 @@ def largest_micro_batch(current: Estimate, shape: PolicyConfig, device: Device, 
 
 def _changes(current: Estimate) -> Iterator[dict[str, Any]]:
     """What saves memory, in the order of what it costs in time."""
-    config, batches = current.config, current.micro_batches
+    config, batches, way = current.config, current.micro_batches, current.spread.way
     budget = batches.tokens
     while budget > 8192 and budget > batches.row_tokens:  # above, a GPU gains next to nothing by more tokens at once
         budget = max(batches.row_tokens, budget // 2)
         yield {"max_tokens_per_micro_batch": budget}
-    if config.beta > 0 and config.lora is None and not config.offload_ref_model:
+    if config.beta > 0 and config.lora is None and not config.offload_ref_model and way != "fsdp2":
         yield {"offload_ref_model": True}
-    if config.activation_recomputation == "none":
+    if config.activation_recomputation == "none" and way != "zero3":
         yield {"activation_recomputation": "selective"}
     while budget > max(4096, batches.row_tokens):
         budget = max(batches.row_tokens, budget // 2)
         yield {"max_tokens_per_micro_batch": budget}
     if config.activation_recomputation != "full":
         yield {"activation_recomputation": "full"}
-    if config.optimizer == "adamw" and not config.offload_optimizer:
+    if config.optimizer == "adamw" and not config.offload_optimizer and way == "whole":
         yield {"optimizer": "adamw_8bit"}
         yield {"optimizer": "adamw", "offload_optimizer": True}
     if current.cache > GIB:

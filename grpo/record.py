@@ -18,15 +18,9 @@ from typing import IO, Any
 import yaml
 
 from grpo.checkpoint import forget_checkpoints_after
-from grpo.config import Config
+from grpo.config import Config, ConfigError
+from grpo.saved_recipe import compare
 from grpo.types import Answer
-
-FREE_TO_CHANGE = (
-    *("name", "output_dir", "num_threads", "reward_workers", "reward_timeout", "reward_env"),
-    *("max_steps", "max_skipped_steps", "save_steps", "save_total_limit", "stop_timeout"),
-)
-"""Keys that a resumed run may change; any other change would make it another run."""
-
 
 WORK = ("evaluation.json", "metrics.jsonl", "rollouts", "checkpoints")
 """What makes a folder a run's, once it has trained or evaluated."""
@@ -88,12 +82,22 @@ class RunFolder:
                 f"{self.path} holds a run whose config.yaml is missing or damaged; put it back, or choose another name "
                 "(name=...)"
             )
-        now = config.model_dump(mode="json")
-        changed = [key for key in now if before.get(key) != now[key] and key not in FREE_TO_CHANGE]
-        if changed:
+        try:
+            compared = compare(before, config)
+        except ConfigError as error:
             raise RunFolderError(
-                f"{self.path} holds a run with other settings ({', '.join(sorted(changed))}); "
-                "resume it with its own recipe, or choose another name (name=...)"
+                f"{self.path} holds a run of another version ({error}); resume it with the version that wrote it, or "
+                "choose another name (name=...)"
+            ) from None
+        if compared.differing:
+            own = f" ({given})" if (given := compared.overrides()) else ""
+            raise RunFolderError(
+                f"{self.path} holds a run with other settings ({compared.describe_differing()}); resume it with its "
+                f"own recipe{own}, or choose another name (name=...)"
+            )
+        if compared.filled:
+            self._note(
+                f"the run began before these keys were there, and goes on as it was: {compared.describe_filled()}"
             )
 
     def close(self) -> None:

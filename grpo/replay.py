@@ -27,6 +27,7 @@ from grpo.support import Support
 from grpo.types import Batch, Origin
 from grpo.update import Step, backward
 from policy import PackedRows, Policy, PolicyConfig
+from policy.packing import Wanted
 
 FORMAT = "grpo update 2"
 
@@ -180,7 +181,9 @@ def _cut(batch: Batch, row: int, length: int) -> Batch:
         cut["support"] = Support(
             token_ids_K=batch.support.token_ids_K[first:last], counts_W=counts_W[before : before + own]
         )
-    return Batch(**(cut | {"rows": PackedRows.of([length]), "origins": (batch.origins[row],)}))
+    rows = PackedRows.of([length])
+    learned = Wanted.of(cut["completion_mask_N"], rows)
+    return Batch(**(cut | {"rows": rows, "learned": learned, "origins": (batch.origins[row],)}))
 
 
 def _fault_of(policy: Policy, batch: Batch, step: Step, config: Config) -> str | None:
@@ -215,11 +218,13 @@ def _tensors_of(batch: Batch) -> dict[str, Tensor]:
 
 def _to_batch(plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Batch:
     support = {field.name: tensors[field.name] for field in fields(Support) if field.name in tensors}
+    rows = PackedRows.of(
+        plain["rows"], prefixes=plain.get("prefixes", ()), prefix_of_row=plain.get("prefix_of_row", ())
+    )
     return Batch(
         **{name: tensor for name, tensor in tensors.items() if name not in support},
-        rows=PackedRows.of(
-            plain["rows"], prefixes=plain.get("prefixes", ()), prefix_of_row=plain.get("prefix_of_row", ())
-        ),
+        rows=rows,
+        learned=Wanted.of(tensors["completion_mask_N"], rows),
         origins=tuple(Origin(problem=problem, completion=completion) for problem, completion in plain["origins"]),
         support=Support(**support) if support else None,
     )

@@ -21,13 +21,13 @@ from grpo.collect import make_collector, sampling_params
 from grpo.config import Config, ConfigError, load_config
 from grpo.data import Dataset, read_problems
 from grpo.display import Display
-from grpo.distributed import Ranks
+from grpo.distributed import PreemptedError, Ranks
 from grpo.evaluate import make_evaluator
 from grpo.pretrain import base_model
 from grpo.record import RunFolder
 from grpo.report import write_report
 from grpo.routing_replay import freeze_routers
-from grpo.trainer import PreemptedError, Trainer
+from grpo.trainer import Trainer
 from policy import CheckpointError, Policy
 from policy.checkpoint import resolve_folder
 from policy.lora import LoraError, add_adapters

@@ -22,7 +22,7 @@ def score(
     """The policy's log-probabilities and entropies of a batch, of the distribution that the sampler drew from; and the
     batch with the support that this was found to be. Tokens go to the experts that the batch names.
     """
-    tokens = (policy, batch.token_ids_N, batch.rows, batch.completion_mask_N)
+    tokens = (policy, batch.token_ids_N, batch.rows, batch.learned)
     given_MNK = None if batch.experts_NMK is None else batch.experts_NMK.transpose(0, 1)
     if not is_truncated(params):
         values = token_logprobs(*tokens, temperature=params.temperature, given_experts_MNK=given_MNK, watch=watch)

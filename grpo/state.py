@@ -21,6 +21,7 @@ from rollouts import Completion
 def completion_to_json(completion: Completion) -> dict[str, Any]:
     """Every field of a completion."""
     values = {field.name: getattr(completion, field.name) for field in fields(completion)}
+    values |= {"token_ids": list(completion.token_ids), "logprobs": list(completion.logprobs)}
     return {key: _array_to_json(value) if isinstance(value, np.ndarray) else value for key, value in values.items()}
 
 

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from policy import PackedRows, Policy
 from policy.balance import RouterWatch
 from policy.logprobs import TokenLogprobs, run_trunk, take_hidden
+from policy.packing import Wanted
 from rollouts import SamplingParams
 from rollouts.sampler import truncate
 
@@ -50,7 +51,7 @@ def supported_logprobs(
     policy: Policy,
     token_ids_N: Tensor,
     rows: PackedRows,
-    wanted_N: Tensor,
+    wanted: Wanted | Tensor,
     params: SamplingParams,
     support: Support | None = None,
     *,
@@ -59,8 +60,8 @@ def supported_logprobs(
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[TokenLogprobs, Support]:
     """`policy.logprobs.token_logprobs` over pi(. | K), and K: `support`, or found on this policy where None."""
+    wanted_W = (Wanted.of(wanted, rows) if isinstance(wanted, Tensor) else wanted).token_W
     output = run_trunk(policy, token_ids_N, rows, given_experts_MNK, watch)
-    wanted_W = wanted_N.nonzero().squeeze(1)
     hidden_WC = take_hidden(output.hidden_NC, rows, wanted_W - 1)
     drawn_W = token_ids_N.index_select(0, wanted_W)
     at_once = max(1, chunk_elements // policy.config.vocab_size)
@@ -109,10 +110,12 @@ def _find_support(policy: Policy, hidden_WC: Tensor, drawn_W: Tensor, params: Sa
 
 def _chunks(support: Support, at_once: int) -> list[tuple[Tensor, Tensor]]:
     counts = support.counts_W.split(at_once)
-    return list(zip(support.token_ids_K.split([int(c.sum()) for c in counts]), counts, strict=True))
+    sizes: list[int] = torch.stack([c.sum() for c in counts]).tolist() if counts else []  # a GPU is waited for once
+    return list(zip(support.token_ids_K.split(sizes), counts, strict=True))
 
 
 def _as_mask(token_ids_K: Tensor, counts_W: Tensor, vocabulary: int) -> Tensor:
-    position_K = torch.arange(len(counts_W), device=counts_W.device).repeat_interleave(counts_W)
+    place_W = torch.arange(len(counts_W), device=counts_W.device)
+    position_K = place_W.repeat_interleave(counts_W, output_size=len(token_ids_K))
     mask_WV = torch.zeros(len(counts_W), vocabulary, dtype=torch.bool, device=counts_W.device)
     return mask_WV.index_put((position_K, token_ids_K.long()), torch.ones((), dtype=torch.bool, device=mask_WV.device))

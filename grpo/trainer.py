@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from types import FrameType
 from typing import Any
@@ -18,7 +18,7 @@ from grpo.collect import Collector, make_collector
 from grpo.config import Config
 from grpo.data import Dataset
 from grpo.display import Display
-from grpo.distributed import Ranks
+from grpo.distributed import PreemptedError, Ranks
 from grpo.entropy import EntropyState, adapted, applied_coefficient
 from grpo.evaluate import Evaluator, make_evaluator
 from grpo.metrics import engine_metrics, graded, policy_lag, rollout_metrics, update_metrics
@@ -29,8 +29,10 @@ from grpo.record import RunFolder
 from grpo.reference import Reference
 from grpo.replay import NonFiniteError, save_fault
 from grpo.throughput import ASKING, Phases, Spent, Throughput, measure_matmul_rate
+from grpo.trial import Trial
 from grpo.types import Group
 from grpo.update import Step, UpdateStats, update
+from grpo.version import describe_change
 from grpo.watchdog import Watchdog
 from grpo.weights import Weights, keep_weights
 from policy import Policy
@@ -38,10 +40,6 @@ from policy.flops import Flops
 from policy.tokenizer import Tokenizer
 from rewards import Grader, Problem
 from rollouts import EngineStats, make_engine
-
-
-class PreemptedError(KeyboardInterrupt):
-    """Asked to leave before the step in hand could be done; like an interrupt, it may come at any line."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -69,6 +67,8 @@ class Trainer:
     """Tokens of one micro-batch on this rank (`make_batches`); fewer than the recipe says once memory has run out."""
     weights: Weights = field(init=False)
     """The policy's, as the launcher's file has them kept over ranks."""
+    trial: Trial | None = field(init=False)
+    """What finds out which micro-batches fit, where weights lie in pieces."""
     phases: Phases = field(init=False)
     """Seconds and memory of the step in hand."""
     throughput: Throughput = field(init=False)
@@ -87,6 +87,7 @@ class Trainer:
             matmul_rate=measure_matmul_rate(self.ranks.device, self.policy.dtype),
         )
         self.weights = keep_weights(self.policy, self.config, self.ranks)
+        self.trial = None if self.ranks.sharding is None else Trial(self.weights)
 
     def train(self) -> int:
         """Evaluate, train, save, evaluate; gives the number of the last step done.
@@ -131,6 +132,7 @@ class Trainer:
             if config.evaluation.eval_steps and self.step % config.evaluation.eval_steps == 0:
                 with self._can_be_given_up(asker, reference):
                     self._evaluate(evaluator, asker, self.step)
+                self.display.stage("GRPO", config.max_steps, done=self.step)
             if config.save_steps and self.step % config.save_steps == 0 and self.step < config.max_steps:
                 self.save(asker, reference)
             if self.skipped >= config.max_skipped_steps:
@@ -156,7 +158,7 @@ class Trainer:
         """
         name = signal.Signals(signum).name
         if signum == signal.SIGALRM:
-            if self.is_asking:
+            if self.is_asking and self.ranks.may_give_up:
                 raise PreemptedError(f"step {self.step + 1} was given up, {self.config.stop_timeout:g} s after SIGTERM")
             return
         again = " (again to quit at once)" if signum == signal.SIGINT else ""
@@ -178,11 +180,8 @@ class Trainer:
             yield
         except PreemptedError as error:
             self.is_asking = False
-            if self.ranks.sharding is None:
-                self.display.note(f"{error}; saving what was before it")
-                self._write_checkpoint(asker, before, reference)
-            else:  # saving takes all ranks, and others may be in the middle of the step
-                self.display.note(f"{error}; the last checkpoint stays")
+            self.display.note(f"{error}; saving what was before it")
+            self._write_checkpoint(asker, before, reference)
             raise
         finally:
             self.is_asking = False
@@ -230,8 +229,9 @@ class Trainer:
         found = find_checkpoint(self.folder.checkpoints)
         self.ranks.wait()
         if found is not None:
-            for line in found.damaged:
-                self.display.note(line)
+            for line in (*found.damaged, describe_change(found.versions)):
+                if line is not None:
+                    self.display.note(line)
             load_checkpoint(found.path, self.weights, None if reference is None else reference.policy)
             asker.load_state(read_data_state(found.path))
             if asker.sampler is not None:
@@ -283,6 +283,7 @@ class Trainer:
             entropy_coef=applied_coefficient(self.entropy, config),
             on_fault=self._keep_fault,
             phases=self.phases,
+            trial=self.trial,
         )
         if stats.num_halvings:
             self.max_tokens = max(1, self.max_tokens >> stats.num_halvings)
@@ -336,7 +337,7 @@ class Trainer:
         metrics = {
             "step": self.step,
             **rollouts,
-            **engine_metrics(self.ranks.gather([sampled])),
+            **engine_metrics([EngineStats(**own) for own in self.ranks.gather([asdict(sampled)])]),
             **asked.metrics,
             "sampling/policy_lag": policy_lag([answer.group for answer in asked.filled.trained], self.step - 1),
             **update_metrics(stats),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from grpo.support import Support
 from policy import PackedRows
+from policy.packing import Wanted
 from rewards import Problem, RewardResult
 from rollouts import Completion
 
@@ -84,6 +85,8 @@ class Batch:
     """Which completion each row is, [B]."""
     completion_mask_N: Tensor
     """True at the tokens that are learned from."""
+    learned: Wanted
+    """The same tokens by their places."""
     rollout_logprobs_N: Tensor
     """Nats, fp32, as recorded by the sampler; 0 outside completions."""
     advantages_N: Tensor

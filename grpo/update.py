@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from grpo.auxiliary import Auxiliary, AuxiliaryStats
@@ -29,6 +30,7 @@ from grpo.routing_replay import as_given, differing_tokens
 from grpo.scoring import drawn_with, score
 from grpo.support import is_truncated
 from grpo.throughput import Phases
+from grpo.trial import Trial
 from grpo.types import Batch
 from policy import Policy
 from policy.logprobs import TokenLogprobs
@@ -98,6 +100,7 @@ def update(
     entropy_coef: float = 0.0,
     on_fault: Callable[[Step], None] | None = None,
     phases: Phases | None = None,
+    trial: Trial | None = None,
 ) -> UpdateStats:
     """`num_iterations` passes over the minibatches, an optimizer step each.
 
@@ -105,13 +108,16 @@ def update(
     log-probabilities are computed once beforehand (the sampler's would mix in how sampler and trainer differ).
     A step whose loss or gradient is not finite on any rank is not taken on any; `on_fault` sees it, the weights as they
     were. A step for which memory runs out is done again in smaller micro-batches, which also the passes after it keep.
-    Where weights lie in pieces, ranks with fewer micro-batches than others do idle ones. `phases` learns where the time
-    goes.
+    Where weights lie in pieces, `trial` finds out beforehand what fits, and ranks with fewer micro-batches than others
+    do idle ones. `phases` learns where the time goes.
     """
-    phases = phases or Phases(policy.device)
+    phases, num_halvings = phases or Phases(policy.device), 0
     with phases.phase("logprobs"):
+        if trial is not None:
+            minibatches, num_halvings = trial.fit(minibatches, partial(_trial_loss, config=config, ranks=ranks), ranks)
         minibatches = [replace(part, batches=fill_up(part.batches, policy, ranks)) for part in minibatches]
         steps = prepare(policy, minibatches, config, ranks, reference, entropy_coef)
+        steps = [replace(step, num_halvings=step.num_halvings + num_halvings) for step in steps]
     grad_norm, num_skipped = 0.0, 0
     for _ in range(config.num_iterations):
         sums, norms = _Sums(policy), list[float]()
@@ -206,7 +212,7 @@ def prepare(
         num_kept = minibatch.counts.tokens
         if is_masked:
             passes = zip(entropies, batches, strict=True)
-            learned = [e[batch.completion_mask_N] for e, batch in passes if not batch.is_idle]
+            learned = [e.index_select(0, batch.learned.token_W) for e, batch in passes if not batch.is_idle]
             threshold = entropy_threshold(learned, config.top_entropy_quantile, ranks)
             batches = [replace(batch, certain_N=e < threshold) for e, batch in zip(entropies, batches, strict=True)]
             num_kept = int(ranks.sum_number(sum(int((e >= threshold).sum()) for e in learned)))
@@ -272,49 +278,53 @@ def _idle_loss(policy: Policy, batch: Batch, config: Config, auxiliary: Auxiliar
     return 0.0 * (values.logprobs_N.sum() + auxiliary.loss(batch, values.output, watch))
 
 
+def _trial_loss(policy: Policy, batch: Batch, *, config: Config, ranks: Ranks) -> Tensor:
+    """Of a pass on this rank alone: the routers' losses, which ask the others, take next to no memory."""
+    config = config.model_copy(update={"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0})
+    auxiliary = Auxiliary(policy, [batch], num_tokens=1, config=config, ranks=ranks)
+    return _idle_loss(policy, batch, config, auxiliary)
+
+
+SUMMED = (
+    *("loss", "kl", "entropy", "entropy_kept", "difference", "ratio", "ratio_squared"),
+    *("kept", "low", "high", "dropped", "differing", "recorded"),
+)
+"""What is added up over micro-batches and ranks; the last two where experts were recorded."""
+
+
 class _Sums:
-    """Running sums over micro-batches, then over ranks."""
+    """Running sums over micro-batches, then over ranks; on the device, as a number asked for would be waited for."""
 
     def __init__(self, policy: Policy) -> None:
-        self._zero = torch.zeros((), dtype=torch.float64, device=policy.device)
-        self.totals: dict[str, Tensor] = {}
-        self.difference_max, self.ratio_max, self.ratio_min_negated = 0.0, -math.inf, -math.inf
+        self._totals = torch.zeros(len(SUMMED), dtype=torch.float64, device=policy.device)
+        self._extremes = torch.full((3,), -math.inf, dtype=torch.float64, device=policy.device)
+        """Largest |sampler's - trainer's log-probability|, largest ratio, and the smallest one negated."""
+        self._num_ratios = 0
 
     def copy(self) -> _Sums:
-        """The same sums, to go on from; the totals are replaced, never changed in place."""
-        other = copy(self)
-        other.totals = dict(self.totals)
-        return other
+        """The same sums, to go on from; tensors are replaced, never changed in place."""
+        return copy(self)
 
     def add(self, terms: LossTerms, values: TokenLogprobs, batch: Batch) -> None:
         mask_N, entropy_N, ratio_X = batch.completion_mask_N, values.entropy_N.detach(), terms.sampler_ratio_X
         old_N = values.logprobs_N.detach() if batch.old_logprobs_N is None else batch.old_logprobs_N
         difference_N = torch.where(mask_N, old_N - batch.rollout_logprobs_N, 0.0).abs()
-        for name, number in (
-            ("loss", terms.loss.detach()),
-            ("kl", terms.kl_N.sum()),
-            ("entropy", entropy_N.sum()),
-            ("entropy_kept", torch.where(terms.kept_N, entropy_N, 0.0).sum()),
-            ("kept", terms.kept_N.sum()),
-            ("low", terms.low_N.sum()),
-            ("high", terms.high_N.sum()),
-            ("dropped", terms.is_dropped_N.sum()),
-            ("difference", difference_N.sum()),
-            ("ratio", ratio_X.sum()),
-            ("ratio_squared", ratio_X.square().sum()),
-            ("ratios", torch.tensor(len(ratio_X))),
-        ):
-            self._count(name, number)
+        kept_entropy_N = torch.where(terms.kept_N, entropy_N, 0.0)
+        sums = [terms.loss.detach(), *(x.sum() for x in (terms.kl_N, entropy_N, kept_entropy_N, difference_N))]
+        of_ratios = (ratio_X.sum(), ratio_X.square().sum())
+        flags = [terms.kept_N, terms.low_N, terms.high_N, terms.is_dropped_N]
         if batch.experts_NMK is not None and batch.differs_N is not None:
-            self._count("differing", batch.differs_N.sum())
-            self._count("recorded", (batch.experts_NMK[:, 0, 0] >= 0).sum())
-        self.difference_max = max(self.difference_max, float(difference_N.max()))
+            flags += [batch.differs_N, batch.experts_NMK[:, 0, 0] >= 0]
+        counts = torch.stack(flags).sum(dim=1)
+        given = torch.cat([torch.stack(part).double() for part in (sums, of_ratios)] + [counts.double()])
+        self._totals = self._totals + F.pad(given, (0, len(SUMMED) - len(given)))
+        extremes = [difference_N.max()]
         if len(ratio_X):
-            self.ratio_max = max(self.ratio_max, float(ratio_X.max()))
-            self.ratio_min_negated = max(self.ratio_min_negated, -float(ratio_X.min()))
-
-    def _count(self, name: str, number: Tensor) -> None:
-        self.totals[name] = self.totals.get(name, self._zero) + number
+            extremes += [ratio_X.max(), -ratio_X.min()]
+        largest = torch.stack([extreme.double() for extreme in extremes])
+        # What is no number is left out, as a row that was given up must not hide the others.
+        self._extremes = torch.fmax(self._extremes, F.pad(largest, (0, 3 - len(largest)), value=-math.inf))
+        self._num_ratios += len(ratio_X)
 
     def mean(
         self,
@@ -326,16 +336,11 @@ class _Sums:
         auxiliary: AuxiliaryStats,
     ) -> UpdateStats:
         """The means over all ranks."""
-        names = (
-            *("loss", "kl", "entropy", "entropy_kept", "kept", "low", "high", "dropped", "difference"),
-            *("ratio", "ratio_squared", "ratios", "differing", "recorded"),
-        )
-        vector = torch.stack([self.totals.get(name, self._zero) for name in names])
-        ranks.sum_([vector])
-        total = dict(zip(names, vector.tolist(), strict=True))
+        ranks.sum_([self._totals])
+        total = dict(zip(SUMMED, self._totals.tolist(), strict=True))
+        num_ratios = int(ranks.sum_number(self._num_ratios))
         count = max(1, sum(step.minibatch.counts.tokens for step in steps))
-        number = max(1.0, total["ratios"])
-        ratio_max, ratio_min = ranks.max_number(self.ratio_max), -ranks.max_number(self.ratio_min_negated)
+        difference_max, ratio_max, ratio_min_negated = map(ranks.max_number, self._extremes.tolist())
         return UpdateStats(
             loss=total["loss"] / max(1, len(steps)),
             kl=total["kl"] / count,
@@ -345,11 +350,11 @@ class _Sums:
             clipped_high=total["high"] / count,
             dropped=total["dropped"] / count,
             logp_difference_mean=total["difference"] / count,
-            logp_difference_max=ranks.max_number(self.difference_max),
-            sampler_ratio_mean=total["ratio"] / number if total["ratios"] else 1.0,
-            sampler_ratio_min=ratio_min if total["ratios"] else 1.0,
-            sampler_ratio_max=ratio_max if total["ratios"] else 1.0,
-            effective_sample_size=effective_sample_size(total["ratio"], total["ratio_squared"], int(total["ratios"])),
+            logp_difference_max=max(0.0, difference_max),
+            sampler_ratio_mean=total["ratio"] / num_ratios if num_ratios else 1.0,
+            sampler_ratio_min=-ratio_min_negated if num_ratios else 1.0,
+            sampler_ratio_max=ratio_max if num_ratios else 1.0,
+            effective_sample_size=effective_sample_size(total["ratio"], total["ratio_squared"], num_ratios),
             experts_differ=total["differing"] / total["recorded"] if total["recorded"] else None,
             grad_norm=grad_norm,
             num_skipped=num_skipped,

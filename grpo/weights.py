@@ -11,7 +11,8 @@ import copy
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from grpo.config import Config
 from grpo.distributed import Ranks
@@ -92,6 +93,27 @@ class WholeWeights:
     def restore(self, kept: Policy, whole: Mapping[str, Tensor]) -> None:
         """See `Weights.restore`."""
         kept.load_state_dict(dict(whole), strict=False)  # without the buffers, which do not move
+
+
+def copy_policy(policy: Policy, device: torch.device, *, shared: Iterable[Tensor] = ()) -> Policy:
+    """A copy without gradients on another device or the same, made without a second one on the way there; tensors that
+    are `shared` are the policy's own.
+    """
+    memo: dict[int, Tensor] = {id(tensor): tensor for tensor in shared}
+    for weight in policy.parameters():
+        memo.setdefault(id(weight), nn.Parameter(weight.detach().to(device, copy=True), requires_grad=False))
+    for buffer in policy.buffers():
+        memo.setdefault(id(buffer), buffer.detach().to(device, copy=True))
+    return copy.deepcopy(policy, memo)
+
+
+def sampler_device(config: Config, device: torch.device) -> torch.device:
+    """Where a copy of the weights lies that is there to be sampled from: on the rank's own device, unless vLLM's
+    servers sample, who read it from files; then in the host's memory.
+    """
+    engine = config.engine
+    is_read_from_files = engine.kind == "vllm_server" and engine.vllm_server.weight_transfer == "folder"
+    return torch.device("cpu") if is_read_from_files else device
 
 
 def keep_weights(policy: Policy, config: Config, ranks: Ranks) -> Weights:

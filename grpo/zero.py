@@ -11,7 +11,6 @@ without a call, stay whole on every rank.
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 
 from grpo.config import Config
 from grpo.distributed import Ranks
+from grpo.weights import copy_policy, sampler_device
 from grpo.zero_settings import settings_of
 from policy import Policy
 from policy.moe import MixtureOfExperts
@@ -50,8 +50,9 @@ class ZeroWeights:
         self.policy = self.sampler = policy
         self._is_whole = ranks.sharding == "zero2"
         if not self._is_whole:
-            self.sampler = copy.deepcopy(policy).requires_grad_(False).to(ranks.device)
+            self.sampler = copy_policy(policy, sampler_device(config, ranks.device))
         self.optimizer = ZeroOptimizer(policy, config, ranks)
+        self._ranks = ranks
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -68,7 +69,7 @@ class ZeroWeights:
     def freeze_copy(self) -> Policy:
         """See `Weights.freeze_copy`; whole."""
         self.publish()
-        return copy.deepcopy(self.sampler).requires_grad_(False)
+        return copy_policy(self.sampler, self._ranks.device)
 
     def pieces(self, kept: Policy) -> Iterator[Tensor]:
         """See `Weights.pieces`; those of the policy are whole, and of use to be read only."""

@@ -122,11 +122,17 @@ def _attend_plainly(query_BHRQ: Tensor, key_BGSQ: Tensor, value_BGSV: Tensor, bi
     return torch.bmm(weights, value).view(-1, heads, length, value.shape[-1])
 
 
-def write_cache(blocks: Tensor, slot_N: Tensor, entries_NW: Tensor) -> None:
-    """Put what decoding will read at flat positions `slot_N` of one layer's blocks [blocks, block_size, W], in place.
+def write_cache(blocks: Tensor, slot_N: Tensor, first_NX: Tensor, second_NY: Tensor) -> None:
+    """Put what decoding will read at flat positions `slot_N` of one layer's blocks [blocks, block_size, W], in place:
+    the two parts of each entry side by side.
 
     What is not a number is written as 0. It still spoils the sequence it comes from, through that sequence's own hidden
     states; in the cache it would spoil the block's next holder too, since weight 0 times NaN is NaN.
     """
-    entries_NW = entries_NW.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    if blocks.is_cuda:
+        from policy import step_kernels
+
+        step_kernels.write(blocks, slot_N, first_NX, second_NY)
+        return
+    entries_NW = torch.cat((first_NX, second_NY), dim=-1).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     blocks.flatten(0, 1).index_copy_(0, slot_N, entries_NW.to(blocks.dtype))

@@ -40,13 +40,14 @@ class RouterWatch:
     @classmethod
     def of(cls, rows: PackedRows, *, with_losses: bool) -> RouterWatch:
         """Count all tokens, those that rows share in each of them."""
-        device, lengths_B = rows.position_ids_N.device, torch.tensor(rows.lengths)
-        row_N = torch.arange(len(lengths_B)).repeat_interleave(lengths_B)
-        after_N = lengths_B.cumsum(0)[row_N] - torch.arange(1, len(row_N) + 1)
+        # From what the device has: for what the host sends, it would wait.
+        ends_B = rows.bounds[1:].long()
+        place_N = torch.arange(len(rows.position_ids_N), device=ends_B.device)
+        row_N = torch.searchsorted(ends_B, place_N, right=True)
         return cls(
-            row_N=row_N.to(device),
-            after_N=after_N.to(device),
-            lengths_B=lengths_B.float().to(device),
+            row_N=row_N,
+            after_N=ends_B.index_select(0, row_N) - place_N - 1,
+            lengths_B=rows.bounds.diff().float(),
             with_losses=with_losses,
             place_N=None if rows.shared is None else rows.shared.place_N,
         )

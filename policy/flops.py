@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from policy.config import PolicyConfig
-from policy.footprint import ParameterCount, count_parameters
 from policy.lora import LoraConfig
+from policy.parameter_count import ParameterCount, count_parameters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

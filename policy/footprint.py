@@ -17,17 +17,12 @@ width, R latent width, P rotated width, I inner width, K experts per token, E ex
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import cast
-
-import torch
 
 from policy.attention import SHORT_ROW
-from policy.block import Block
 from policy.config import PolicyConfig
 from policy.head import MAX_ELEMENTS, MIN_SLICE
-from policy.lora import LoraConfig, add_adapters
-from policy.model import Policy
+from policy.lora import LoraConfig
+from policy.parameter_count import ParameterCount, count_parameters
 from policy.recompute import Recomputation
 
 
@@ -97,61 +92,6 @@ class PassPeak:
     def total(self) -> int:
         """All of it."""
         return self.activations + self.head + self.working + self.gradients
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ParameterCount:
-    """Weights of a policy, in numbers."""
-
-    total: int
-    active: int
-    """That one token meets, MTP modules included: of a layer's routed experts the K that it goes to."""
-    met: int
-    """Of these, what the trunk and the head multiply a token with; an embedding is looked up."""
-    met_trained: int
-    """Of these, what gets a gradient."""
-    trained: int
-    """Of all, what gets a gradient."""
-    largest: int
-    """Of the largest tensor that gets a gradient."""
-    layers: tuple[int, ...]
-    """Trained ones of each layer of the trunk; with those of MTP modules, embedding and head this is all `trained`."""
-    embedding: int
-    """Trained ones of the embedding, V x C or none; the head has as many, unless it is the same tensor."""
-
-
-@lru_cache(maxsize=16)
-def count_parameters(config: PolicyConfig, lora: LoraConfig | None = None) -> ParameterCount:
-    """Counted on a policy of this shape without memory. Raises LoraError where `lora` names no layer of it."""
-    with torch.device("meta"):
-        policy = Policy(config)
-    if lora is not None:
-        add_adapters(policy, lora, seed=0)
-    share = config.num_experts_per_tok / config.n_routed_experts if config.n_routed_experts else 0.0
-    total = trained = largest = 0
-    active = met = met_trained = 0.0
-    for name, weight in policy.named_parameters():
-        own = weight.numel() * (share if ".experts." in name else 1.0)
-        total += weight.numel()
-        active += own
-        is_looked_up = name == "embed_tokens.weight" and not config.tie_word_embeddings
-        met += 0 if is_looked_up or name.startswith("mtp.") else own
-        if weight.requires_grad:
-            trained, largest = trained + weight.numel(), max(largest, weight.numel())
-            met_trained += 0 if is_looked_up or name.startswith("mtp.") else own
-    return ParameterCount(
-        total=total,
-        active=round(active),
-        met=round(met),
-        met_trained=round(met_trained),
-        trained=trained,
-        largest=largest,
-        layers=tuple(
-            sum(weight.numel() for weight in cast(Block, layer).parameters() if weight.requires_grad)
-            for layer in policy.layers
-        ),
-        embedding=0 if lora is not None else policy.embed_tokens.weight.numel(),
-    )
 
 
 def layer_pieces(config: PolicyConfig, layer: int, size: PassSize) -> list[Piece]:

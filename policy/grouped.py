@@ -79,8 +79,8 @@ def has_grouped_product(x_TO: Tensor, down_EOI: Tensor) -> bool:
     is_aligned = all(width * bytes_per_number % 16 == 0 for width in down_EOI.shape[1:])
     if not x_TO.is_cuda:
         return is_aligned
-    is_new_enough = torch.cuda.get_device_capability(x_TO.device)[0] in (9, 10)
-    return is_aligned and is_new_enough and x_TO.dtype == torch.bfloat16
+    is_taken = is_aligned and x_TO.dtype == torch.bfloat16
+    return is_taken and torch.cuda.get_device_capability(x_TO.device)[0] in (9, 10)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

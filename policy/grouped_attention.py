@@ -8,7 +8,6 @@ heads, D head width.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from policy.attention import AttentionPlan, attend_in_rows, write_cache
@@ -45,16 +44,16 @@ class GroupedQueryAttention(nn.Module):
         key_NGD = rotate(self.k_norm(self.k_proj(x_NC).unflatten(-1, (-1, head))), rotation)
         value_NGD = self.v_proj(x_NC).unflatten(-1, (-1, head))
         if isinstance(plan, Absorbed):
-            write_cache(plan.cache[self.layer], plan.slot_B, _entries(key_NGD, value_NGD))
+            write_cache(plan.cache[self.layer], plan.slot_B, key_NGD.flatten(1), value_NGD.flatten(1))
             attended = attend_over_cache(query_NHD, self.layer, plan, self.layout, self.scale)
         elif isinstance(plan, Continued):
-            write_cache(plan.cache[self.layer], plan.slot_N, _entries(key_NGD, value_NGD))
+            write_cache(plan.cache[self.layer], plan.slot_N, key_NGD.flatten(1), value_NGD.flatten(1))
             key_LGD, value_LGD = plan.read(self.layer).unflatten(-1, (-1, head)).chunk(2, dim=1)
             attended = attend_to_context(query_NHD, key_LGD, value_LGD, plan, self.scale)
         else:
             if plan.cache is not None:
                 assert plan.slot_N is not None
-                write_cache(plan.cache[self.layer], plan.slot_N, _entries(key_NGD, value_NGD))
+                write_cache(plan.cache[self.layer], plan.slot_N, key_NGD.flatten(1), value_NGD.flatten(1))
             attended = attend_in_rows(query_NHD, key_NGD, value_NGD, plan.rows, self.scale)
         out: Tensor = self.o_proj(attended.flatten(-2))
         return out
@@ -76,7 +75,3 @@ class GroupedQueryAttention(nn.Module):
             query_NX, key_NX, self.v_proj(inner_NC), rotation, plan, self.layer, self.layout, self.scale
         )
         return x_NC + self.o_proj(attended_NX)
-
-
-def _entries(key_NGD: Tensor, value_NGD: Tensor) -> Tensor:
-    return torch.cat((key_NGD.flatten(1), value_NGD.flatten(1)), dim=-1)

@@ -93,13 +93,13 @@ class LatentAttention(nn.Module):
     def _expanded(self, query_NHQ: Tensor, latent_NR: Tensor, k_rope_NP: Tensor, plan: Expanded) -> Tensor:
         if plan.cache is not None:
             assert plan.slot_N is not None
-            write_cache(plan.cache[self.layer], plan.slot_N, torch.cat((latent_NR, k_rope_NP), dim=-1))
+            write_cache(plan.cache[self.layer], plan.slot_N, latent_NR, k_rope_NP)
         key_NHQ, value_NHV = remade(self._keys_and_values, latent_NR, k_rope_NP)
         return attend_in_rows(query_NHQ, key_NHQ, value_NHV, plan.rows, self.scale)
 
     def _continued(self, query_NHQ: Tensor, latent_NR: Tensor, k_rope_NP: Tensor, plan: Continued) -> Tensor:
         config = self.config
-        write_cache(plan.cache[self.layer], plan.slot_N, torch.cat((latent_NR, k_rope_NP), dim=-1))
+        write_cache(plan.cache[self.layer], plan.slot_N, latent_NR, k_rope_NP)
         latent_LR, k_rope_LP = plan.read(self.layer).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         return attend_to_context(query_NHQ, *self._keys_and_values(latent_LR, k_rope_LP), plan, self.scale)
 
@@ -112,7 +112,7 @@ class LatentAttention(nn.Module):
     def _absorbed(self, query_BHQ: Tensor, latent_BR: Tensor, k_rope_BP: Tensor, plan: Absorbed) -> Tensor:
         config = self.config
         q_nope_BHD, q_rope_BHP = query_BHQ.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-        write_cache(plan.cache[self.layer], plan.slot_B, torch.cat((latent_BR, k_rope_BP), dim=-1))
+        write_cache(plan.cache[self.layer], plan.slot_B, latent_BR, k_rope_BP)
         up_HXR = self.kv_b_proj.weight.view(config.num_attention_heads, -1, config.kv_lora_rank)
         key_up_HDR, value_up_HVR = up_HXR.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
         q_latent_BHR = torch.bmm(q_nope_BHD.transpose(0, 1), key_up_HDR).transpose(0, 1)
@@ -124,6 +124,10 @@ class LatentAttention(nn.Module):
         # The expanded form has no latent mixture to round: here it comes as two numbers, for one product in fp32.
         halves_2BHR = attend_over_cache(query_BHW, self.layer, plan, self.layout, self.scale, in_two=True)
         out_H2BV = _multiply_wide(halves_2BHR.flatten(0, 1).transpose(0, 1), value_up_HRV)
+        if out_H2BV.is_cuda and not torch.is_grad_enabled():
+            from policy import step_kernels
+
+            return step_kernels.add_halves(out_H2BV, query_BHW.dtype)
         return torch.add(*out_H2BV.chunk(2, dim=1)).to(query_BHW.dtype).transpose(0, 1)
 
 

@@ -19,7 +19,7 @@ from policy.attention import Expanded
 from policy.balance import RouterSums, RouterWatch
 from policy.head import score_tokens
 from policy.model import Policy, PolicyOutput
-from policy.packing import PackedRows
+from policy.packing import PackedRows, Wanted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +38,7 @@ def token_logprobs(
     policy: Policy,
     token_ids_N: Tensor,
     rows: PackedRows,
-    wanted_N: Tensor,
+    wanted: Wanted | Tensor,
     *,
     temperature: float = 1.0,
     given_experts_MNK: Tensor | None = None,
@@ -46,12 +46,11 @@ def token_logprobs(
 ) -> TokenLogprobs:
     """Run the trunk over packed rows and read off log softmax(logits / temperature) at every wanted token.
 
-    `wanted_N` is a boolean mask; a row's first token cannot be wanted. `given_experts_MNK` and `watch` are
-    `Policy.forward`'s.
+    `wanted` may be a boolean mask [N], which a GPU is waited for to look through; a row's first token cannot be wanted.
+    `given_experts_MNK` and `watch` are `Policy.forward`'s.
     """
+    wanted_W = (Wanted.of(wanted, rows) if isinstance(wanted, Tensor) else wanted).token_W
     output = run_trunk(policy, token_ids_N, rows, given_experts_MNK, watch)
-    wanted_W = wanted_N.nonzero().squeeze(1)
-    assert rows.position_ids_N[wanted_W].all(), "a row's first token has nothing before it"
     before_WC = take_hidden(output.hidden_NC, rows, wanted_W - 1)
     logprobs_W, entropy_W = gather_logprobs(policy, before_WC, token_ids_N.index_select(0, wanted_W), temperature)
     empty_N = torch.zeros(len(token_ids_N), dtype=torch.float32, device=token_ids_N.device)
@@ -122,7 +121,7 @@ def next_token_loss(
     DeepSeek-V3, equations 24 and 25, each loss a mean over the tokens it predicts.
     """
     output = policy(token_ids_N, rows.position_ids_N, Expanded(rows=rows), watch=watch)
-    loss_sum, count = _sum_losses(policy, output.hidden_NC, token_ids_N, rows.position_ids_N >= 1, ahead=1)
+    loss_sum, count = _sum_losses(policy, output.hidden_NC, token_ids_N, _places_from(1, rows), ahead=1)
     loss = loss_sum / max(1, count)
     mtp_loss = torch.zeros_like(loss)
     routers = [output.routers]
@@ -157,7 +156,7 @@ def ahead_losses(
     token_ids_N: Tensor,
     rows: PackedRows,
     *,
-    wanted_N: Tensor | None = None,
+    wanted: Wanted | None = None,
     temperature: float = 1.0,
     watch: RouterWatch | None = None,
     is_detached: bool = False,
@@ -167,8 +166,8 @@ def ahead_losses(
 
     A module looks at the next token too, which at a prefix's end is another in each row: it goes over rows one by one.
     The last one also predicts `num_recycled` times from its own output: see `Policy.predict_ahead`.
-    `wanted_N` leaves tokens out. With `is_detached` the gradient reaches the modules' own weights alone: not the
-    trunk, not the embedding, not the head.
+    `wanted` leaves all other tokens out. With `is_detached` the gradient reaches the modules' own weights alone: not
+    the trunk, not the embedding, not the head.
     """
     if rows.shared is not None:
         hidden_NC = F.embedding(rows.shared.place_N, hidden_NC)
@@ -178,14 +177,11 @@ def ahead_losses(
     )
     sums, counts = list[Tensor](), list[int]()
     for k, output in enumerate(outputs):
-        target_N = rows.position_ids_N >= k + 2
-        if wanted_N is not None:
-            target_N = target_N & wanted_N
         loss_sum, count = _sum_losses(
             policy,
             output.hidden_NC,
             token_ids_N,
-            target_N,
+            _places_from(k + 2, rows, wanted),
             ahead=min(k, len(policy.mtp) - 1) + 2,
             temperature=temperature,
             is_detached=is_detached,
@@ -207,18 +203,27 @@ def gather_logprobs(
     return score_tokens(hidden_WC, head_VC.detach() if is_detached else head_VC, token_ids_W, temperature)
 
 
+def _places_from(position: int, rows: PackedRows, wanted: Wanted | None = None) -> Tensor:
+    """Places of the wanted tokens that stand at this position of their row or after it; a GPU is waited for where some
+    may not."""
+    if wanted is None:
+        return (rows.position_ids_N >= position).nonzero().squeeze(1)
+    if wanted.first_position >= position:
+        return wanted.token_W
+    return wanted.token_W[rows.position_ids_N.index_select(0, wanted.token_W) >= position]
+
+
 def _sum_losses(
     policy: Policy,
     hidden_NC: Tensor,
     token_ids_N: Tensor,
-    target_N: Tensor,
+    target_W: Tensor,
     *,
     ahead: int,
     temperature: float = 1.0,
     is_detached: bool = False,
 ) -> tuple[Tensor, int]:
-    """Sum of -log p(token n | hidden n - ahead) over the tokens of a mask, and their number."""
-    target_W = target_N.nonzero().squeeze(1)
+    """Sum of -log p(token n | hidden n - ahead) over the tokens at these places, and their number."""
     before_WC = hidden_NC.index_select(0, target_W - ahead)
     logprobs_W, _ = gather_logprobs(policy, before_WC, token_ids_N[target_W], temperature, is_detached=is_detached)
     return -logprobs_W.sum(), len(target_W)

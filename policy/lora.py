@@ -61,6 +61,9 @@ class LoraLinear(nn.Module):
 
     def forward(self, x_NI: Tensor) -> Tensor:
         """[N, I] to [N, O]."""
+        # A view of its own: the two gradients that the input gets from here are added up before those from layers
+        # beside. ZeRO-3's hooks around modules have it so, and the order of a sum is its rounding.
+        x_NI = x_NI.view_as(x_NI)
         out: Tensor = self.base(x_NI) + self.scale * F.linear(F.linear(x_NI, self.lora_A), self.lora_B)
         return out
 

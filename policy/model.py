@@ -3,7 +3,7 @@
 It is not a sampler (rollouts/), knows no rewards and no losses, and shifts nothing (that is policy/logprobs.py).
 
 Shapes: N packed tokens, B rows, S positions, C model width, V vocabulary, E experts, K experts per token,
-M layers with routed experts, D MTP modules.
+M layers with routed experts, D MTP modules, P rotated width.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from policy.mtp import MultiTokenPredictor
 from policy.norm import RMSNorm
 from policy.packing import PackedRows
 from policy.recompute import Recomputation, run_block
-from policy.rope import rotation_of
+from policy.rope import Rotation, rope_frequencies, rotation_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +65,8 @@ class Policy(nn.Module):
         """What the trunk's blocks keep for the backward pass."""
         self.residual_in_fp32 = True
         """Whether the trunk's residual stream stays in fp32 where the weights are narrower."""
+        self._frequencies: Tensor | None = None
+        """RoPE's, [P/2], where the last pass was: a few small kernels that every pass would start again."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -114,7 +116,7 @@ class Policy(nn.Module):
         asks for sums of what the routers did.
         """
         config = self.config
-        rotation = rotation_of(position_ids_N, config)
+        rotation = self._rotation_of(position_ids_N)
         x_NC = self.embed_tokens(token_ids_N)
         if self.residual_in_fp32:
             x_NC = x_NC.to(torch.promote_types(x_NC.dtype, torch.float32))
@@ -153,7 +155,7 @@ class Policy(nn.Module):
         table_VC = self.embed_tokens.weight
         if is_detached:
             hidden_NC, table_VC = hidden_NC.detach(), table_VC.detach()
-        rotation = rotation_of(rows.position_ids_N, self.config)
+        rotation = self._rotation_of(rows.position_ids_N)
         is_first_N1, outputs = (rows.position_ids_N == 0)[:, None], []
         for k in range(len(self.mtp) + num_recycled):
             module, given_NK = self.mtp[min(k, len(self.mtp) - 1)], None
@@ -184,9 +186,14 @@ class Policy(nn.Module):
         the cache where one is given; under `Absorbed` it takes one token of each sequence. Positions, slots and blocks
         are those of the trunk's own pass over i. Its layer of the cache is `num_hidden_layers` + k.
         """
-        rotation = rotation_of(position_ids_N, self.config)
+        rotation = self._rotation_of(position_ids_N)
         hidden_NC, routed = self.mtp[module](hidden_NC, self.embed_tokens(next_token_ids_N), rotation, plan)
         return PolicyOutput.of(hidden_NC, [routed] if routed is not None else [])
+
+    def _rotation_of(self, position_ids_N: Tensor) -> Rotation:
+        if self._frequencies is None or self._frequencies.device != position_ids_N.device:
+            self._frequencies = rope_frequencies(self.config, position_ids_N.device)
+        return rotation_of(position_ids_N, self.config, self._frequencies)
 
     def project(self, hidden_NC: Tensor, *, is_detached: bool = False) -> Tensor:
         """Logits [N, V] of hidden states [N, C], in fp32 whatever the policy's dtype: `policy.head.project`.

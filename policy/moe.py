@@ -23,6 +23,9 @@ from policy.norm import RMSNorm
 from policy.recompute import remade
 from policy.router import Router
 
+FEW_PAIRS = 8192
+"""Up to so many token-expert pairs, a GPU that needs no gradient sorts them by counting, in one kernel."""
+
 
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
@@ -66,6 +69,12 @@ class Experts(nn.Module):
 
             return cpu_experts.mix_experts(x_NC, experts_NK, weights_NK, self.gate_up_proj, self.down_proj)
         per_token = experts_NK.shape[1]
+        if x_NC.is_cuda and not torch.is_grad_enabled() and 0 < experts_NK.numel() <= FEW_PAIRS:
+            from policy import gpu_kernels, step_kernels
+
+            source_T, places_NK, ends_E = step_kernels.sort_pairs(experts_NK, len(self.down_proj))
+            out_TC = swiglu(x_NC.index_select(0, source_T), self.gate_up_proj, self.down_proj, ends_E)
+            return gpu_kernels.mix_rows(out_TC, places_NK, weights_NK.contiguous())
         order = sort_by_group(experts_NK.flatten(), len(self.down_proj))
         sorted_TC = remade(partial(gather_sorted, per_row=per_token), x_NC, order.order_T)
         out_TC = swiglu(sorted_TC, self.gate_up_proj, self.down_proj, order.ends_E)
@@ -98,10 +107,11 @@ class MixtureOfExperts(nn.Module):
         self, x_NC: Tensor, given_experts_NK: Tensor | None = None, watch: RouterWatch | None = None
     ) -> tuple[Tensor, Routed]:
         """Output [N, C] and what became known of the routing."""
+        if given_experts_NK is None and watch is None and self.gate.chooses_at_once(x_NC):
+            experts_NK, weights_NK = self.gate.choose(x_NC)
+            return self._mix(x_NC, experts_NK, weights_NK), Routed(experts_NK=experts_NK, sums=None)
         routing = self.gate(x_NC, given_experts_NK)
-        out_NC = self.experts(x_NC, routing.experts_NK, routing.weights_NK)
-        if self.shared_experts is not None:
-            out_NC = out_NC + self.shared_experts(x_NC)
+        out_NC = self._mix(x_NC, routing.experts_NK, routing.weights_NK)
         sums = None if watch is None else sum_up(routing, watch)
         return out_NC, Routed(experts_NK=routing.experts_NK, sums=sums, preferred_NK=routing.preferred_NK)
 
@@ -119,3 +129,7 @@ class MixtureOfExperts(nn.Module):
             experts.down_proj, shared, router.config,
         )  # fmt: skip
         return out_NC, Routed(experts_NK=experts_NK, sums=None)
+
+    def _mix(self, x_NC: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        out_NC: Tensor = self.experts(x_NC, experts_NK, weights_NK)
+        return out_NC if self.shared_experts is None else out_NC + self.shared_experts(x_NC)

@@ -67,13 +67,14 @@ def normalise_backward(
     rows, width = x_NC.shape
     x_grad_NC = torch.empty_like(x_NC)
     programs = min(rows, programs)
-    weight_grads_PC = torch.zeros(max(1, programs), width, dtype=torch.float32, device=x_NC.device)
-    if rows:
-        block = triton.next_power_of_2(width)
-        _normalise_backward_kernel[(programs,)](
-            x_NC, weight_C, grad_NC, x_grad_NC, weight_grads_PC, rows, eps,
-            WIDTH=width, BLOCK=block, num_warps=_warps(block),
-        )  # fmt: skip
+    if not rows:
+        return x_grad_NC, torch.zeros(width, dtype=torch.float32, device=x_NC.device)
+    weight_grads_PC = torch.empty(programs, width, dtype=torch.float32, device=x_NC.device)
+    block = triton.next_power_of_2(width)
+    _normalise_backward_kernel[(programs,)](
+        x_NC, weight_C, grad_NC, x_grad_NC, weight_grads_PC, rows, eps,
+        WIDTH=width, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
     return x_grad_NC, weight_grads_PC.sum(0)
 
 

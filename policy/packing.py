@@ -1,6 +1,7 @@
 """Rows of different lengths laid end to end, without padding; and what several begin with, laid down once.
 
-Shapes: B rows, N tokens of all rows together, S the longest row, F prefixes, U tokens with each prefix counted once.
+Shapes: B rows, N tokens of all rows together, S the longest row, F prefixes, U tokens with each prefix counted once,
+W wanted tokens, L rows with one.
 """
 
 from __future__ import annotations
@@ -107,6 +108,30 @@ class PackedRows:
         """[B, S, ...] to [N, ...]."""
         flat = x_BS.flatten(0, 1)
         return flat if self.slot_N is None else flat.index_select(0, self.slot_N)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """Some tokens of packed rows by their places, which the host knows when it packs them and a GPU's mask would have
+    to be asked for."""
+
+    token_W: Tensor
+    """Their places among the N tokens, in order, int64."""
+    row_L: Tensor
+    """The rows that have any, int64."""
+    first_position: int
+    """Least position of one in its row; at least 1, as a row's first token has nothing before it."""
+
+    @classmethod
+    def of(cls, mask_N: Tensor, rows: PackedRows) -> Wanted:
+        """The tokens at which a mask is true, on the device of `rows`. Waits for a GPU that the mask lies on."""
+        device, token_W = rows.position_ids_N.device, mask_N.cpu().nonzero().squeeze(1)
+        ends_B = torch.tensor(rows.lengths).cumsum(0)
+        row_W = torch.searchsorted(ends_B, token_W, right=True)
+        position_W = token_W - (ends_B - torch.tensor(rows.lengths))[row_W]
+        first_position = int(position_W.min()) if len(token_W) else 1
+        assert first_position, "a row's first token has nothing before it"
+        return cls(token_W=token_W.to(device), row_L=row_W.unique().to(device), first_position=first_position)
 
 
 BLOCK_GROWTH, BLOCK_LEAST = 1.5, 16

@@ -54,10 +54,14 @@ class Absorbed:
     def at(cls, cache: Tensor, block_table_BM: Tensor, position_B: Tensor) -> Absorbed:
         """The plan in which each sequence's new token stands at `position_B` (int64, 0 for the first)."""
         size = cache.shape[2]
+        if cache.is_cuda:
+            from policy import step_kernels
+
+            slot_B, length_B = step_kernels.place(block_table_BM, position_B, size)
+            return cls(cache=cache, block_table_BM=block_table_BM, slot_B=slot_B, length_B=length_B, bias_B1L=None)
         own_B = block_table_BM.gather(1, (position_B // size)[:, None]).squeeze(1)
         bias_B1L = None
-        has_kernels = cache.dtype == torch.float32 and size >= LEAST_BLOCK and not torch.is_grad_enabled()
-        if cache.device.type != "cuda" and not has_kernels:
+        if cache.dtype != torch.float32 or size < LEAST_BLOCK or torch.is_grad_enabled():
             beyond_BL = torch.arange(block_table_BM.shape[1] * size)[None] > position_B[:, None]
             bias_B1L = torch.zeros(beyond_BL.shape).masked_fill_(beyond_BL, float("-inf"))[:, None]
         return cls(

@@ -30,15 +30,20 @@ class Rotation:
     """Whether pairs are neighbours (x[2i], x[2i+1]), not halves (x[i], x[i + P/2])."""
 
 
-def rotation_of(position_ids_N: Tensor, config: PolicyConfig) -> Rotation:
-    """Angles of each position: position * frequency, for P/2 frequencies."""
-    angles = position_ids_N.float()[:, None] * rope_frequencies(config, position_ids_N.device)
+def rotation_of(position_ids_N: Tensor, config: PolicyConfig, frequencies: Tensor | None = None) -> Rotation:
+    """Angles of each position: position * frequency, for P/2 frequencies (None: `rope_frequencies`)."""
+    frequencies = rope_frequencies(config, position_ids_N.device) if frequencies is None else frequencies
     growth = 1.0
     if config.rope_scaling is not None and config.rope_scaling.rope_type == "yarn":
         growth = _yarn_growth(config.rope_scaling)
-    return Rotation(
-        cos=angles.cos() * growth, sin=angles.sin() * growth, is_interleaved=config.family.has_interleaved_rope
-    )
+    is_interleaved = config.family.has_interleaved_rope
+    if position_ids_N.is_cuda:
+        from policy import step_kernels
+
+        cos, sin = step_kernels.rotation(position_ids_N, frequencies, growth)
+        return Rotation(cos=cos, sin=sin, is_interleaved=is_interleaved)
+    angles = position_ids_N.float()[:, None] * frequencies
+    return Rotation(cos=angles.cos() * growth, sin=angles.sin() * growth, is_interleaved=is_interleaved)
 
 
 def rotate(x_NHQ: Tensor, rotation: Rotation) -> Tensor:

@@ -27,6 +27,9 @@ from policy.config import PolicyConfig
 from policy.decode_layout import lies_by_feature
 from policy.head import project
 
+FEW_TOKENS = 4096
+"""More than a decoding step has; longer passes choose as training does."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Routing:
@@ -94,6 +97,24 @@ class Router(nn.Module):
             scores_NE=scores_NE,
             preferred_NK=None if given_experts_NK is None else own_NK,
         )
+
+    def chooses_at_once(self, x_NC: Tensor) -> bool:
+        """Whether `choose` takes these: a decoding step's tokens on a GPU, where small kernels would wait in a row."""
+        if not x_NC.is_cuda or torch.is_grad_enabled() or len(x_NC) > FEW_TOKENS:
+            return False
+        from policy import step_kernels
+
+        return step_kernels.can_route(self.config)
+
+    def choose(self, x_NC: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts and weights of `forward` in one kernel behind the product, without gradient.
+
+        Its exponential differs from torch's in the last digit, which moves ties that are as near as that; of equal
+        ratings it takes the lower number.
+        """
+        from policy import step_kernels
+
+        return step_kernels.route(linear_fp32(x_NC, self.weight), self.e_score_correction_bias, self.config)
 
     @torch.no_grad()
     def balance(self, load_E: Tensor, rate: float) -> None:

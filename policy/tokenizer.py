@@ -7,6 +7,7 @@ trained from nothing. Code of a hub repository is never run.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +56,28 @@ class Tokenizer:
         """`decode` of each row."""
         return [self.decode(row) for row in rows]
 
+    def decode_after_text(self, token_ids: Sequence[int]) -> str:
+        """What tokens add to a text that has begun. Some decoders drop the space before the first word of a text, which
+        `decode` then lacks; a reader of prompt and completion sees it.
+        """
+        token, before = self._beginning
+        return self.decode([token, *token_ids])[len(before) :]
+
     def pieces(self) -> list[str]:
         """What each token adds to a text that has begun, [len(self)]; REPLACEMENT where it ends or begins inside a
         character, or where it changes what stands before it.
         """
-        first = (*self.encode("a")[-1:], *range(len(self)))
-        anchor = [next(token for token in first if (text := self.decode([token])).strip() and REPLACEMENT not in text)]
-        before = self.decode(anchor)
-        texts = self.decode_many([[*anchor, token] for token in range(len(self))])
+        first, before = self._beginning
+        texts = self.decode_many([[first, token] for token in range(len(self))])
         return [text[len(before) :] if text.startswith(before) else REPLACEMENT for text in texts]
+
+    @cached_property
+    def _beginning(self) -> tuple[int, str]:
+        """A token that says something readable, and what it says."""
+        for token in (*self.encode("a")[-1:], *range(len(self))):
+            if (text := self.decode([token])).strip() and REPLACEMENT not in text:
+                return token, text
+        raise TokenizerError("the tokenizer has no token that says anything by itself")
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation under the tokenizer's own chat template, opened for the assistant's turn."""

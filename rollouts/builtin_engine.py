@@ -162,10 +162,8 @@ class BuiltinEngine:
         self._stop_strings = stop_strings_of(params, self.tokenizer, self._stop_strings)
         scheduler, runner = self._prepare(groups, num_generations, params)
         speculator = self._speculator
-        drafted_before = (0, 0)
         if speculator is not None:
             speculator.begin_call()
-            drafted_before = speculator.num_drafted, speculator.num_accepted
         reader = None
         if params.record_experts and runner.experts is not None:
             reader = ExpertReader(runner, num_generations)
@@ -185,9 +183,6 @@ class BuiltinEngine:
                         speculator.leave(scheduler.running)
                 self._retire(scheduler, params, done, reader)
         self.num_preemptions += scheduler.num_preemptions
-        if speculator is not None:
-            self.num_drafted += speculator.num_drafted - drafted_before[0]
-            self.num_accepted += speculator.num_accepted - drafted_before[1]
         self._prefixes = scheduler.prefixes
 
     def _prepare(
@@ -372,7 +367,9 @@ class BuiltinEngine:
         )
         self._end_at_strings(running, np.arange(size), drafted.token_ids_TB, kept_B)
         running.length[:size] += kept_B
-        speculator.count(drafted.accepted_IB, kept_B)
+        num_drafted, num_accepted = speculator.count(drafted.accepted_IB, kept_B)
+        self.num_drafted += num_drafted
+        self.num_accepted += num_accepted
 
     def _retire(self, scheduler: Scheduler, params: SamplingParams, done: Groups, reader: ExpertReader | None) -> None:
         """Take finished sequences out of the batch and make their completions."""

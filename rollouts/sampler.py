@@ -128,7 +128,6 @@ def _sample_on_gpu(
     else:
         fine_R = logits_RV.isfinite().all(dim=-1)
         logits_RV = truncate(logits_RV / params.temperature, params)
-    row_of_B = torch.arange(len(logits_RV), device=logits_RV.device) if row_of_B is None else row_of_B
     token_ids_B, logprobs_B, finite_B = sampling_kernels.sample(
         logits_RV,
         row_of_B,
@@ -139,7 +138,7 @@ def _sample_on_gpu(
         is_truncated=fine_R is not None,
     )
     if fine_R is not None:
-        finite_B = finite_B & fine_R.index_select(0, row_of_B)
+        finite_B = finite_B & (fine_R if row_of_B is None else fine_R.index_select(0, row_of_B))
     return Sampled(token_ids_B=token_ids_B, logprobs_B=logprobs_B, finite_B=finite_B)
 
 

@@ -30,11 +30,12 @@ def _uniform(seed, counter):
 @triton.jit
 def _sample_kernel(
     logits, row_of, seeds, counters, tokens, logprobs, finite, stride, vocabulary, inverse_temperature,
-    IS_GREEDY: tl.constexpr, IS_TRUNCATED: tl.constexpr, BLOCK: tl.constexpr,
+    IS_OWN: tl.constexpr, IS_GREEDY: tl.constexpr, IS_TRUNCATED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One sequence: peak and sum of exponentials, then the first token at which the running sum passes the draw."""
     place = tl.program_id(0)
-    source = logits + tl.load(row_of + place).to(tl.int64) * stride
+    row = place if IS_OWN else tl.load(row_of + place)
+    source = logits + row.to(tl.int64) * stride
     lane = tl.arange(0, BLOCK)
     peak = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
@@ -89,7 +90,7 @@ def _sample_kernel(
 
 def sample(
     logits_RV: Tensor,
-    row_of_B: Tensor,
+    row_of_B: Tensor | None,
     seeds_B: Tensor,
     counters_B: Tensor,
     inverse_temperature: float,
@@ -100,20 +101,20 @@ def sample(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Token [B] int64, its log-probability [B] fp32 in nats, and whether all logits were numbers [B] bool.
 
-    Sequence b draws from the logits of row `row_of_B[b]`. Seeds are 64 bits held as int64. With `is_truncated`, logits
-    of -inf are tokens that were ruled out; else they are a fault. A program holds `block` logits at once. Nothing waits
-    for the GPU.
+    Sequence b draws from the logits of row `row_of_B[b]` (None: b). Seeds are 64 bits held as int64. With
+    `is_truncated`, logits of -inf are tokens that were ruled out; else they are a fault. A program holds `block` logits
+    at once. Nothing waits for the GPU.
     """
-    count, device = len(row_of_B), logits_RV.device
+    count, device = len(seeds_B), logits_RV.device
     assert logits_RV.stride(-1) == 1
     tokens_B = torch.empty(count, dtype=torch.int64, device=device)
     logprobs_B = torch.empty(count, dtype=torch.float32, device=device)
     finite_B = torch.empty(count, dtype=torch.bool, device=device)
     vocabulary = logits_RV.shape[1]
     _sample_kernel[(count,)](
-        logits_RV, row_of_B, seeds_B, counters_B, tokens_B, logprobs_B, finite_B,
+        logits_RV, seeds_B if row_of_B is None else row_of_B, seeds_B, counters_B, tokens_B, logprobs_B, finite_B,
         logits_RV.stride(0), vocabulary, inverse_temperature,
-        IS_GREEDY=is_greedy, IS_TRUNCATED=is_truncated, BLOCK=min(block, triton.next_power_of_2(vocabulary)),
-        num_warps=8,
+        IS_OWN=row_of_B is None, IS_GREEDY=is_greedy, IS_TRUNCATED=is_truncated,
+        BLOCK=min(block, triton.next_power_of_2(vocabulary)), num_warps=8,
     )  # fmt: skip
     return tokens_B, logprobs_B, finite_B

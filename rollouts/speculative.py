@@ -96,10 +96,6 @@ class Speculator:
         self.window = window_of(num_drafts, config.num_nextn_predict_layers)
         self.capacity = capacity
         """Sequences whose windows it can keep."""
-        self.num_drafted = 0
-        """Tokens drafted, over its life."""
-        self.num_accepted = 0
-        """Of them, tokens that became part of a completion."""
         self._num_rounds = self._num_kept = 0
         self._graphs: dict[int, _RoundGraph] = {}
         self._captured: object = None
@@ -255,15 +251,16 @@ class Speculator:
             self._graphs[rows] = _RoundGraph(self, rows, params, pool)
         return self._graphs[rows]
 
-    def count(self, accepted_IB: np.ndarray, kept_B: np.ndarray) -> None:
-        """Take note of rounds of which each sequence kept `kept_B` tokens, in order."""
+    def count(self, accepted_IB: np.ndarray, kept_B: np.ndarray) -> tuple[int, int]:
+        """Take note of rounds of which each sequence kept `kept_B` tokens, in order; gives how many tokens were drafted
+        in them, and how many of these became part of a completion.
+        """
         given_IB = accepted_IB + 1
         kept_IB = np.clip(kept_B - (given_IB.cumsum(axis=0) - given_IB), 0, given_IB)
         num_rounds = int((kept_IB > 0).sum())
-        self.num_drafted += self.num_drafts * num_rounds
-        self.num_accepted += int(np.minimum(accepted_IB, kept_IB).sum())
         self._num_rounds += num_rounds
         self._num_kept += int(kept_B.sum())
+        return self.num_drafts * num_rounds, int(np.minimum(accepted_IB, kept_IB).sum())
 
     def _begin(self, slot: int, token_ids: Sequence[int], tail_WC: Tensor | None) -> None:
         self._is_stale[slot] = tail_WC is None

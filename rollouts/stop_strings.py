@@ -1,7 +1,8 @@
 """Where a completion ends for what it says: at the token that completes one of some texts.
 
-A text is looked for in the completion decoded, as rewards see it. A table over the vocabulary says which tokens can
-complete one at all; only after these is anything decoded, and then a few tokens back, as far as the longest reaches.
+A text is looked for in the completion as it reads after its prompt, with the space before its first word, which some
+decoders drop where they see the completion alone. A table over the vocabulary says which tokens can complete one at
+all; only after these is anything decoded, and then a few tokens back, as far as the longest reaches.
 """
 
 from __future__ import annotations
@@ -13,9 +14,6 @@ import numpy as np
 from policy.tokenizer import REPLACEMENT, Tokenizer
 from rollouts.types import SamplingError, SamplingParams
 
-MARGIN = 4
-"""Characters decoded beyond those that a text can reach: decoders may drop white space before the first token."""
-
 
 class StopStrings:
     """Some texts as one tokenizer writes them."""
@@ -26,7 +24,7 @@ class StopStrings:
         _check_spelling(strings, pieces)
         self.strings = tuple(strings)
         self._tokenizer = tokenizer
-        self._reach = max(map(len, strings)) - 1 + MARGIN
+        self._reach = max(map(len, strings)) - 1
         ends = tuple({text[start:] for text in strings for start in range(len(text))})
         self._can_end = np.array(
             [
@@ -55,7 +53,7 @@ class StopStrings:
         return None
 
     def _is_in(self, token_ids: np.ndarray) -> bool:
-        text = self._tokenizer.decode(token_ids.tolist())
+        text = self._tokenizer.decode_after_text(token_ids.tolist())
         return any(string in text for string in self.strings)
 
     def _tail(self, token_ids: np.ndarray, place: int) -> int:

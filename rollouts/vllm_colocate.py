@@ -52,7 +52,7 @@ class VllmColocateEngine:
             raise EngineError(f"vLLM cannot sleep on a CPU: engine.vllm_colocate.sleep_level must be 0, got {level}")
         self._asleep: set[str] = set()
         self._owns_process_group = not dist.is_initialized()
-        _prepare_environment(policy)
+        _prepare_environment(policy, config)
         try:
             self._llm, self._params = _start(policy, config, tokenizer, can_sleep=self.sleep_level > 0)
         except ValueError as error:  # a shape, or a cache that holds no sequence of max_position_embeddings
@@ -172,8 +172,13 @@ class VllmColocateEngine:
                 self._asleep.discard(part)
 
 
-def _prepare_environment(policy: Policy) -> None:
-    """What vLLM reads from the environment alone, where the person has not said otherwise."""
+def _prepare_environment(policy: Policy, config: EngineConfig) -> None:
+    """What vLLM reads from the environment alone, where the person has not said otherwise.
+
+    A size of the cache that stands there would go before the recipe's, without a word.
+    """
+    if config.cache_gib is not None:
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     wanted = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, where the weights are
         "VLLM_NO_USAGE_STATS": "1",

@@ -235,6 +235,10 @@ def files_allowed(deed: str) -> set[str]:
     return {file for (file,), deeds, _ in design_table("file") if deed in deeds}
 
 
+OBJECT_MESSAGES = ("all_gather", "gather", "broadcast", "scatter", "send", "recv")
+"""How torch.distributed's functions begin that send objects; they end in `_object` or `_object_list`."""
+
+
 def unsafe_calls(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Line and reason of whatever would run text or unpickle bytes."""
     for node in ast.walk(tree):
@@ -245,6 +249,8 @@ def unsafe_calls(tree: ast.Module) -> Iterator[tuple[int, str]]:
         is_builtin = isinstance(node.func, ast.Name) and name in {"eval", "exec"}
         if is_builtin or name in {"parse_expr", "sympify", "read_pickle", "unsafe_load"}:
             yield node.lineno, f"calls {name}"
+        elif name.endswith(("_object", "_object_list")) and name.startswith(OBJECT_MESSAGES):
+            yield node.lineno, f"calls {name}, whose messages are unpickled"
         elif is_torch and name in {"load", "save"}:
             yield node.lineno, f"calls torch.{name}, which is pickle's"
         for keyword in ("trust_remote_code", "allow_pickle"):
@@ -347,6 +353,8 @@ def test_no_error_is_swallowed_unseen() -> None:
         ("torch.load(path, weights_only=False)", True),
         ("torch.load(path, weights_only=True)", True),
         ("torch.save(weights, path)", True),
+        ("dist.all_gather_object(parts, own)", True),
+        ("dist.all_gather(parts, own)", False),
         ("sympy.parsing.sympy_parser.parse_expr(text)", True),
         ("numpy.load(path, allow_pickle=True)", True),
         ("AutoTokenizer.from_pretrained(path, trust_remote_code=True)", True),

@@ -12,6 +12,7 @@ from torch import Tensor
 from grpo.advantages import step_advantages
 from grpo.batch import make_minibatches, make_rows
 from grpo.distributed import Ranks
+from grpo.exchange import gather_groups
 from grpo.optimizer import MasterAdamW
 from grpo.update import update
 from tests.grpo.rollouts import make_groups, tiny_config
@@ -32,7 +33,9 @@ def all_gradients(ranks: Ranks) -> dict[str, Tensor]:
         config = tiny_config(max_grad_norm=0.5, **choices)
         policy = tiny_policy()
         drawn = {key: choices[key] for key in ("temperature", "top_k", "top_p", "min_p") if key in choices}
-        first, groups = ranks.share(make_groups(policy, num_problems=3, length=8, **drawn))
+        sampled = make_groups(policy, num_problems=3, length=8, **drawn)
+        first, groups = ranks.share(sampled)
+        assert gather_groups(groups, [group.problem for group in sampled], ranks) == sampled
         rewards = ranks.gather([[result.reward for result in group.results] for group in groups])
         advantages = step_advantages(rewards, config)[first : first + len(groups)]
         rows = make_rows(groups, advantages, mask_truncated=False, places=range(first, first + len(groups)))
@@ -49,8 +52,11 @@ def all_gradients(ranks: Ranks) -> dict[str, Tensor]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    unpickled: list[object] = []
+    sys.addaudithook(lambda event, arguments: unpickled.append(arguments) if event == "pickle.find_class" else None)
     here = Ranks(cpu=True)
     gradients = all_gradients(here)
+    assert not unpickled, f"ranks exchange objects: {unpickled}"
     if here.is_main:
         torch.save(gradients, Path(sys.argv[1]))
     here.wait()

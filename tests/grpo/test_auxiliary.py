@@ -16,6 +16,7 @@ from policy import PackedRows, Policy
 from policy.attention import Expanded
 from policy.balance import RouterWatch
 from policy.logprobs import ahead_losses
+from policy.packing import Wanted
 from tests.grpo.rollouts import make_groups, minibatches_of, rows_of, tiny_config
 from tests.policies import tiny_policy
 
@@ -70,7 +71,8 @@ def test_modules_are_trained_on_completions_and_the_policy_does_not_notice() -> 
         tokens, prompt = torch.tensor([*row.prompt_ids, *row.completion.token_ids]), len(row.prompt_ids)
         one = PackedRows.of([len(tokens)])
         hidden_NC = policy(tokens, one.position_ids_N, Expanded(rows=one)).hidden_NC.detach()
-        losses += ahead_losses(policy, hidden_NC, tokens, one, wanted_N=torch.arange(len(tokens)) >= prompt).sums
+        wanted = Wanted.of(torch.arange(len(tokens)) >= prompt, one)
+        losses += ahead_losses(policy, hidden_NC, tokens, one, wanted=wanted).sums
     mean = torch.stack(losses).sum() / 2 / sum(len(row.completion.token_ids) for row in rows)
     (0.3 * mean).backward()
     assert stats.auxiliary.mtp_loss == pytest.approx(float(mean.detach()), rel=1e-5)

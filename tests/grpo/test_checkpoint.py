@@ -20,6 +20,7 @@ from grpo.checkpoint import (
     save_checkpoint,
 )
 from grpo.optimizer import MasterAdamW
+from grpo.version import VERSION, describe_change, versions
 from grpo.weights import WholeWeights
 from policy import CheckpointError, Policy
 from policy.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoraConfig, add_adapters
@@ -100,6 +101,19 @@ def test_what_the_next_questions_depend_on_comes_back_to_the_bit(tmp_path: Path)
     (path / DATA).unlink()
     with pytest.raises(CheckpointError, match=r"step_000001 has no data.json: an older version wrote it"):
         read_data_state(path)
+
+
+def test_a_checkpoint_says_what_wrote_it(tmp_path: Path) -> None:
+    trained(tmp_path, 1)
+    found = find_checkpoint(tmp_path)
+    assert found is not None
+    assert found.versions == versions() == {"grpo-reasoning": VERSION, "torch": torch.__version__}
+    assert describe_change(found.versions) is None
+    assert describe_change({"grpo-reasoning": VERSION, "torch": "2.11.0"}) == (
+        f"the checkpoint is of grpo-reasoning {VERSION}, torch 2.11.0; this is grpo-reasoning {VERSION}, torch "
+        f"{torch.__version__}: the run goes on, but not bit for bit"
+    )
+    assert "of an older version, which left no name; this is grpo-reasoning" in str(describe_change({}))
 
 
 def test_only_the_newest_are_kept_by_number_not_by_name(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The command: what a person can mend is one line with the remedy, exit code 2, and nothing is lost."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 import policy as policies
@@ -104,7 +106,10 @@ def test_a_folder_that_holds_a_run_is_refused_untouched(done: Path) -> None:
         "train", done / "tiny.yaml"
     )
     message = refusal("train", done / "tiny.yaml", "learning_rate=0.5", "--resume")
-    assert "holds a run with other settings (learning_rate); resume it with its own recipe" in message
+    assert (
+        "holds a run with other settings (learning_rate: 0.001 there, 0.5 here); resume it with its own recipe"
+        in message
+    )
     assert contents(done) == before
 
 
@@ -129,6 +134,30 @@ def test_a_half_written_checkpoint_gives_way_to_the_one_before_and_is_made_again
     assert "the one before is taken" in output
     assert contents(checkpoints / "step_000003") == whole
     assert steps_of(done / "runs" / "tiny") == [1, 2, 3]
+
+
+def test_a_run_of_another_version_goes_on_and_says_so(done: Path) -> None:
+    folder, wanted = done / "runs" / "tiny", (done / "runs" / "tiny" / "metrics.jsonl").read_text()
+    checkpoint = folder / "checkpoints" / "step_000002"
+    shutil.rmtree(folder / "checkpoints" / "step_000003")
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["versions"]  # as those before there was such a record
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["state.json"] = hashlib.sha256((checkpoint / "state.json").read_bytes()).hexdigest()
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    del saved["share_prompts"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(saved))
+    output = " ".join(run("train", done / "tiny.yaml", "--resume").split())
+    assert output.count("the run began before these keys were there, and goes on as it was: share_prompts: true") == 1
+    assert output.count("the checkpoint is of an older version, which left no name; this is grpo-reasoning") == 1
+    assert "freeze_router" not in output
+    assert steps_of(folder) == [1, 2, 3]
+    assert [json.loads(line)["reward"] for line in wanted.splitlines()] == [
+        json.loads(line)["reward"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert run("train", done / "tiny.yaml", "--resume").count("older version") == 0
 
 
 def test_no_whole_checkpoint_left_is_an_error_that_removes_nothing(done: Path) -> None:

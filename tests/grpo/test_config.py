@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from grpo.config import Config, ConfigError, load_config
 from policy.lora import LoraConfig
+from tests.grpo import config_page
 from tests.recipes import write_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +55,10 @@ def test_overrides_replace_keys_at_any_depth(tmp_path: Path) -> None:
     assert config.base is not None
     assert (config.base.shape["hidden_size"], config.base.shape["v_head_dim"]) == (32, 8)
     assert config.engine.block_size == 4
+
+
+def test_the_page_of_all_keys_is_true() -> None:
+    assert config_page.PAGE.read_text() == config_page.page(), "run: python -m tests.grpo.config_page"
 
 
 def test_an_override_may_hold_an_equals_sign(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from grpo.importance import SamplerWeights, effective_sample_size, keep_near_policy, weigh_sampler
 from policy import PackedRows
+from policy.packing import Wanted
 
 ROWS = PackedRows.of([3, 2])
 MASK = torch.tensor([False, True, True, False, True])
@@ -24,6 +25,7 @@ def weigh(correction: str, **bounds: Any) -> SamplerWeights:
         rollout,
         MASK,
         ROWS,
+        Wanted.of(MASK, ROWS),
         correction=correction,
         **({"clip_min": None, "clip_max": None} | bounds),
     )
@@ -53,9 +55,8 @@ def test_ratios_are_told_before_they_are_bounded() -> None:
 
 def test_what_the_sampler_does_not_know_is_not_corrected() -> None:
     rollout = torch.tensor([-1.0, float("nan"), -2.0, -1.0, -1.0])
-    found = weigh_sampler(
-        torch.full((5,), -1.0), rollout, MASK, ROWS, correction="token_truncate", clip_min=None, clip_max=9.0
-    )
+    given = (torch.full((5,), -1.0), rollout, MASK, ROWS, Wanted.of(MASK, ROWS))
+    found = weigh_sampler(*given, correction="token_truncate", clip_min=None, clip_max=9.0)
     assert found.weight_N[MASK].tolist() == pytest.approx([1.0, math.e, 1.0], rel=1e-5)
 
 

@@ -16,6 +16,7 @@ from grpo.algorithm import AlgorithmConfig
 from grpo.loss import LossTerms, batch_loss
 from grpo.types import Batch, Origin
 from policy import PackedRows
+from policy.packing import Wanted
 
 MASK = torch.tensor([False, True, True, False, True])
 COUNTS = Counts(tokens=3, sequences=2, prompts=1)
@@ -31,6 +32,7 @@ def make_batch(ratios: list[float], advantages: list[float], **changes: Any) -> 
         rows=PackedRows.of([3, 2]),
         origins=(Origin(problem=0, completion=0), Origin(problem=0, completion=1)),
         completion_mask_N=MASK,
+        learned=Wanted.of(MASK, PackedRows.of([3, 2])),
         rollout_logprobs_N=torch.where(MASK, -1.0, 0.0),
         advantages_N=torch.where(MASK, row_advantages, 0.0),
         prompt_tokens_B=torch.tensor([3, 3]),

@@ -19,11 +19,10 @@ from grpo.asking import Asked
 from grpo.collect import make_collector
 from grpo.config import ConfigError, load_config
 from grpo.data import Dataset, read_problems
-from grpo.distributed import Ranks
+from grpo.distributed import PreemptedError, Ranks
 from grpo.pipeline import AskerAhead, make_asking, moving
 from grpo.pretrain import base_model
 from grpo.run import run
-from grpo.trainer import PreemptedError
 from grpo.weights import keep_weights
 from policy import Policy, load
 from policy.tokenizer import load_tokenizer

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from grpo.batch import make_rows
+from grpo.batch import make_batches, make_rows
 from grpo.cli import app
 from grpo.config import Config, ConfigError
 from grpo.distributed import Ranks
@@ -118,13 +119,13 @@ def test_a_real_update_takes_what_is_said(case: str) -> None:
     assert said.micro_batches.count == len(batches)
     assert said.micro_batches.tokens == max(len(batch.rows.lengths) * batch.rows.longest for batch in batches)
     # Weights were there before; nothing was sampled.
-    assert said.update_peak - said.weights - said.cache == pytest.approx(measured, rel=0.1)
+    assert said.update_peak - said.share.weights - said.cache == pytest.approx(measured, rel=0.1)
 
 
 def test_an_update_that_shares_prompts_takes_less_than_is_said() -> None:
     measured, said, batches = measure_update("one micro-batch", share_prompts=True)
     assert all(batch.rows.shared is not None for batch in batches)
-    room = said.update_peak - said.weights - said.cache
+    room = said.update_peak - said.share.weights - said.cache
     assert 0.7 * room < measured < room
 
 
@@ -136,21 +137,24 @@ def test_what_a_weight_takes() -> None:
     count = 494032768  # Qwen2.5-0.5B's
     plain = plan_of()
     assert plain.parameters.total == count
-    assert (plain.weights, plain.masters, plain.moments, plain.gradients) == (
+    assert (plain.share.weights, plain.share.masters, plain.share.moments, plain.share.gradients) == (
         2 * count,
         4 * count,
         8 * count,
         4 * count,
     )
     fp32 = plan_of(dtype="float32")
-    assert (fp32.weights, fp32.masters, fp32.moments) == (4 * count, 0, 8 * count)
-    assert plan_of(optimizer="adamw_8bit").moments == pytest.approx(2.03125 * count)
+    assert (fp32.share.weights, fp32.share.masters, fp32.share.moments) == (4 * count, 0, 8 * count)
+    assert plan_of(optimizer="adamw_8bit").share.moments == pytest.approx(2.03125 * count)
     offloaded = plan_of(offload_optimizer=True)
-    assert (offloaded.masters, offloaded.moments, offloaded.host) == (0, 0, 12 * count)
-    assert (plan_of(beta=0.1).reference, plan_of(beta=0.1, offload_ref_model=True).reference) == (2 * count, 0)
+    assert (offloaded.share.masters, offloaded.share.moments, offloaded.share.host) == (0, 0, 12 * count)
+    assert (plan_of(beta=0.1).share.reference, plan_of(beta=0.1, offload_ref_model=True).share.reference) == (
+        2 * count,
+        0,
+    )
     adapters = plan_of(lora={"r": 8, "target_modules": ["q_proj"]}, beta=0.1)
     assert adapters.parameters.trained == 24 * 8 * (896 + 896)
-    assert (adapters.masters, adapters.reference) == (4 * 24 * 8 * (896 + 896), 0)
+    assert (adapters.share.masters, adapters.share.reference) == (4 * 24 * 8 * (896 + 896), 0)
 
 
 def test_the_cache_is_the_engines() -> None:
@@ -186,6 +190,26 @@ def test_micro_batches_are_cut_as_the_update_cuts_them() -> None:
     assert micro_batches(config, 64, num_processes=4).count == 2
     long = tiny_config(**STEP | {"max_completion_length": 40000})
     assert (micro_batches(long, 64).rows, micro_batches(long, 64).count) == (1, 256)
+
+
+def test_prompts_are_shared_as_the_update_shares_them() -> None:
+    """Groups of full completions: the micro-batches and tokens of `make_batches`."""
+    config = tiny_config(prompts_per_step=2, num_generations=8, max_completion_length=LENGTH)
+    groups = [replace(group, completions=[group.completions[-1]] * 8) for group in full_groups()]
+    rows = make_rows(groups, [[1.0] * 8] * 2, mask_truncated=False)
+    for most in (130, 300, 4096):
+        said = estimate(
+            config.model_copy(update={"max_tokens_per_micro_batch": most}), tiny_llama().config,
+            Device(name="here", memory=8 * GIB, is_gpu=False), prompt_tokens=PROMPT,
+        )  # fmt: skip
+        shared = [batch.rows.shared for batch in make_batches(rows, most)]
+        assert said.sharing is not None
+        assert (said.sharing.count, said.sharing.alone) == (len(shared), 16 * (PROMPT + LENGTH))
+        assert said.sharing.tokens == sum(len(one.token_U) for one in shared if one is not None)
+    assert said.sharing.activations < said.pass_peak.activations, "one micro-batch, of fewer tokens"
+    assert plan_of().sharing is None, "a GPU gains nothing by prompts of 64 tokens before 512"
+    assert plan_of(max_completion_length=64).sharing is not None
+    assert plan_of(max_completion_length=64, share_prompts=False).sharing is None
 
 
 @pytest.mark.parametrize("memory_gib", [12, 16, 24, 40])

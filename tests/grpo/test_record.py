@@ -90,8 +90,8 @@ def test_a_folder_that_holds_a_run_is_refused_untouched(tmp_path: Path) -> None:
     )
     other = make_config(tmp_path, learning_rate=0.5, seed=3)
     message = refusal(other, resume=True)
-    assert "holds a run with other settings (learning_rate, seed)" in message
-    assert "resume it with its own recipe, or choose another name" in message
+    assert "holds a run with other settings (seed: 0 there, 3 here; learning_rate: 0.001 there, 0.5 here)" in message
+    assert "resume it with its own recipe (seed=0 learning_rate=0.001), or choose another name" in message
     assert contents(config.run_dir) == before
 
 

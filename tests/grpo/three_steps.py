@@ -1,9 +1,10 @@
 """Three steps of every kind of policy, its weights kept as the launcher's file says, and a checkpoint saved and loaded;
-rank 0 writes what came of them.
+rank 0 writes what came of them, and what it holds (held_bytes.py).
 
 accelerate launch --config_file fsdp2.yaml --num_processes 2 -m tests.grpo.three_steps FOLDER
 """
 
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -21,13 +22,16 @@ from grpo.config import Config
 from grpo.distributed import Ranks
 from grpo.penalties import penalised_rewards
 from grpo.reference import Reference
+from grpo.trial import Trial
 from grpo.update import update
 from grpo.weights import Weights, keep_weights
 from policy import Policy, cast_weights
 from policy.lora import add_adapters
 from policy.tokenizer import build_word_tokenizer
+from tests.grpo.held_bytes import held_bytes
 from tests.grpo.rollouts import make_groups, tiny_config
 from tests.policies import tiny_llama, tiny_policy
+from tests.small_memory import room_for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +46,8 @@ class Case:
     """Of the adapters; 0: none."""
     dtype: torch.dtype = torch.float32
     """bf16: a row a micro-batch, since what shares one changes what is rounded."""
+    room: int | None = None
+    """Tokens of a micro-batch that the first rank has memory for, where weights lie in pieces; None: enough."""
     broken_step: int | None = None
     """In which one completion's advantage is no number."""
 
@@ -61,6 +67,7 @@ CASES = {
             "freeze_router": False,
         },
         recomputation="selective",
+        room=24,
     ),
     "experts, recomputed, reference in the reward": Case(
         make=lambda: tiny_policy(num_hidden_layers=2),
@@ -91,6 +98,8 @@ def three_steps(ranks: Ranks, folder: Path) -> dict[str, Tensor]:
         drawn = {key: case.changes[key] for key in ("top_k",) if key in case.changes}
         groups = make_groups(case.make(), num_problems=case.num_problems, length=8, **drawn)
         weights, reference = start(case, config, ranks)
+        trial = None if ranks.sharding is None else Trial(weights)
+        is_short = trial is not None and case.room is not None
         mine = ranks.deal([group.num_tokens for group in groups])
         for step in range(3):
             own = [groups[place] for place in mine]
@@ -100,13 +109,16 @@ def three_steps(ranks: Ranks, folder: Path) -> dict[str, Tensor]:
             if step == case.broken_step:
                 advantages[-1][0] = math.nan
             rows = make_rows(own, [advantages[place] for place in mine], mask_truncated=False, places=mine)
-            stats = update(
-                weights.policy,
-                weights.optimizer,
-                make_minibatches(rows, config.num_minibatches, config.max_tokens_per_micro_batch, ranks),
-                learning_rate=1e-3, config=config, ranks=ranks,
-                reference=reference if config.kl_in == "loss" else None,
-            )  # fmt: skip
+            room = case.room if is_short and case.room and ranks.is_main else 10**6
+            with room_for(weights.sampler, room):
+                stats = update(
+                    weights.policy,
+                    weights.optimizer,
+                    make_minibatches(rows, config.num_minibatches, config.max_tokens_per_micro_batch, ranks),
+                    learning_rate=1e-3, config=config, ranks=ranks,
+                    reference=reference if config.kl_in == "loss" else None, trial=trial,
+                )  # fmt: skip
+            assert (stats.num_halvings > 0) == is_short, f"{name}: halved {stats.num_halvings} times"
             numbers = [stats.loss, stats.grad_norm, stats.kl, stats.entropy, stats.auxiliary.mtp_loss or 0.0]
             found[f"{name}: step {step}"] = torch.tensor([*numbers, stats.num_skipped]).nan_to_num(-1.0)
             if reference is not None and config.sync_ref_model:
@@ -155,5 +167,9 @@ if __name__ == "__main__":
     result = three_steps(here, Path(sys.argv[1]))
     if here.is_main:
         torch.save(result, Path(sys.argv[1]) / "result.pt")
+    if here.sharding is not None:
+        held = held_bytes(here)
+        if here.is_main:
+            (Path(sys.argv[1]) / "held.json").write_text(json.dumps(held))
     here.wait()
     here.close()

@@ -7,9 +7,10 @@ import torch
 
 from policy import PackedRows, Policy, PolicyConfig, cast_weights
 from policy.attention import Expanded
-from policy.footprint import PassSize, count_parameters, inference_bytes, kept_bytes, layer_pieces, peak_of_pass
+from policy.footprint import PassSize, inference_bytes, kept_bytes, layer_pieces, peak_of_pass
 from policy.logprobs import token_logprobs
 from policy.lora import LoraConfig, add_adapters
+from policy.parameter_count import count_parameters
 from policy.recompute import Recomputation
 from tests.live_memory import LiveBytes
 from tests.policies import TINY_QWEN3_MOE, tiny_llama, tiny_policy

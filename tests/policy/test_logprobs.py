@@ -15,6 +15,7 @@ from torch import Tensor
 from policy import PackedRows, Policy
 from policy.balance import RouterWatch
 from policy.logprobs import TokenLogprobs, ahead_losses, gather_logprobs, next_token_loss, token_logprobs
+from policy.packing import Wanted
 from tests.policies import TINY_QWEN3_MOE, tiny_llama, tiny_policy
 
 LENGTHS = (6, 1, 9, 2)
@@ -173,7 +174,8 @@ def test_modules_that_look_ahead_see_each_row_by_itself() -> None:
     for given in (rows.alone, rows):
         watch = RouterWatch.of(given, with_losses=True)
         output = token_logprobs(policy, token_ids_N, given, wanted_N).output
-        ahead = ahead_losses(policy, output.hidden_NC, token_ids_N, given, wanted_N=wanted_N, watch=watch)
+        wanted = Wanted.of(wanted_N, given)
+        ahead = ahead_losses(policy, output.hidden_NC, token_ids_N, given, wanted=wanted, watch=watch)
         assert ahead.routers is not None
         gradients = torch.autograd.grad(
             torch.stack(ahead.sums).sum() / 30, list(policy.parameters()), allow_unused=True

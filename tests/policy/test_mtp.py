@@ -7,6 +7,7 @@ from torch import Tensor
 from policy import PackedRows, Policy
 from policy.attention import Expanded
 from policy.logprobs import ahead_losses, next_token_loss
+from policy.packing import Wanted
 from policy.paged_attention import Absorbed
 from policy.rope import rotation_of
 from tests.policies import tiny_policy
@@ -118,7 +119,8 @@ def test_wanted_tokens_and_temperature_of_the_modules_losses() -> None:
     hidden_NC = policy(token_ids_N, rows.position_ids_N, Expanded(rows=rows)).hidden_NC
     outputs = policy.predict_ahead(hidden_NC, token_ids_N.roll(-1), rows)
     wanted_N = torch.rand(len(token_ids_N), generator=torch.Generator().manual_seed(2)) < 0.6
-    losses = ahead_losses(policy, hidden_NC, token_ids_N, rows, wanted_N=wanted_N, temperature=0.7)
+    wanted_N &= rows.position_ids_N > 0
+    losses = ahead_losses(policy, hidden_NC, token_ids_N, rows, wanted=Wanted.of(wanted_N, rows), temperature=0.7)
     for k, output in enumerate(outputs):
         log_all_NV = (policy.project(output.hidden_NC) / 0.7).log_softmax(-1)
         targets = [n for n, p in enumerate(rows.position_ids_N.tolist()) if wanted_N[n] and p >= k + 2]

@@ -47,6 +47,16 @@ def test_kernel_draws_what_the_plain_sampler_draws(temperature: float, block: in
     assert got.finite_B.all()
 
 
+def test_a_sequence_without_a_row_named_draws_from_its_own() -> None:
+    logits_RV, _, seeds_B, counters_B = (x[:5].to(DEVICE) for x in draw())
+    rows_B = torch.arange(5, device=DEVICE)
+    ours, named = (
+        sampling_kernels.sample(logits_RV, rows, seeds_B, counters_B, 1.0, is_greedy=False, is_truncated=False)
+        for rows in (None, rows_B)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(ours, named, strict=True))
+
+
 def test_tokens_ruled_out_are_never_drawn() -> None:
     logits_RV = draw()[0]
     logits_RV[:, ::3] = float("-inf")

@@ -19,7 +19,7 @@ PROMPTS = [[5, 9, 11, 3], list(range(3, 20)), [7] * 8]
 
 def naive_end(tokenizer: Tokenizer, token_ids: Sequence[int], strings: Sequence[str]) -> int | None:
     for end in range(1, len(token_ids) + 1):
-        text = tokenizer.decode(token_ids[:end])
+        text = tokenizer.decode_after_text(token_ids[:end])
         if any(string in text for string in strings):
             return end
     return None
@@ -62,6 +62,23 @@ def test_the_first_of_several_ends_it_and_what_was_looked_at_is_not_again() -> N
     )
 
 
+@pytest.mark.parametrize(
+    ("make", "alone"),
+    [(byte_tokenizer, " the answer"), (piece_tokenizer, "the answer"), (word_tokenizer, "the answer")],
+)
+def test_a_text_may_begin_with_the_space_before_the_first_word(make: Callable[[], Tokenizer], alone: str) -> None:
+    tokenizer = make()
+    pieces = tokenizer.pieces()
+    completion = [
+        pieces.index(" the"),
+        *([pieces.index(" answer")] if " answer" in pieces else tokenizer.encode(" answer")),
+    ]
+    assert tokenizer.decode(completion) == alone
+    assert tokenizer.decode_after_text(completion) == " the answer"
+    for string, end in ((" the", 1), (" the answer", len(completion)), (" answer the", None)):
+        assert StopStrings(tokenizer, [string]).first_end(np.array(completion)) == end
+
+
 def test_few_tokens_are_decoded() -> None:
     tokenizer = byte_tokenizer()
     stops = StopStrings(tokenizer, ["</answer>"])
@@ -82,7 +99,7 @@ def test_the_engine_ends_completions_where_the_search_says(
     engine = BuiltinEngine(policy, config, tokenizer)
     params = SamplingParams(max_completion_length=24, stop_token_ids=tuple(stop_token_ids), seed=3)
     unbounded = engine.generate(PROMPTS, 4, params)
-    texts = [tokenizer.decode(c.token_ids) for group in unbounded for c in group]
+    texts = [tokenizer.decode_after_text(c.token_ids) for group in unbounded for c in group]
     middles = sorted({text[at : at + 4] for text in texts for at in range(3, len(text) - 4)})
     readable = [middle for middle in middles if REPLACEMENT not in middle]
     strings = tuple(readable[:: len(readable) // 4 + 1])

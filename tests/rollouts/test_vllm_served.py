@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from policy.tokenizer import load_tokenizer
 from rollouts import EngineConfig, EngineError, SamplingParams, make_engine
 from rollouts.engine import VllmServerConfig
 from rollouts.vllm_server import VllmServerEngine
+from tests.grpo.test_trainer import TIMED
 from tests.policies import tiny_policy
 from tests.recipes import TINY, write_recipe
 from tests.rollouts.vllm_checks import (
@@ -114,7 +116,7 @@ def test_training_with_a_server(server: VllmProcess, recipe: Path) -> None:
 
 
 def test_training_one_step_off(server: VllmProcess, recipe: Path) -> None:
-    """Twice, to the last digit: the server samples one step while this process trains another."""
+    """Twice the same but for the last bits, which depend on who shares a batch on the server."""
     settings = ["rollout_lag=1", "max_steps=4", "learning_rate=1e-2", "evaluation.eval_steps=2"]
     for name in ("ahead", "ahead_again"):
         run(recipe, [*overrides(server), *settings, f"name={name}"], resume=False)
@@ -122,9 +124,10 @@ def test_training_one_step_off(server: VllmProcess, recipe: Path) -> None:
     assert [step["sampling/policy_lag"] for step in metrics] == [0, 1, 1, 1]
     assert 0 < metrics[0]["sampling/logp_difference_max"] < 1e-4
     for one, two in zip(metrics, again, strict=True):
-        assert {key for key in one if one[key] != two[key]} <= {"step_time", "tokens_per_second"} | {
-            key for key in one if key.startswith("time/")
-        }
+        for key in one.keys() - TIMED:
+            if not key.startswith("time/"):
+                figures = [np.array(step[key], dtype=float) for step in (one, two)]
+                assert np.allclose(*figures, rtol=1e-3, atol=1e-5, equal_nan=True), key
 
 
 @pytest.mark.multi

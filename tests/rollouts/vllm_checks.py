@@ -54,14 +54,16 @@ def check_truncation(engine: Engine) -> None:
 def check_stop_strings(engine: Engine, policy: Policy, tokenizer: Tokenizer) -> None:
     """Texts end completions where they end those of the built-in engine; the engine must have the same tokenizer."""
     params = SamplingParams(max_completion_length=16, temperature=0)
-    texts = [tokenizer.decode(c.token_ids) for group in engine.generate(PROMPTS, 1, params) for c in group]
-    # None begins with a space: before a completion's first word vLLM has one, and we have none.
-    middles = {text[at : at + 5].lstrip() for text in texts for at in (3, len(text) // 2)} - {""}
-    strings = tuple(sorted(middles)[::2])
+    texts = [tokenizer.decode_after_text(c.token_ids) for group in engine.generate(PROMPTS, 1, params) for c in group]
+    middles = {text[at : at + 5] for text in texts for at in (3, len(text) // 2)} - {""}
+    beginning = texts[0][:2]
+    assert beginning.startswith(" ")
+    strings = (beginning, *sorted(middles)[::2])
     params = replace(params, stop_strings=strings)
     groups = engine.generate(PROMPTS, 1, params)
     wanted = make_engine(policy, EngineConfig(), tokenizer).generate(PROMPTS, 1, params)
     assert tokens(groups) == tokens(wanted)
+    assert len(tokenizer.decode_after_text(groups[0][0].token_ids).split()) == 1
     reasons = [c.finish_reason for group in groups for c in group]
     assert reasons == [c.finish_reason for group in wanted for c in group]
     assert "stop" in reasons
