@@ -115,10 +115,6 @@ class MixtureOfExperts(nn.Module):
         sums = None if watch is None else sum_up(routing, watch)
         return out_NC, Routed(experts_NK=routing.experts_NK, sums=sums, preferred_NK=routing.preferred_NK)
 
-    def _mix(self, x_NC: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        out_NC: Tensor = self.experts(x_NC, experts_NK, weights_NK)
-        return out_NC if self.shared_experts is None else out_NC + self.shared_experts(x_NC)
-
     def decode_on_cpu(self, x_NC: Tensor, norm: RMSNorm) -> tuple[Tensor, Routed]:
         """x + self(norm(x)) and the choice of experts, in one kernel where it can be."""
         shared = None if self.shared_experts is None else self.shared_experts.matrices(x_NC.shape[0])
@@ -133,3 +129,7 @@ class MixtureOfExperts(nn.Module):
             experts.down_proj, shared, router.config,
         )  # fmt: skip
         return out_NC, Routed(experts_NK=experts_NK, sums=None)
+
+    def _mix(self, x_NC: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        out_NC: Tensor = self.experts(x_NC, experts_NK, weights_NK)
+        return out_NC if self.shared_experts is None else out_NC + self.shared_experts(x_NC)
