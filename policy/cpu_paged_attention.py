@@ -15,7 +15,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from policy.cpu_kernels import exp, floats, integers, kernel
+from policy.cpu_compiler import exp, floats, integers, kernel
 from policy.cpu_products import (
     KEYS,
     LANES,

@@ -27,7 +27,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from policy.cpu_kernels import exp, floats, kernel
+from policy.cpu_compiler import exp, floats, kernel
 from policy.decode_layout import LEAST_ROWS
 
 HAS_WIDE_VECTORS = bool(llvmlite.binding.get_host_cpu_features().get("avx512f", False))

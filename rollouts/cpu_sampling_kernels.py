@@ -12,7 +12,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from policy.cpu_kernels import floats, integers, kernel
+from policy.cpu_compiler import floats, integers, kernel
 
 GOLDEN, FIRST, SECOND = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 LARGEST = np.finfo(np.float32).max

@@ -2,7 +2,8 @@
 
 A product of a step is too small for several threads to share. So each takes some of the rows through the whole step
 instead: its kernels run outside of the interpreter's lock (policy/cpu_products.py), and nobody waits for another before
-the step's end.
+the step's end. Torch's own number of threads stays as it is: what a step leaves to torch is too small for more than one
+thread, and changing the number at every step makes the update that follows a third slower.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ T = TypeVar("T")
 
 
 class Crew:
-    """As many threads as torch has for one operation, of which each then has one."""
+    """As many threads as torch has for one operation."""
 
     def __init__(self) -> None:
         self._others: ThreadPoolExecutor | None = None
@@ -29,8 +30,7 @@ class Crew:
 
     def run(self, work: Callable[[slice], T], rows: int) -> list[T]:
         """`work` of parts of so many rows, in order, each on a thread of its own."""
-        threads = torch.get_num_threads()
-        parts = max(1, min(threads, rows // LEAST_ROWS))
+        parts = max(1, min(torch.get_num_threads(), rows // LEAST_ROWS))
         if parts == 1:
             return [work(slice(rows))]
         if self._others is None or self._size < parts:
@@ -44,12 +44,8 @@ class Crew:
             with torch.inference_mode(is_inference), torch.no_grad():
                 return work(part)
 
-        torch.set_num_threads(1)
-        try:
-            waiting = [self._others.submit(alone, part) for part in slices[1:]]
-            return [work(slices[0]), *(future.result() for future in waiting)]
-        finally:
-            torch.set_num_threads(threads)
+        waiting = [self._others.submit(alone, part) for part in slices[1:]]
+        return [work(slices[0]), *(future.result() for future in waiting)]
 
     def close(self) -> None:
         """Let the threads go."""

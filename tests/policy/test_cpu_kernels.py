@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from policy import cpu_kernels, fused
+from policy import cpu_compiler, cpu_kernels, fused
 from policy.grouped import gather_sorted, mix_sorted
 from policy.norm import RMSNorm
 
@@ -103,7 +103,7 @@ def test_experts_outputs_are_mixed_and_gathered_as_in_fp64_gradients_too(per_tok
 
 def test_the_exponential_is_within_two_units_of_the_last_place() -> None:
     x = np.linspace(-87, 88, 20_001, dtype=np.float32)
-    ours = np.array([cpu_kernels.exp(number) for number in x])
+    ours = np.array([cpu_compiler.exp(number) for number in x])
     assert np.abs(ours / np.exp(x.astype(np.float64)) - 1).max() < 1.2e-7
 
 
@@ -128,19 +128,31 @@ def test_what_is_not_a_number_is_seen_by_the_kernels() -> None:
         norm.weight.grad = None
 
 
-def test_kernels_run_where_no_folder_takes_what_was_compiled(tmp_path: Path) -> None:
-    package = tmp_path / "policy"
+def test_what_was_compiled_is_kept_by_the_contents_of_all_kernels_or_not_at_all(tmp_path: Path) -> None:
+    package, home = tmp_path / "policy", tmp_path / "home"
     package.mkdir()
-    shutil.copy(cpu_kernels.__file__, package / "cpu_kernels.py")
+    for file in (cpu_compiler.__file__, cpu_kernels.__file__):
+        shutil.copy(file, package)
     (package / "__pycache__").touch()  # a file, so that nobody, root included, can make the folder
-    (tmp_path / "home").touch()
     program = (
         "import torch; from policy import cpu_kernels; x = torch.ones(2, 4);"
         "print(cpu_kernels.silu_gate_forward(x, x).sum().item())"
     )
-    environment = {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "home"), "PYTHONPATH": "."}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) == pytest.approx(8 / (1 + math.exp(-1)))
+
+    def run() -> None:
+        environment = {"HOME": str(home), "XDG_CACHE_HOME": str(home), "PYTHONPATH": "."}
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert float(done.stdout) == pytest.approx(8 / (1 + math.exp(-1)))
+
+    run()
+    [kept] = (home / "grpo-reasoning").iterdir()
+    assert list(kept.rglob("*.nbi"))
+    (package / "cpu_other.py").write_text("# another kernel's file\n")
+    run()
+    assert len(list((home / "grpo-reasoning").iterdir())) == 2, "what other files were compiled with is not taken"
+    shutil.rmtree(home)
+    home.touch()
+    run()

@@ -24,7 +24,6 @@ def test_parts_cover_the_rows_in_order_each_on_a_thread_of_its_own() -> None:
             assert sum(crew.run(work, 2 * LEAST_ROWS + 1), []) == list(range(2 * LEAST_ROWS + 1))
             assert len(set(ran.values())) == 2
             assert len(crew.run(work, 2 * LEAST_ROWS - 1)) == 1, "too few rows to wake a second thread for"
-        assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
         crew.close()
