@@ -123,8 +123,8 @@ def _route_kernel(
         within = tl.arange(0, EXPERTS // GROUPS)[None, :]
         best = tl.max(grouped, axis=1)
         if BEST == 2:
-            at = tl.min(tl.where(grouped == best[:, None], within, EXPERTS), axis=1)
-            best += tl.max(tl.where(within == at[:, None], float("-inf"), grouped), axis=1)
+            highest = tl.min(tl.where(grouped == best[:, None], within, EXPERTS), axis=1)
+            best += tl.max(tl.where(within == highest[:, None], float("-inf"), grouped), axis=1)
         is_open = group >= 0
         for _ in range(KEPT):
             left = tl.where(is_open, best, float("-inf"))

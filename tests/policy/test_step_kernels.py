@@ -1,5 +1,8 @@
 """The kernels of a decoding step against torch's small operations, which they stand for."""
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -172,3 +175,13 @@ def test_kernels_of_a_decoding_step_stay_few(
     one, two = (kernels_of_a_step(make(num_hidden_layers=layers)).total() for layers in (1, 2))
     assert two - one <= most_of_a_layer
     assert 2 * one - two <= most_of_the_rest
+
+
+def test_all_compile_for_a_gpu() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.policy.compile_for_gpu"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = {name for name in vars(step_kernels) if name.endswith("_kernel")}
+    assert {line.split()[0] for line in done.stdout.splitlines()} == kernels
