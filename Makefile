@@ -1,5 +1,5 @@
 # `make zero` teaches a small model countdown from nothing. `make test lint types` is what CI runs.
-# Settings: PYTHON, VENV, PIP_ARGS, RECIPE, RUN_ARGS (for `grpo train`), PYTEST_ARGS, BENCHMARKS, VLLM.
+# Settings: PYTHON, VENV, PIP_ARGS, RECIPE, RUN_ARGS (for `grpo train`), PYTEST_ARGS, TEST_PROCESSES, BENCHMARKS, VLLM.
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -11,6 +11,7 @@ SHELL := bash
 VENV ?= .venv
 PEER_VENV ?= .venv-peer
 RECIPE ?= recipes/countdown_zero_cpu.yaml
+TEST_PROCESSES ?= 2
 BENCHMARKS ?= $(wildcard benchmarks/*.py)
 IN_VENV := $(VENV)/bin/python -m
 
@@ -27,8 +28,8 @@ zero: $(VENV)/.installed  ## install, train a base model from scratch, teach it 
 
 setup: $(VENV)/.installed-dev  ## install what work on the code needs
 
-test: $(VENV)/.installed-dev  ## the tests; PYTEST_ARGS='-k moe' chooses
-	@$(IN_VENV) pytest $(PYTEST_ARGS)
+test: $(VENV)/.installed-dev  ## the tests, in two processes; PYTEST_ARGS='-k moe' chooses
+	@$(IN_VENV) pytest --numprocesses $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 test-peer: $(PEER_VENV)/.installed  ## loss and gradients beside TRL 1.16's, in an environment of its own
 	@$(PEER_VENV)/bin/python -m pytest -m peer tests/grpo/test_peer_trl.py
