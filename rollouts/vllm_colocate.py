@@ -25,7 +25,7 @@ from rollouts.engine import DEFAULT_CACHE_GIB, EngineConfig
 from rollouts.sampler import prompt_seeds_of
 from rollouts.stop_strings import StopStrings, stop_strings_of
 from rollouts.types import Completion, EngineError, EngineStats, OnGroup, SamplingParams
-from rollouts.vllm_cpu import after_reload, before_reload, cpu_arguments, cpu_environment
+from rollouts.vllm_cpu import after_reload, before_reload, cpu_arguments, cpu_environment, hidden_llvmlite
 from rollouts.vllm_requests import check_request, completion_of, request_params
 from rollouts.vllm_weights import trunk_tensors
 
@@ -233,4 +233,5 @@ def _start(
         (Path(folder) / "config.json").write_text(json.dumps(values))
         if tokenizer is not None:
             tokenizer.save(folder)
-        return vllm.LLM(model=folder, **arguments), vllm.SamplingParams
+        with hidden_llvmlite():
+            return vllm.LLM(model=folder, **arguments), vllm.SamplingParams

