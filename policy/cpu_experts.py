@@ -14,8 +14,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from policy.cpu_compiler import exp, floats, integers, kernel
-from policy.cpu_products import ONE, ZERO, feed_forward_rows, gated, normalise_rows, product
+from policy.cpu_compiler import ONE, ZERO, exp, floats, integers, kernel
+from policy.cpu_products import feed_forward_rows, gated, normalise_rows, product
 from policy.decode_layout import LEAST_ROWS
 
 if TYPE_CHECKING:

@@ -16,13 +16,11 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from policy.cpu_compiler import exp, floats, integers, kernel
+from policy.cpu_compiler import ONE, ZERO, exp, floats, integers, kernel
 
 ROWS_AT_ONCE = 64
 """Rows whose gradients of a weight are added up before they are added to the rest: many small to one large number would
 lose digits."""
-
-ZERO, ONE = np.float32(0), np.float32(1)
 
 
 # --- RMSNorm -----------------------------------------------------------------------------------------------------

@@ -15,13 +15,11 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from policy.cpu_compiler import exp, floats, integers, kernel
+from policy.cpu_compiler import ONE, ZERO, exp, floats, integers, kernel
 from policy.cpu_products import (
     KEYS,
     LANES,
-    ONE,
     QUERIES,
-    ZERO,
     add_middle,
     add_narrow,
     add_rows,

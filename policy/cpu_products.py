@@ -27,7 +27,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from policy.cpu_compiler import exp, floats, kernel
+from policy.cpu_compiler import ONE, exp, floats, kernel
 from policy.decode_layout import LEAST_ROWS
 
 HAS_WIDE_VECTORS = bool(llvmlite.binding.get_host_cpu_features().get("avx512f", False))
@@ -38,7 +38,6 @@ TILE = 8
 """Features of a product at a time."""
 QUERIES, KEYS = 4, 4
 """Heads and positions whose scores are taken at a time."""
-ZERO, ONE = np.float32(0), np.float32(1)
 
 _FLOAT, _BYTE, _INT32, _INT64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _FUSED = ("contract",)
