@@ -116,9 +116,7 @@ def _silu_gate_backward(gate, up, grad, both, rows, width, gate_stride, up_strid
 def silu_gate_forward(gate_NI: Tensor, up_NI: Tensor) -> Tensor:
     """silu(gate) * up, of the shape of gate."""
     (rows, width), out_NI = gate_NI.shape, torch.empty(gate_NI.shape)
-    _silu_gate(
-        gate_NI.data_ptr(), up_NI.data_ptr(), out_NI.data_ptr(), rows, width, gate_NI.stride(0), up_NI.stride(0)
-    )
+    _silu_gate(gate_NI.data_ptr(), up_NI.data_ptr(), out_NI.data_ptr(), rows, width, gate_NI.stride(0), up_NI.stride(0))
     return out_NI
 
 
