@@ -75,6 +75,8 @@ class Trainer:
     """What makes rates of them."""
     peak_gib: float = 0.0
     """Most memory that torch allocated on a GPU in any step, GiB."""
+    evaluation: dict[str, Any] | None = None
+    """The last one of this process."""
     is_asking: bool = False
     """Whether nothing but the questions has moved since the last step, so that the step in hand can be given up."""
 
@@ -369,11 +371,15 @@ class Trainer:
     def _evaluate(self, evaluator: Evaluator, asker: Asking, stage: str | int) -> None:
         if not evaluator.problems or any(e["stage"] == stage for e in self.folder.evaluations()):
             return
-        asker.settle(self.weights.sampler, self.step)
-        self.display.stage(f"evaluation ({stage})", len(self.ranks.share(evaluator.problems)[1]))
-        evaluation = evaluator.run(stage, lambda count: self.display.advance(steps=count))
-        # A resumed run does not evaluate again, and must find the engine as this one does.
-        evaluator.collector.engine.reset_prefix_cache()
+        if stage == "final" and self.evaluation is not None and self.evaluation["stage"] == self.step:
+            evaluation = {**self.evaluation, "stage": stage}  # of the same weights, since `eval_steps` ends here too
+        else:
+            asker.settle(self.weights.sampler, self.step)
+            self.display.stage(f"evaluation ({stage})", len(self.ranks.share(evaluator.problems)[1]))
+            evaluation = evaluator.run(stage, lambda count: self.display.advance(steps=count))
+            # A resumed run does not evaluate again, and must find the engine as this one does.
+            evaluator.collector.engine.reset_prefix_cache()
+        self.evaluation = evaluation
         if self.ranks.is_main:
             self.folder.add_evaluation(evaluation)
         self.display.note(
