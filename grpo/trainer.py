@@ -28,6 +28,7 @@ from grpo.pipeline import make_asking, moving
 from grpo.record import RunFolder
 from grpo.reference import Reference
 from grpo.replay import NonFiniteError, save_fault
+from grpo.silence import explain_silence
 from grpo.throughput import ASKING, Phases, Spent, Throughput, measure_matmul_rate
 from grpo.trial import Trial
 from grpo.types import Group
@@ -333,6 +334,8 @@ class Trainer:
     ) -> None:
         if self.ranks.is_main:
             self.folder.add_rollouts(self.step, asked.filled.trained, advantages, asked.filled.dropped)
+        if self.step == 1 and (silence := explain_silence(asked.fresh, self.config, self.folder.path / "rollouts")):
+            self.display.note(silence)
         rollouts = rollout_metrics([graded(group) for group in asked.fresh])
         tokens = sum(group.num_tokens for group in asked.fresh)
         elapsed = perf_counter() - started
@@ -384,6 +387,7 @@ class Trainer:
             self.folder.add_evaluation(evaluation)
         self.display.note(
             f"{stage}: greedy {evaluation['greedy']:.1%}, avg@{evaluation['k']} {evaluation['avg@k']:.1%} "
-            f"({evaluation['ci95'][0]:.1%} to {evaluation['ci95'][1]:.1%}), {evaluation['mean_length']:.0f} tokens"
+            f"({evaluation['ci95'][0]:.1%} to {evaluation['ci95'][1]:.1%}), "
+            f"pass@{evaluation['k']} {evaluation['pass@k']:.1%}, {evaluation['mean_length']:.0f} tokens"
         )
         self.ranks.wait()
