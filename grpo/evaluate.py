@@ -1,4 +1,4 @@
-"""Accuracy on held-out problems: greedy, and of k samples their mean, with a 95% interval over problems, and the best."""
+"""Accuracy on held-out problems: greedy; of k samples the mean, with a 95% interval over problems, and any."""
 
 from __future__ import annotations
 

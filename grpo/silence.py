@@ -41,7 +41,8 @@ def explain_silence(groups: Sequence[Group], config: Config, rollouts: Path) -> 
     detail = next((result.detail for result in results if result.detail), "")[:MAX_DETAIL]
     return (
         f"step 1: none of {len(results)} completions got anything from the reward {name!r}, so it teaches nothing yet. "
-        f"{told}{f'For instance: {detail}. ' if detail else ''}They are in {rollouts}. Where they ramble or answer in another form, see to prompt_template (chat for an "
+        f"{told}{f'For instance: {detail}. ' if detail else ''}They are in {rollouts}. Where they ramble or answer in "
+        "another form, see to prompt_template (chat for an "
         "instruct model, r1_zero or a text of your own for a base model) and stop_strings; where they are cut off, to "
         "max_completion_length; where they are right, to `grpo reward check`; where they are wrong, to easier problems "
         "or more num_generations"
