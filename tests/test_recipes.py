@@ -39,7 +39,7 @@ SMOLLM2 = {
 
 GSM8K = [
     {"question": f"A crate holds {n} jars. How many jars do {n + 1} crates hold?",
-     "answer": f"Each holds {n}, so {n} * {n + 1} = <<{n}*{n + 1}={n * (n + 1)}>>{n * (n + 1)} jars.\n#### {n * (n + 1)}"}
+     "answer": f"That is {n} * {n + 1} = <<{n}*{n + 1}={n * (n + 1)}>>{n * (n + 1)} jars.\n#### {n * (n + 1)}"}
     for n in range(3, 19)
 ]  # fmt: skip
 ASDIV = [{"question": row["question"], "result": row["answer"].split()[-1]} for row in GSM8K]
@@ -78,7 +78,7 @@ CASES = {
     "gsm8k_lora_qwen15": Case(shape=QWEN_15, memory_gib=24, rows=GSM8K, right=RIGHT_BOX),
     "mbpp_full_qwen05": Case(shape=QWEN_05, memory_gib=24, rows=MBPP, right=RIGHT_CODE),
     "mbpp_lora_qwen15": Case(shape=QWEN_15, memory_gib=24, rows=MBPP, right=RIGHT_CODE),
-    "asdiv_smollm2_cpu": Case(shape=SMOLLM2, memory_gib=8, rows=ASDIV, right=RIGHT_BOX),
+    "asdiv_smollm2_cpu": Case(shape=SMOLLM2, memory_gib=8, rows=ASDIV, right=" 3 * 4 = 12. The answer is 12."),
 }
 
 
@@ -140,9 +140,15 @@ def test_prompts_are_those_of_the_models_own_template(name: str, tmp_path: Path)
     config = load_config(recipe_of(name), data_settings(name, tmp_path))
     problem, tokenizer = first_problem(config), chat_tokenizer()
     prompt = render_prompt(problem, config.prompt_template, tokenizer)
-    if config.prompt_template == "r1_zero":  # a base model, which knows of no turns and ends at no mark
-        assert config.stop_strings == ("</answer>",)
-        assert "Instruct" not in (config.model or "")
+    if config.stop_strings:  # no turns, whose mark would end a completion
+        assert tokenizer.inner.convert_tokens_to_ids("<|im_start|>") not in prompt
+        shown = tokenizer.decode(prompt)
+        if config.prompt_template == "r1_zero":
+            assert config.stop_strings == ("</answer>",)
+            assert "Instruct" not in (config.model or "")
+        else:
+            assert config.stop_strings == ("\n",)
+            assert shown.endswith(f"Question: {problem.prompt}\nAnswer:")
         return
     assert "Instruct" in (config.model or "")
     user = {"role": "user", "content": problem.prompt}
