@@ -86,7 +86,9 @@ def plan(
 def evaluate(
     recipe: Recipe,
     overrides: Overrides = None,
-    model: Annotated[Path | None, typer.Option(help="folder of the model; default: the run's last checkpoint")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="folder or hub id of the model; default: the run's last checkpoint")
+    ] = None,
 ) -> None:
     """Evaluate a model on a recipe's held-out problems and print the result as JSON."""
     from grpo.run import evaluate_model
@@ -99,7 +101,9 @@ def evaluate(
 def sample(
     recipe: Recipe,
     overrides: Overrides = None,
-    model: Annotated[Path | None, typer.Option(help="folder of the model; default: the run's last checkpoint")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="folder or hub id of the model; default: the run's last checkpoint")
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="question to ask; default: a held-out problem")] = None,
     num: Annotated[int, typer.Option(min=1, help="completions")] = 4,
 ) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 from tokenizers import AddedToken
+from typer.testing import CliRunner
 
 import policy as policies
+from grpo.cli import app
 from grpo.code_data import convert
 from grpo.config import Config, DatasetConfig, load_config
 from grpo.data import DatasetError, read_problems
@@ -177,6 +179,18 @@ def test_it_runs_from_start_to_end(name: str, tmp_path: Path) -> None:
     assert stages.keys() == {"base", "final"}
     assert all(0 <= entry["avg@k"] <= entry["pass@k"] <= 1 for entry in stages.values())
     policies.load(folder / "checkpoints" / "step_000001")
+
+
+def test_the_command_says_what_it_wrote_and_what_it_left_out(tmp_path: Path) -> None:
+    source, out = tmp_path / "rows.json", tmp_path / "problems.jsonl"
+    source.write_text(json.dumps([*MBPP, {"text": "?"}]))
+    done = CliRunner().invoke(app, ["code-data", str(source), str(out), "--layout", "mbpp"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert f"wrote 16 problems to {out}" in done.output
+    assert f"left out 1 rows; the first: {source}:17: a row of layout mbpp needs 'test_list'" in done.output
+    refused = CliRunner().invoke(app, ["code-data", "no.jsonl", str(out), "--layout", "mbpp"], catch_exceptions=False)
+    assert refused.exit_code == 2
+    assert "error: no dataset file 'no.jsonl'" in refused.output
 
 
 def test_rows_that_are_no_problem_are_counted_and_the_rest_written(tmp_path: Path) -> None:
