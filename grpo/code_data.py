@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from rewards.code_problem import check_problem
 from rewards.code_questions import read_question
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Converted:
     """What became of the rows."""
 
-    num_written: int = 0
+    num_written: int
     """Problems in the file."""
-    refused: list[str] = field(default_factory=list)
+    refused: list[str]
     """Of each row that is no problem, where it stands and why."""
 
 
@@ -36,24 +37,27 @@ def convert(source: DatasetConfig, layout: str, out: Path) -> Converted:
         raise DatasetError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r} (--layout)")
     if out.suffix != ".jsonl":
         raise DatasetError(f"{out} must end in .jsonl, which is what is written")
-    done, part = Converted(), out.with_name(f"{out.name}.part")
+    num_written, refused, part = 0, list[str](), out.with_name(f"{out.name}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with part.open("w", encoding="utf-8") as file:
-            for problem in _problems(source, source.path, layout, done):
+            for problem in _problems(source, source.path, layout, refused):
                 file.write(json.dumps(problem) + "\n")
-                done.num_written += 1
-        if not done.num_written:
-            part.unlink()
-            why = f"; the first: {done.refused[0]}" if done.refused else ""
-            raise DatasetError(f"{source.path}: none of {len(done.refused)} rows is a problem of layout {layout}{why}")
+                num_written += 1
+        if not num_written:
+            why = f"; the first: {refused[0]}" if refused else ""
+            raise DatasetError(f"{source.path}: none of {len(refused)} rows is a problem of layout {layout}{why}")
         part.replace(out)
     except OSError as error:
         raise DatasetError(f"{out} cannot be written: {error}") from None
-    return done
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+    return Converted(num_written=num_written, refused=refused)
 
 
-def _problems(source: DatasetConfig, path: str, layout: str, done: Converted) -> Iterator[dict[str, Any]]:
+def _problems(source: DatasetConfig, path: str, layout: str, refused: list[str]) -> Iterator[dict[str, Any]]:
+    """Problems as they come; why a row is none is added to `refused`."""
     for number, row in read_rows(source, path):
         where = f"{path}:{number}"
         try:
@@ -63,6 +67,6 @@ def _problems(source: DatasetConfig, path: str, layout: str, done: Converted) ->
             check_problem(tests)
             question = read_question(row, layout)
         except (ValueError, TypeError, SyntaxError) as error:  # a row is as its author left it
-            done.refused.append(f"{where}: {error}")
+            refused.append(f"{where}: {error}")
             continue
         yield {"id": str(row.get("task_id", where)), "prompt": question, "tests": tests}
