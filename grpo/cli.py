@@ -1,4 +1,4 @@
-"""The command `grpo`: train, plan, eval, sample, report, replay.
+"""The command `grpo`: train, plan, eval, sample, report, replay, code-data, sandbox, reward check.
 
 Errors that a person can mend are one line and exit code 2.
 """
@@ -86,7 +86,9 @@ def plan(
 def evaluate(
     recipe: Recipe,
     overrides: Overrides = None,
-    model: Annotated[Path | None, typer.Option(help="folder of the model; default: the run's last checkpoint")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="folder or hub id of the model; default: the run's last checkpoint")
+    ] = None,
 ) -> None:
     """Evaluate a model on a recipe's held-out problems and print the result as JSON."""
     from grpo.run import evaluate_model
@@ -99,7 +101,9 @@ def evaluate(
 def sample(
     recipe: Recipe,
     overrides: Overrides = None,
-    model: Annotated[Path | None, typer.Option(help="folder of the model; default: the run's last checkpoint")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="folder or hub id of the model; default: the run's last checkpoint")
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="question to ask; default: a held-out problem")] = None,
     num: Annotated[int, typer.Option(min=1, help="completions")] = 4,
 ) -> None:
@@ -137,6 +141,25 @@ def replay(
         typer.echo(f"{row}, from token {fault.token} (id {fault.token_id}) on: {fault.what} is not finite")
     if not found.faults:
         typer.echo("every row of this file is finite by itself: the fault is in their sum, or on another rank")
+
+
+@app.command("code-data")
+def write_code_data(
+    source: Annotated[str, typer.Argument(help="a .jsonl, .json or .parquet file, or a hub id")],
+    out: Annotated[Path, typer.Argument(help="the .jsonl file to write, for dataset.path")],
+    layout: Annotated[str, typer.Option(help="humaneval, mbpp, apps, livecodebench, open_r1 or prime")],
+    split: Annotated[str, typer.Option(help="split of a hub dataset; several: train+validation")] = "train",
+    config_name: Annotated[str | None, typer.Option(help="configuration of a hub dataset")] = None,
+) -> None:
+    """Write a code dataset's questions and tests as a file that a recipe with the reward `code` reads."""
+    from grpo.code_data import convert
+    from grpo.config import DatasetConfig
+
+    with _errors_in_one_line():
+        done = convert(DatasetConfig(path=source, split=split, config_name=config_name), layout, out)
+    typer.echo(f"wrote {done.num_written} problems to {out}")
+    if done.refused:
+        typer.echo(f"left out {len(done.refused)} rows; the first: {done.refused[0]}")
 
 
 @app.command()

@@ -97,7 +97,7 @@ class EvaluationConfig(Section):
     """Held-out accuracy before, during and after training."""
 
     num_problems: int = Field(default=500, ge=0, description="held-out problems; 0 evaluates nothing")
-    k: int = Field(default=8, ge=1, description="completions a problem at `temperature`, for avg@k")
+    k: int = Field(default=8, ge=1, description="completions a problem at `temperature`, for avg@k and pass@k")
     eval_steps: int = Field(default=0, ge=0, description="also evaluate every so many steps; 0: before and after only")
     path: str | None = Field(default=None, description="held-out problems; default: a split the training never sees")
     batch_size: int = Field(default=256, ge=1, description="prompts given to the engine at once")

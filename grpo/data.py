@@ -75,7 +75,7 @@ def read_problems(config: DatasetConfig, *, seed: int, split: Split | Literal["a
     assert config.path is not None
     place = -1
     problems: list[Problem] = []
-    for place, (row_number, row) in enumerate(_read_rows(config, config.path)):
+    for place, (row_number, row) in enumerate(read_rows(config, config.path)):
         if split == "all" or (place % ROWS_PER_HELD_OUT == ROWS_PER_HELD_OUT - 1) == (split == "held_out"):
             problems.append(to_problem(row, config, f"{config.path}:{row_number}"))
             if len(problems) == count:
@@ -157,8 +157,11 @@ def _distinct(rows: Iterator[dict[str, Any]], count: int) -> Iterator[dict[str, 
             yield row
 
 
-def _read_rows(config: DatasetConfig, path: str) -> Iterator[tuple[int, Any]]:
-    """Rows as they come, each with its number from 1: the line of a .jsonl file, the place elsewhere."""
+def read_rows(config: DatasetConfig, path: str) -> Iterator[tuple[int, Any]]:
+    """Rows as they come, each with its number from 1: the line of a .jsonl file, the place elsewhere.
+
+    Raises DatasetError for a file or hub dataset that is not there or cannot be read.
+    """
     file = Path(path)
     if file.suffix in FORMATS or file.exists() or path.startswith(("/", ".", "~")):
         if file.suffix not in FORMATS:

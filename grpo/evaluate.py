@@ -1,4 +1,4 @@
-"""Accuracy on held-out problems: greedy, and the mean over k samples, with a 95% interval over problems."""
+"""Accuracy on held-out problems: greedy; of k samples the mean, with a 95% interval over problems, and any."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ class Evaluator:
     batch_size: int
 
     def run(self, stage: str | int, progress: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
-        """One entry of evaluation.json: `greedy` and `avg@k` are shares of 1, `ci95` the interval of avg@k.
+        """One entry of evaluation.json: `greedy`, `avg@k` and `pass@k` are shares of 1, `ci95` the interval of avg@k.
+
+        pass@k is the share of problems that any of the k samples solves (Chen et al., 2021, with n = k).
 
         `progress` is told of every batch how many of this rank's problems it held.
         """
@@ -47,7 +49,7 @@ class Evaluator:
         with self.ranks.alone():
             rows = list(self._rows(first, problems, progress))
         rows = self.ranks.gather(rows)
-        means = [sampled for _, sampled, _ in rows]
+        means = [fmean(sampled) for _, sampled, _ in rows]
         average = fmean(means)
         margin = 1.96 * stdev(means) / len(means) ** 0.5 if len(means) > 1 else 1.0
         return {
@@ -58,13 +60,15 @@ class Evaluator:
             "greedy": fmean(greedy for greedy, _, _ in rows),
             "avg@k": average,
             "ci95": [max(0.0, average - margin), min(1.0, average + margin)],
+            "pass@k": fmean(any(sampled) for _, sampled, _ in rows),
             "mean_length": fmean(length for _, _, length in rows),
         }
 
     def _rows(
         self, first: int, problems: Sequence[Problem], progress: Callable[[int], None]
-    ) -> Iterator[tuple[float, float, float]]:
-        """Of each problem of this rank, the first of which is number `first`: accuracies and mean length."""
+    ) -> Iterator[tuple[float, list[bool], float]]:
+        """Of each problem of this rank, the first of which is number `first`: whether the greedy completion is right,
+        and each sampled one, and their mean length."""
         prompts = self.prompts[first : first + len(problems)]
         for start in range(0, len(problems), self.batch_size):
             part = slice(start, start + self.batch_size)
@@ -74,7 +78,7 @@ class Evaluator:
             greedy = self._ask(problems[part], prompts[part], 1, self.greedy, seeds)
             for g, s in zip(greedy, sampled, strict=True):
                 lengths = [len(completion.token_ids) for completion in s.completions]
-                yield fmean(self._is_correct(g)), fmean(self._is_correct(s)), fmean(lengths)
+                yield fmean(self._is_correct(g)), self._is_correct(s), fmean(lengths)
             progress(len(greedy))
 
     def _ask(

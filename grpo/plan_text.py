@@ -13,7 +13,8 @@ import torch
 from grpo.config import Config, ConfigError, load_config
 from grpo.countdown import generate_problems
 from grpo.data import to_problem
-from grpo.plan import GIB, Device, Estimate, MicroBatches, Suggestion, estimate, largest_micro_batch, suggest
+from grpo.plan import GIB, Device, Estimate, MicroBatches, estimate
+from grpo.plan_changes import Suggestion, largest_micro_batch, suggest
 from grpo.pretrain import base_shape
 from grpo.prompts import render_prompt
 from grpo.shares import Spread, Way, read_launcher_file

@@ -231,6 +231,8 @@ def _close(config: Config, display: Display, folder: RunFolder, last: int, argum
         display.note(f"{'':8}{'base':>8}{'final':>8}")
         display.note(f"{'greedy':8}{base['greedy']:8.1%}{final['greedy']:8.1%}")
         display.note(f"{'avg@' + str(base['k']):8}{base['avg@k']:8.1%}{final['avg@k']:8.1%}   ({gain:+.1f} points)")
+        if "pass@k" in base:  # not in what an earlier version began
+            display.note(f"{'pass@' + str(base['k']):8}{base['pass@k']:8.1%}{final['pass@k']:8.1%}")
         display.note(f"{'tokens':8}{base['mean_length']:8.0f}{final['mean_length']:8.0f}")
 
 

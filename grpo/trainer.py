@@ -28,6 +28,7 @@ from grpo.pipeline import make_asking, moving
 from grpo.record import RunFolder
 from grpo.reference import Reference
 from grpo.replay import NonFiniteError, save_fault
+from grpo.silence import explain_silence
 from grpo.throughput import ASKING, Phases, Spent, Throughput, measure_matmul_rate
 from grpo.trial import Trial
 from grpo.types import Group
@@ -75,6 +76,8 @@ class Trainer:
     """What makes rates of them."""
     peak_gib: float = 0.0
     """Most memory that torch allocated on a GPU in any step, GiB."""
+    evaluation: dict[str, Any] | None = None
+    """The last one of this process."""
     is_asking: bool = False
     """Whether nothing but the questions has moved since the last step, so that the step in hand can be given up."""
 
@@ -331,6 +334,8 @@ class Trainer:
     ) -> None:
         if self.ranks.is_main:
             self.folder.add_rollouts(self.step, asked.filled.trained, advantages, asked.filled.dropped)
+        if self.step == 1 and (silence := explain_silence(asked.fresh, self.config, self.folder.path / "rollouts")):
+            self.display.note(silence)
         rollouts = rollout_metrics([graded(group) for group in asked.fresh])
         tokens = sum(group.num_tokens for group in asked.fresh)
         elapsed = perf_counter() - started
@@ -369,15 +374,20 @@ class Trainer:
     def _evaluate(self, evaluator: Evaluator, asker: Asking, stage: str | int) -> None:
         if not evaluator.problems or any(e["stage"] == stage for e in self.folder.evaluations()):
             return
-        asker.settle(self.weights.sampler, self.step)
-        self.display.stage(f"evaluation ({stage})", len(self.ranks.share(evaluator.problems)[1]))
-        evaluation = evaluator.run(stage, lambda count: self.display.advance(steps=count))
-        # A resumed run does not evaluate again, and must find the engine as this one does.
-        evaluator.collector.engine.reset_prefix_cache()
+        if stage == "final" and self.evaluation is not None and self.evaluation["stage"] == self.step:
+            evaluation = {**self.evaluation, "stage": stage}  # of the same weights, since `eval_steps` ends here too
+        else:
+            asker.settle(self.weights.sampler, self.step)
+            self.display.stage(f"evaluation ({stage})", len(self.ranks.share(evaluator.problems)[1]))
+            evaluation = evaluator.run(stage, lambda count: self.display.advance(steps=count))
+            # A resumed run does not evaluate again, and must find the engine as this one does.
+            evaluator.collector.engine.reset_prefix_cache()
+        self.evaluation = evaluation
         if self.ranks.is_main:
             self.folder.add_evaluation(evaluation)
         self.display.note(
             f"{stage}: greedy {evaluation['greedy']:.1%}, avg@{evaluation['k']} {evaluation['avg@k']:.1%} "
-            f"({evaluation['ci95'][0]:.1%} to {evaluation['ci95'][1]:.1%}), {evaluation['mean_length']:.0f} tokens"
+            f"({evaluation['ci95'][0]:.1%} to {evaluation['ci95'][1]:.1%}), "
+            f"pass@{evaluation['k']} {evaluation['pass@k']:.1%}, {evaluation['mean_length']:.0f} tokens"
         )
         self.ranks.wait()

@@ -10,8 +10,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 E0, E1, E2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
 E3, E4, E5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
 ZERO, ONE = np.float32(0), np.float32(1)
+UNUSED_S = 30 * 24 * 3600
+"""Seconds after which kernels compiled from other sources are removed where no process has asked for them."""
 
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,10 +60,25 @@ def _folder_of_compiled() -> Path | None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
+            remove_unused(folder)
         except OSError:
             continue
         return folder
     return None
+
+
+def remove_unused(folder: Path) -> None:
+    """Mark a folder of compiled kernels as used, and remove those beside it that have not been for `UNUSED_S`.
+
+    A process that still runs from one of these compiles anew what it has yet to load. Raises OSError where the folder
+    cannot be marked; others that cannot be removed stay.
+    """
+    os.utime(folder)
+    now = folder.stat().st_mtime  # the clock of the disk, which several machines may share
+    for other in folder.parent.glob("kernels-*"):
+        with suppress(OSError):  # another process may be removing it, too
+            if now - other.stat().st_mtime > UNUSED_S:
+                shutil.rmtree(other, ignore_errors=True)
 
 
 @intrinsic

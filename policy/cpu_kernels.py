@@ -2,8 +2,8 @@
 
 Each launcher has a plain twin in `policy/norm.py` or `policy/fused.py`, which defines it; tests compare the two. A
 kernel is Python that numba compiles (`policy/cpu_compiler.py`). It takes addresses and strides, in numbers, as a GPU's
-does: rows may lie apart, the numbers of a row may not. It runs on the thread that calls it, outside of the GIL, and
-adds up in a fixed order, so that runs repeat.
+does: rows may lie apart, the numbers of a row may not (`policy/fused.py` sees to that). It runs on the thread that
+calls it, outside of the GIL, and adds up in a fixed order, so that runs repeat.
 
 Shapes: N rows (tokens, or token-expert pairs), C model width, I inner width, H heads, P rotated width, D width before
 it, Q = D + P, V value width.
@@ -115,20 +115,18 @@ def _silu_gate_backward(gate, up, grad, both, rows, width, gate_stride, up_strid
 
 def silu_gate_forward(gate_NI: Tensor, up_NI: Tensor) -> Tensor:
     """silu(gate) * up, of the shape of gate."""
-    gates, ups, out = _as_rows(gate_NI), _as_rows(up_NI), torch.empty(gate_NI.shape)
-    rows, width = gates.shape
-    _silu_gate(gates.data_ptr(), ups.data_ptr(), out.data_ptr(), rows, width, gates.stride(0), ups.stride(0))
-    return out
+    (rows, width), out_NI = gate_NI.shape, torch.empty(gate_NI.shape)
+    _silu_gate(gate_NI.data_ptr(), up_NI.data_ptr(), out_NI.data_ptr(), rows, width, gate_NI.stride(0), up_NI.stride(0))
+    return out_NI
 
 
 def silu_gate_backward(gate_NI: Tensor, up_NI: Tensor, grad_NI: Tensor) -> Tensor:
-    """Gradients of gate and up side by side, [..., 2I]."""
-    gates, ups, grads = _as_rows(gate_NI), _as_rows(up_NI), _as_rows(grad_NI)
-    rows, width = gates.shape
-    both = torch.empty(*gate_NI.shape[:-1], 2 * width)
+    """Gradients of gate and up side by side, [N, 2I]."""
+    rows, width = gate_NI.shape
+    both = torch.empty(rows, 2 * width)
     _silu_gate_backward(
-        gates.data_ptr(), ups.data_ptr(), grads.data_ptr(), both.data_ptr(), rows, width,
-        gates.stride(0), ups.stride(0), grads.stride(0),
+        gate_NI.data_ptr(), up_NI.data_ptr(), grad_NI.data_ptr(), both.data_ptr(), rows, width,
+        gate_NI.stride(0), up_NI.stride(0), grad_NI.stride(0),
     )  # fmt: skip
     return both
 
@@ -136,9 +134,19 @@ def silu_gate_backward(gate_NI: Tensor, up_NI: Tensor, grad_NI: Tensor) -> Tenso
 # --- rotation ----------------------------------------------------------------------------------------------------
 
 
+@njit(error_model="numpy", inline="always")  # so that steps are constants, as vectors need
+def _turn_head(x, out, cos, sin, source, target, angle, half, step, apart, sign):
+    """Pair i is numbers i * step and i * step + apart."""
+    for i in range(half):
+        a, b = x[source + i * step], x[source + i * step + apart]
+        c, s = cos[angle + i], sin[angle + i] * sign
+        out[target + i * step] = a * c - b * s
+        out[target + i * step + apart] = b * c + a * s
+
+
 @kernel
-def _turn(x, out, cos, sin, rows, heads, kept, half, row_stride, head_stride, step, apart, sign):
-    """Of each head `kept` numbers copied, then pairs turned; pair i is numbers i * step and i * step + apart."""
+def _turn(x, out, cos, sin, rows, heads, kept, half, row_stride, head_stride, is_interleaved, sign):
+    """Of each head `kept` numbers copied, then pairs turned."""
     x, out, cos, sin = floats(x), floats(out), floats(cos), floats(sin)
     width, sign = kept + 2 * half, np.float32(sign)
     for row in range(rows):
@@ -146,18 +154,10 @@ def _turn(x, out, cos, sin, rows, heads, kept, half, row_stride, head_stride, st
             source, target = row * row_stride + head * head_stride, (row * heads + head) * width
             for c in range(kept):
                 out[target + c] = x[source + c]
-            source, target = source + kept, target + kept
-            if step == 1:
-                for i in range(half):
-                    a, b, c, s = x[source + i], x[source + apart + i], cos[row * half + i], sin[row * half + i] * sign
-                    out[target + i] = a * c - b * s
-                    out[target + apart + i] = b * c + a * s
+            if is_interleaved:
+                _turn_head(x, out, cos, sin, source + kept, target + kept, row * half, half, 2, 1, sign)
             else:
-                for i in range(half):
-                    a, b = x[source + 2 * i], x[source + 2 * i + 1]
-                    c, s = cos[row * half + i], sin[row * half + i] * sign
-                    out[target + 2 * i] = a * c - b * s
-                    out[target + 2 * i + 1] = b * c + a * s
+                _turn_head(x, out, cos, sin, source + kept, target + kept, row * half, half, 1, half, sign)
 
 
 def turn(x_NHQ: Tensor, cos_NP: Tensor, sin_NP: Tensor, *, is_interleaved: bool, is_inverse: bool = False) -> Tensor:
@@ -165,13 +165,12 @@ def turn(x_NHQ: Tensor, cos_NP: Tensor, sin_NP: Tensor, *, is_interleaved: bool,
 
     cos and sin are [N, P/2].
     """
-    x_NHQ, cos_NP, sin_NP = _packed(x_NHQ), cos_NP.contiguous(), sin_NP.contiguous()
+    cos_NP, sin_NP = cos_NP.contiguous(), sin_NP.contiguous()
     (rows, heads, width), half = x_NHQ.shape, cos_NP.shape[1]
     out_NHQ = torch.empty(rows, heads, width)
     _turn(
         x_NHQ.data_ptr(), out_NHQ.data_ptr(), cos_NP.data_ptr(), sin_NP.data_ptr(), rows, heads, width - 2 * half, half,
-        x_NHQ.stride(0), x_NHQ.stride(1), 2 if is_interleaved else 1, 1 if is_interleaved else half,
-        -1.0 if is_inverse else 1.0,
+        x_NHQ.stride(0), x_NHQ.stride(1), is_interleaved, -1.0 if is_inverse else 1.0,
     )  # fmt: skip
     return out_NHQ
 
@@ -217,7 +216,6 @@ def _part_gradients(
 
 def join_keys(k_nope_NHD: Tensor, k_rope_NP: Tensor) -> Tensor:
     """Keys [N, H, D + P]: each head's own part, then the part that all heads share."""
-    k_nope_NHD, k_rope_NP = _packed(k_nope_NHD), _packed(k_rope_NP)
     (rows, heads, own), shared = k_nope_NHD.shape, k_rope_NP.shape[1]
     key_NHQ = torch.empty(rows, heads, own + shared)
     _join_keys(
@@ -229,7 +227,6 @@ def join_keys(k_nope_NHD: Tensor, k_rope_NP: Tensor) -> Tensor:
 
 def part_gradients(key_grad_NHQ: Tensor, value_grad_NHV: Tensor, own: int) -> tuple[Tensor, Tensor]:
     """Back through `join_keys`: gradients of own parts and values, side by side, and of the shared part [N, P]."""
-    key_grad_NHQ, value_grad_NHV = _packed(key_grad_NHQ), _packed(value_grad_NHV)
     (rows, heads, width), values = key_grad_NHQ.shape, value_grad_NHV.shape[-1]
     both, rope_grad_NP = torch.empty(rows, heads, own + values), torch.empty(rows, width - own)
     _part_gradients(
@@ -244,7 +241,9 @@ def part_gradients(key_grad_NHQ: Tensor, value_grad_NHV: Tensor, own: int) -> tu
 
 
 @kernel
-def _mix_rows(rows, places, weights, out, count, per_token, width, is_weighted):
+def _mix_rows(rows, places, weights, out, count, per_token, width):
+    """Without weights, whose address is then 0, as if all were 1."""
+    is_weighted = weights != 0
     rows, places, weights, out = floats(rows), integers(places), floats(weights), floats(out)
     for token in range(count):
         for k in range(per_token):
@@ -279,11 +278,8 @@ def mix_rows(rows_TC: Tensor, places_NK: Tensor, weights_NK: Tensor | None) -> T
     All contiguous, as in `policy.gpu_kernels.mix_rows`.
     """
     (count, per_token), width = places_NK.shape, rows_TC.shape[1]
-    out_NC, weights = torch.empty(count, width), places_NK if weights_NK is None else weights_NK
-    _mix_rows(
-        rows_TC.data_ptr(), places_NK.data_ptr(), weights.data_ptr(), out_NC.data_ptr(), count, per_token, width,
-        weights_NK is not None,
-    )  # fmt: skip
+    out_NC, weights = torch.empty(count, width), 0 if weights_NK is None else weights_NK.data_ptr()
+    _mix_rows(rows_TC.data_ptr(), places_NK.data_ptr(), weights, out_NC.data_ptr(), count, per_token, width)
     return out_NC
 
 
@@ -396,11 +392,6 @@ def softmax_rows_backward(
     )  # fmt: skip
 
 
-def _packed(x: Tensor) -> Tensor:
-    """As it is where the numbers of a row lie side by side, else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _as_rows(x: Tensor) -> Tensor:
     """[..., C] as rows [N, C] whose numbers lie side by side; a copy only where they do not, or rows lie unevenly."""
-    return _packed(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]))
+    return (x if x.stride(-1) == 1 else x.contiguous()).reshape(-1, x.shape[-1])

@@ -126,7 +126,8 @@ class _SplitKeysValues(Function):
     @staticmethod
     def forward(ctx: Any, keys_values: Tensor, k_rope_NP: Tensor, own: int) -> tuple[Tensor, Tensor]:
         ctx.own, ctx.kernels = own, kernels_for(keys_values, k_rope_NP)
-        return ctx.kernels.join_keys(keys_values[..., :own], _packed_rows(k_rope_NP)), keys_values[..., own:]
+        k_nope_NHD = _packed_rows(keys_values)[..., :own]
+        return ctx.kernels.join_keys(k_nope_NHD, _packed_rows(k_rope_NP)), keys_values[..., own:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:

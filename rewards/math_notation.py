@@ -103,3 +103,10 @@ SAME = {
     r"\star": "*",
     r"\arctg": r"\arctan", r"\tg": r"\tan", r"\ctg": r"\cot", r"\iff": r"\Leftrightarrow", r"\N": r"\natural",
 }  # fmt: skip
+NO_FACTORS = words(
+    r"\le \ge \ne \in \notin \approx \sim \cong \equiv \cup \cap \setminus \pm \mp \cdot \times \div \to \mapsto "
+    r" \and \or \subset \subseteq \supset \supseteq \rangle \rfloor \rceil \end \Rightarrow \Leftrightarrow "
+    r" \implies \oplus \otimes \circ \prime \pmod \bmod \mod \propto \parallel \perp \ldots \choose \over \vdots "
+    r" \ddots \quad \hline \ll \gg \prec \nmid \tag \label \text \because \therefore"
+)
+"""Commands that do not begin a factor: after one, no multiplication is meant."""

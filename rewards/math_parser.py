@@ -26,62 +26,23 @@ from rewards.math_ast import (
     multiply,
     negate,
 )  # fmt: skip
-from rewards.math_notation import GREEK
+from rewards.math_notation import GREEK, NO_FACTORS
 from rewards.math_numbers import NotMathError, read_number
+from rewards.math_token_reader import TokenReader
 
 MAX_DEPTH = 60
-MAX_NODES = 2_000
-
-
-_END = (Token("end", ""),) * 8
-"""After the last token, so that looking ahead needs no check."""
 _BARRIER = frozenset([")", "]", "}", r"\}", ",", ";", "&", r"\\", r"\rangle", r"\rfloor", r"\rceil", r"\end", ":"])
 _APPLIED = frozenset(["f", "g", "h", "F", "G", "phi", "psi", "Gamma", "zeta", "Phi", "Psi", "varphi", "W", "P", "E"])
-_CLOSERS = {"(": ")", "[": "]", r"\{": r"\}", r"\langle": r"\rangle", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
 
 
-class Parser:
-    """A position in a list of tokens. `expression` reads as far as an expression goes."""
+class Parser(TokenReader):
+    """`expression` reads as far as an expression goes."""
 
     def __init__(self, tokens: list[Token], read_command: Callable[[Parser, str], Node]) -> None:
-        self.tokens = [*tokens, *_END]
+        super().__init__(tokens)
         self.read_command = read_command
-        self.position = 0
         self.depth = 0
-        self.nodes = 0
         self.open_bars: list[str] = []
-
-    # Reading tokens
-
-    def peek(self, ahead: int = 0) -> Token:
-        """The token `ahead` of the current one; past the last, a token of kind `end`."""
-        return self.tokens[self.position + ahead]
-
-    def take(self) -> Token:
-        """The current token, stepped over."""
-        token = self.tokens[self.position]
-        if token.kind != "end":
-            self.position += 1
-        return token
-
-    def accept(self, *values: str) -> bool:
-        """Steps over the current token if it is one of these."""
-        if self.tokens[self.position].value in values:
-            self.position += 1
-            return True
-        return False
-
-    def expect(self, value: str) -> None:
-        """Steps over this token; raises NotMathError if another stands here."""
-        if not self.accept(value):
-            raise NotMathError(f"expected {value!r}, found {self.peek().value!r}")
-
-    def count(self, node: Node) -> Node:
-        """Passes the node on, counting it against the bound."""
-        self.nodes += 1
-        if self.nodes > MAX_NODES:
-            raise NotMathError(f"more than {MAX_NODES} nodes")
-        return node
 
     # Sums, products, powers
 
@@ -160,7 +121,7 @@ class Parser:
                 name = token.value
                 if name == r"\|":
                     return r"\|" not in self.open_bars
-                return name[1:].isalpha() and name not in _NOT_A_FACTOR
+                return name[1:].isalpha() and name not in NO_FACTORS
             case _:
                 return False
 
@@ -437,16 +398,3 @@ def plain(node: Node) -> Node:
     if node.unit == "deg":
         return multiply(node.value, Num(Fraction(1, 180)), Sym("pi"))
     raise NotMathError(f"unit {node.unit!r} inside an expression")
-
-
-_NOT_A_FACTOR = frozenset(
-    [
-        r"\le", r"\ge", r"\ne", r"\in", r"\notin", r"\approx", r"\sim", r"\cong", r"\equiv", r"\cup", r"\cap",
-        r"\setminus",
-        r"\pm", r"\mp", r"\cdot", r"\times", r"\div", r"\to", r"\mapsto", r"\and", r"\or", r"\subset", r"\subseteq",
-        r"\supset", r"\supseteq", r"\rangle", r"\rfloor", r"\rceil", r"\end", r"\Rightarrow", r"\Leftrightarrow",
-        r"\implies", r"\oplus", r"\otimes", r"\circ", r"\prime", r"\pmod", r"\bmod", r"\mod", r"\propto", r"\parallel",
-        r"\perp", r"\ldots", r"\choose", r"\over", r"\vdots", r"\ddots", r"\quad", r"\hline", r"\ll", r"\gg", r"\prec",
-        r"\nmid", r"\tag", r"\label", r"\text", r"\because", r"\therefore",
-    ]
-)  # fmt: skip

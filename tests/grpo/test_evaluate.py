@@ -78,6 +78,8 @@ def test_figures_are_those_of_the_completions(short: Evaluator) -> None:
     assert (entry["stage"], entry["task"], entry["num_problems"], entry["k"]) == ("base", "countdown", 12, 5)
     assert entry["greedy"] == pytest.approx(fmean(greedy))
     assert entry["avg@k"] == pytest.approx(fmean(sampled))
+    assert entry["pass@k"] == pytest.approx(fmean(share > 0 for share in sampled))
+    assert fmean(sampled) < entry["pass@k"]
     assert entry["mean_length"] == pytest.approx(fmean(lengths))
     margin = 1.96 * stdev(sampled) / 12**0.5
     assert entry["ci95"] == pytest.approx([max(0, fmean(sampled) - margin), min(1, fmean(sampled) + margin)])
@@ -102,7 +104,7 @@ def test_one_problem_has_no_narrow_interval(short: Evaluator) -> None:
 def test_only_a_whole_score_of_the_first_reward_is_correct(tmp_path: Path) -> None:
     names = [f"{tmp_path / 'lengths.py'}:{name}" for name in ("half", "is_short")]
     [entry] = [e.run("base") for e in evaluator(tmp_path, rewards=names)]
-    assert (entry["greedy"], entry["avg@k"]) == (0.0, 0.0)
+    assert (entry["greedy"], entry["avg@k"], entry["pass@k"]) == (0.0, 0.0, 0.0)
 
 
 def test_greedy_and_sampled_differ_only_in_temperature(short: Evaluator, tmp_path: Path) -> None:

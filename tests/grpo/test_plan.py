@@ -20,10 +20,9 @@ from grpo.plan import (
     Device,
     Estimate,
     estimate,
-    largest_micro_batch,
     micro_batches,
-    suggest,
 )
+from grpo.plan_changes import largest_micro_batch, suggest
 from grpo.plan_text import plan_recipe
 from grpo.types import Batch, Group
 from grpo.update import update

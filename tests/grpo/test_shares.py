@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from grpo.cli import app
 from grpo.config import ConfigError
-from grpo.plan import GIB, Device, estimate, suggest
+from grpo.plan import GIB, Device, estimate
+from grpo.plan_changes import suggest
 from grpo.shares import BUCKET, Share, Spread, Way, read_launcher_file, share_of
 from tests.grpo.rollouts import tiny_config
 from tests.grpo.test_plan import QWEN05, STEP, write_model

@@ -205,6 +205,27 @@ def test_a_run_that_drafts_and_ends_completions_at_stop_strings(recipe: Path) ->
     assert (True, "length") not in ends
 
 
+def test_weights_are_evaluated_once_where_eval_steps_ends_with_the_run(recipe: Path) -> None:
+    plugin = recipe.parent / "counted.py"
+    plugin.write_text(
+        "from pathlib import Path\n\ndef counted(problem, completion):\n"
+        f"    with Path({str(recipe.parent / 'counted.txt')!r}).open('a') as file:\n"
+        "        file.write('x')\n"
+        "    return float(len(completion) % 2)\n"
+    )
+    settings = [f"output_dir={recipe.parent}", f"rewards=['{plugin}:counted']", "evaluation.eval_steps=1"]
+    run(recipe, [*settings, "name=evaluated", "max_steps=2"], resume=False)
+    evaluations = json.loads((recipe.parent / "evaluated" / "evaluation.json").read_text())
+    assert [e["stage"] for e in evaluations] == ["base", 1, 2, "final"]
+    assert evaluations[3] == evaluations[2] | {"stage": "final"}
+    per_evaluation, per_step = 10 * (2 + 1), 5 * 4
+    assert len((recipe.parent / "counted.txt").read_text()) == 3 * per_evaluation + 2 * per_step
+    # Stopped before the end it was evaluated at step 1 alone; going on it evaluates as the whole run did.
+    run(recipe, [*settings, "name=evaluated_again", "max_steps=1"], resume=False)
+    run(recipe, [*settings, "name=evaluated_again", "max_steps=2"], resume=True)
+    assert json.loads((recipe.parent / "evaluated_again" / "evaluation.json").read_text()) == evaluations
+
+
 def test_stop_strings_that_the_tokenizer_cannot_spell_end_a_run_before_it_begins(recipe: Path) -> None:
     settings = [f"output_dir={recipe.parent}", "name=unspelled", "stop_strings=['</answer>', 'stop here']"]
     with pytest.raises(SamplingError, match="stop_strings: no tokens of the tokenizer spell 'stop here'"):

@@ -1,9 +1,11 @@
 """The CPU's kernels against their formulas in fp64, values and gradients; and numbers that are none."""
 
 import math
+import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -156,3 +158,26 @@ def test_what_was_compiled_is_kept_by_the_contents_of_all_kernels_or_not_at_all(
     shutil.rmtree(home)
     home.touch()
     run()
+
+
+def test_compiled_kernels_that_nobody_used_for_long_are_removed_by_several_at_once(tmp_path: Path) -> None:
+    now = tmp_path.stat().st_mtime
+    for name, days in {"old": 31, "older": 400, "recent": 29}.items():
+        for number in range(20):
+            folder = tmp_path / f"kernels-{name}{number}" / "policy_1"
+            folder.mkdir(parents=True)
+            (folder / "kernel.nbi").write_bytes(b"compiled")
+            os.utime(folder.parent, (now - days * 24 * 3600,) * 2)
+    current, file, other = tmp_path / "kernels-current", tmp_path / "kernels-file", tmp_path / "another"
+    current.mkdir()
+    file.touch()
+    other.mkdir()
+    for path in (current, file, other):
+        os.utime(path, (0, 0))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(cpu_compiler.remove_unused, [current] * 8))
+    recent = {f"kernels-recent{number}" for number in range(20)}
+    assert {path.name for path in tmp_path.iterdir()} == recent | {current.name, file.name, other.name}
+    assert current.stat().st_mtime >= now - 1, "a folder in use is never old"
+    with pytest.raises(FileNotFoundError):
+        cpu_compiler.remove_unused(tmp_path / "kernels-gone")

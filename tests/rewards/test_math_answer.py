@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 
 from rewards.latex import fold_unicode, read_braced, tokenize
-from rewards.math_answer import read_answer, strip_wrappers
+from rewards.math_answer import read_answer
 from rewards.math_ast import (
     Choice,
     Fn,
@@ -22,6 +22,7 @@ from rewards.math_ast import (
     integer,
     render,
 )
+from rewards.math_wrappers import strip_wrappers
 
 
 @pytest.mark.parametrize(
