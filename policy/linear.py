@@ -16,12 +16,35 @@ class Linear(nn.Linear):
 
     def forward(self, x_NI: Tensor) -> Tensor:
         """[..., I] to [..., O]."""
-        if not (lies_by_feature(x_NI) and self.weight.dtype == torch.float32):
-            return super().forward(x_NI)
-        from policy import cpu_products
+        if lies_by_feature(x_NI) and self.weight.dtype == torch.float32:
+            from policy import cpu_products
 
-        out_NO = cpu_products.multiply(x_NI, self.weight)
+            out_NO = cpu_products.multiply(x_NI, self.weight)
+        elif takes_on_cpu(x_NI, self.weight):
+            from policy import cpu_training_products
+
+            out_NO = cpu_training_products.linear(x_NI, self.weight)
+        else:
+            return super().forward(x_NI)
         return out_NO if self.bias is None else out_NO + self.bias
+
+
+def takes_on_cpu(x: Tensor, weight: Tensor) -> bool:
+    """Whether products with a gradient are for the kernels of `policy/cpu_training_products.py`: one thread, fp32,
+    widths of whole vectors, and registers for their tiles."""
+    return (
+        torch.is_grad_enabled()
+        and x.is_cpu
+        and torch.get_num_threads() == 1
+        and x.dtype == weight.dtype == torch.float32
+        and weight.shape[-1] % LANES == weight.shape[-2] % LANES == 0
+        and x.numel() > 0
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    )
+
+
+LANES = 16
+"""Numbers of the vectors that these kernels take."""
 
 
 def plain_matrices(rows: int, *layers: nn.Module) -> list[Tensor] | None:
