@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from policy.linear import LANES, has_tiles
 from policy.packing import PackedRows
 
 SHORT_ROW = 256
@@ -70,8 +71,24 @@ def takes_short_rows(query_UHQ: Tensor, key_UGQ: Tensor, value_UGV: Tensor, rows
 
 def attend_short_rows(query_UHQ: Tensor, key_UGQ: Tensor, value_UGV: Tensor, rows: PackedRows, scale: float) -> Tensor:
     """Causal softmax attention [U, H, V] within each row, and over the prefix that it shares."""
+    if has_tiles() and query_UHQ.shape[2] % LANES == value_UGV.shape[2] % LANES == 0:
+        from policy import cpu_training_attention
+
+        return cpu_training_attention.attend(query_UHQ, key_UGQ, value_UGV, _segments(rows), scale)
     out_UHV: Tensor = _Attend.apply(query_UHQ, key_UGQ, value_UGV, _blocks(rows, query_UHQ.shape[1]), scale)
     return out_UHV
+
+
+def _segments(rows: PackedRows) -> Tensor:
+    """See `policy.cpu_training_attention.attend`."""
+    shared = rows.shared
+    if shared is None:
+        return torch.tensor([[start, length, 0] for start, length in zip(rows.starts, rows.lengths, strict=True)])
+    prefixes, rests = shared.prefix_rows, shared.rest_rows
+    segments = [[[start, length, 0]] for start, length in zip(prefixes.starts, prefixes.lengths, strict=True)]
+    for prefix, start, length in zip(shared.prefix_of_row, rests.starts, rests.lengths, strict=True):
+        segments[prefix].append([shared.num_shared + start, length, 1])
+    return torch.tensor([segment for of_prefix in segments for segment in of_prefix])
 
 
 def _blocks(rows: PackedRows, heads: int) -> list[_Block]:

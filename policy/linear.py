@@ -29,17 +29,20 @@ class Linear(nn.Linear):
         return out_NO if self.bias is None else out_NO + self.bias
 
 
+def has_tiles() -> bool:
+    """Whether the kernels of an update on the CPU are worth taking: one thread, and registers for their tiles."""
+    return torch.get_num_threads() == 1 and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def takes_on_cpu(x: Tensor, weight: Tensor) -> bool:
-    """Whether products with a gradient are for the kernels of `policy/cpu_training_products.py`: one thread, fp32,
-    widths of whole vectors, and registers for their tiles."""
+    """Whether products with a gradient are for the kernels of `policy/cpu_training_products.py`: fp32, whole vectors."""
     return (
         torch.is_grad_enabled()
         and x.is_cpu
-        and torch.get_num_threads() == 1
+        and has_tiles()
         and x.dtype == weight.dtype == torch.float32
         and weight.shape[-1] % LANES == weight.shape[-2] % LANES == 0
         and x.numel() > 0
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
     )
 
 
