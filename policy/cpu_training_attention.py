@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from policy.cpu_compiler import ONE, ZERO, exp, floats, integers, kernel
 from policy.cpu_kernels import highest
 from policy.cpu_products import TILE
-from policy.cpu_training_products import WIDE, copy, fill, pack_columns, packed, product_of_tiles
+from policy.cpu_training_products import WIDE, copy, fill, pack_columns, packed, product_of_tiles, stay_apart
 
 _OF_SUMS = {"reassoc", "contract"}
 
@@ -39,6 +39,7 @@ def _up(count, step):
 @njit(error_model="numpy")
 def _load_keys(key, key_row, value, value_row, place, room, length, width, value_width, with_values):
     """Keys and values of a segment, and panels of their transposes, at `place`, each with `room` rows of space."""
+    stay_apart()
     values = place + 4 * room * width
     keys_across = values + 4 * room * value_width
     values_across = keys_across + 4 * room * width
@@ -53,36 +54,40 @@ def _load_keys(key, key_row, value, value_row, place, room, length, width, value
 def _multiply_across(rows, width, place, before_place, out, first, length, before, room):
     """Of TILE rows from `first` on the products with the rows whose transposes lie in panels: out[:, :before] and, from
     column `room` on, up to `first` + TILE of the segment's own."""
+    stay_apart()
     stride = 2 * room
-    product_of_tiles(rows, width, 1, before_place, 0, out, stride, TILE, _up(before, WIDE), width, 0)
+    product_of_tiles(rows, width, 1, before_place, 0, out, stride, TILE, _up(before, WIDE), width, False)
     seen = _up(min(first + TILE, length), WIDE)
-    product_of_tiles(rows, width, 1, place, 0, out + 4 * room, stride, TILE, seen, width, 0)
+    product_of_tiles(rows, width, 1, place, 0, out + 4 * room, stride, TILE, seen, width, False)
 
 
 @njit(error_model="numpy")
 def _multiply_along(weights, place, before_place, out, first, length, before, room, width):
     """Of TILE rows from `first` on the sums of the rows at both places with these weights, [TILE, width]."""
+    stay_apart()
     seen, stride = min(first + TILE, _up(length, TILE)), 2 * room
-    product_of_tiles(weights + 4 * room, stride, 1, place, width, out, width, TILE, width, seen, 0)
+    product_of_tiles(weights + 4 * room, stride, 1, place, width, out, width, TILE, width, seen, False)
     if before:
-        product_of_tiles(weights, stride, 1, before_place, width, out, width, TILE, width, before, 1)
+        product_of_tiles(weights, stride, 1, before_place, width, out, width, TILE, width, before, True)
 
 
 @njit(error_model="numpy")
 def _gather(weights, rows, out, before_out, length, before, room, width, adds):
     """Of each key the sum, over the queries that see it, of their rows with these weights; added for a prefix."""
+    stay_apart()
     stride = 2 * room
     for first in range(0, length, TILE):
         column = weights + 4 * (first * stride + room + first)
         place, target = rows + 4 * first * width, out + 4 * first * width
         product_of_tiles(column, 1, stride, place, width, target, width, TILE, width, length - first, adds)
     if before:
-        product_of_tiles(weights, 1, stride, rows, width, before_out, width, _up(before, TILE), width, length, 1)
+        product_of_tiles(weights, 1, stride, rows, width, before_out, width, _up(before, TILE), width, length, True)
 
 
 @njit(error_model="numpy", fastmath=_OF_SUMS)
 def _softmax(scores, first, length, before, room, scale, stats, is_known):
     """Scores of TILE queries to weights, in place, and each softmax's highest score and share; or as these say."""
+    stay_apart()
     x, stats = floats(scores), floats(stats)
     for row in range(min(TILE, length - first)):
         prefix, seen = 2 * room * row, first + row + 1
@@ -116,6 +121,7 @@ def _softmax(scores, first, length, before, room, scale, stats, is_known):
 @njit(error_model="numpy", fastmath=_OF_SUMS)
 def _softmax_back(weights, grads, first, length, before, room, scale):
     """With weights w and their gradients g of TILE queries: w * (g - sum of w g) * scale, in the place of the latter."""
+    stay_apart()
     w, g = floats(weights), floats(grads)
     for row in range(min(TILE, length - first)):
         prefix, seen = 2 * room * row, first + row + 1

@@ -12,7 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from numba import njit
+from numba import njit, types
+from numba.extending import intrinsic
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -27,22 +28,18 @@ ROWS_AT_ONCE = 256
 """Rows that meet all columns before the next ones do, and the depth of a gradient's products: what they read stays in
 the cache of a core."""
 
-_wide, _narrow = (product_tile(lanes, TILE) for lanes in (WIDE, LANES))
 _add_wide, _add_narrow = (product_tile(lanes, TILE, adds=True) for lanes in (WIDE, LANES))
 
 
-@njit(error_model="numpy")
-def _tile(a, a_row, a_column, b, b_row, out, out_row, depth, ahead, is_wide, adds):
-    """out[r, c] = sum over d of a[r, d] b[d, c] of TILE rows and, if wide, WIDE columns, else LANES."""
-    if is_wide:
-        if adds:
-            _add_wide(b, b_row, a, a_row, a_column, out, out_row, depth, ahead)
-        else:
-            _wide(b, b_row, a, a_row, a_column, out, out_row, depth, ahead)
-    elif adds:
-        _add_narrow(b, b_row, a, a_row, a_column, out, out_row, depth, ahead)
-    else:
-        _narrow(b, b_row, a, a_row, a_column, out, out_row, depth, ahead)
+@intrinsic
+def stay_apart(_: Any) -> Any:
+    """Keeps the function that calls it from being compiled into others again and again."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 @njit(error_model="numpy")
@@ -51,36 +48,43 @@ def product_of_tiles(a, a_row, a_column, b, b_row, out, out_row, rows, width, de
 
     Rows of b are `b_row` numbers apart; 0 where b lies in panels.
     """
+    stay_apart()
     for column in range(0, width, WIDE):
-        is_wide = width - column >= WIDE
-        place, step = b + 4 * column, b_row
-        if b_row == 0:
-            place, step = b + 4 * column * depth, WIDE if is_wide else LANES
+        size = min(WIDE, width - column)
+        place, step = (b + 4 * column, b_row) if b_row else (b + 4 * column * depth, size)
         for row in range(0, rows, TILE):
-            first = a + 4 * row * a_row
-            _tile(
-                first, a_row, a_column, place, step, out + 4 * (row * out_row + column), out_row, depth,
-                first + 4 * TILE * a_row, is_wide, adds,
-            )  # fmt: skip
+            first, target = a + 4 * row * a_row, out + 4 * (row * out_row + column)
+            if not adds:
+                numbers = floats(target)
+                for r in range(TILE):
+                    for c in range(size):
+                        numbers[r * out_row + c] = ZERO
+            ahead = first + 4 * TILE * a_row
+            if size == WIDE:
+                _add_wide(place, step, first, a_row, a_column, target, out_row, depth, ahead)
+            else:
+                _add_narrow(place, step, first, a_row, a_column, target, out_row, depth, ahead)
 
 
 @njit(error_model="numpy")
 def product(a, a_row, b, out, out_row, rows, width, depth, room):
     """The same of any number of rows with b in panels; room for TILE * (depth + width) numbers."""
+    stay_apart()
     whole = rows - rows % TILE
     for row in range(0, whole, ROWS_AT_ONCE):
         count = min(ROWS_AT_ONCE, whole - row)
-        product_of_tiles(a + 4 * row * a_row, a_row, 1, b, 0, out + 4 * row * out_row, out_row, count, width, depth, 0)
+        product_of_tiles(a + 4 * row * a_row, a_row, 1, b, 0, out + 4 * row * out_row, out_row, count, width, depth, False)
     left, result = rows - whole, room + 4 * TILE * depth
     if left:
         fill(a + 4 * whole * a_row, a_row, room, depth, left, TILE, depth)
-        product_of_tiles(room, depth, 1, b, 0, result, width, TILE, width, depth, 0)
+        product_of_tiles(room, depth, 1, b, 0, result, width, TILE, width, depth, False)
         copy(result, width, out + 4 * whole * out_row, out_row, left, width)
 
 
 @njit(error_model="numpy")
 def product_of_columns(a, a_row, b, b_row, out, depth, rows, width):
     """out[r, c] = sum over d of a[d, r] b[d, c], contiguous; rows and width of LANES."""
+    stay_apart()
     for first in range(0, max(depth, 1), ROWS_AT_ONCE):
         count = min(ROWS_AT_ONCE, depth - first)
         product_of_tiles(
@@ -91,6 +95,7 @@ def product_of_columns(a, a_row, b, b_row, out, depth, rows, width):
 @njit(error_model="numpy")
 def copy(x, x_row, out, out_row, rows, width):
     """Rows from one place to another."""
+    stay_apart()
     x, out = floats(x), floats(out)
     for row in range(rows):
         for c in range(width):
@@ -100,6 +105,7 @@ def copy(x, x_row, out, out_row, rows, width):
 @njit(error_model="numpy")
 def fill(x, x_row, out, out_row, rows, all_rows, width):
     """Rows from one place to another, and zeros after them."""
+    stay_apart()
     copy(x, x_row, out, out_row, rows, width)
     out = floats(out)
     for row in range(rows, all_rows):
@@ -110,6 +116,7 @@ def fill(x, x_row, out, out_row, rows, all_rows, width):
 @njit(error_model="numpy")
 def pack(b, b_row, out, depth, width):
     """Rows of b in panels of WIDE columns, the last one of LANES where the width says so."""
+    stay_apart()
     b, out = floats(b), floats(out)
     for column in range(0, width, WIDE):
         if width - column >= WIDE:
@@ -125,6 +132,7 @@ def pack(b, b_row, out, depth, width):
 @njit(error_model="numpy")
 def pack_columns(b, b_row, out, depth, columns, width):
     """Columns of b in the same panels, zeros after the last of them: out[d, c] = b[c, d]."""
+    stay_apart()
     b, out = floats(b), floats(out)
     for column in range(0, width, WIDE):
         size = min(WIDE, width - column)
