@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from policy.cpu_compiler import ONE, ZERO, exp, floats, integers, kernel
 from policy.cpu_kernels import highest
 from policy.cpu_products import TILE
-from policy.cpu_training_products import WIDE, copy, fill, pack_columns, packed, product_of_tiles, stay_apart
+from policy.cpu_training_products import NO, NONE, ROWS, SINGLE, WIDE, YES, copy, fill, pack_columns, packed, product_of_tiles, stay_apart
 
 _OF_SUMS = {"reassoc", "contract"}
 
@@ -56,9 +56,9 @@ def _multiply_across(rows, width, place, before_place, out, first, length, befor
     column `room` on, up to `first` + TILE of the segment's own."""
     stay_apart()
     stride = 2 * room
-    product_of_tiles(rows, width, 1, before_place, 0, out, stride, TILE, _up(before, WIDE), width, False)
+    product_of_tiles(rows, width, SINGLE, before_place, NONE, out, stride, ROWS, _up(before, WIDE), width, NO)
     seen = _up(min(first + TILE, length), WIDE)
-    product_of_tiles(rows, width, 1, place, 0, out + 4 * room, stride, TILE, seen, width, False)
+    product_of_tiles(rows, width, SINGLE, place, NONE, out + 4 * room, stride, ROWS, seen, width, NO)
 
 
 @njit(error_model="numpy")
@@ -66,9 +66,9 @@ def _multiply_along(weights, place, before_place, out, first, length, before, ro
     """Of TILE rows from `first` on the sums of the rows at both places with these weights, [TILE, width]."""
     stay_apart()
     seen, stride = min(first + TILE, _up(length, TILE)), 2 * room
-    product_of_tiles(weights + 4 * room, stride, 1, place, width, out, width, TILE, width, seen, False)
+    product_of_tiles(weights + 4 * room, stride, SINGLE, place, width, out, width, ROWS, width, seen, NO)
     if before:
-        product_of_tiles(weights, stride, 1, before_place, width, out, width, TILE, width, before, True)
+        product_of_tiles(weights, stride, SINGLE, before_place, width, out, width, ROWS, width, before, YES)
 
 
 @njit(error_model="numpy")
@@ -76,12 +76,12 @@ def _gather(weights, rows, out, before_out, length, before, room, width, adds):
     """Of each key the sum, over the queries that see it, of their rows with these weights; added for a prefix."""
     stay_apart()
     stride = 2 * room
-    for first in range(0, length, TILE):
+    for first in range(NONE, length, ROWS):
         column = weights + 4 * (first * stride + room + first)
         place, target = rows + 4 * first * width, out + 4 * first * width
-        product_of_tiles(column, 1, stride, place, width, target, width, TILE, width, length - first, adds)
+        product_of_tiles(column, SINGLE, stride, place, width, target, width, ROWS, width, length - first, adds)
     if before:
-        product_of_tiles(weights, 1, stride, rows, width, before_out, width, _up(before, TILE), width, length, True)
+        product_of_tiles(weights, SINGLE, stride, rows, width, before_out, width, _up(before, TILE), width, length, YES)
 
 
 @njit(error_model="numpy", fastmath=_OF_SUMS)
@@ -150,19 +150,19 @@ def _attend(
     mixed = queries + 4 * TILE * width
     scores = mixed + 4 * TILE * value_width
     for group in range(groups):
-        before = 0
+        before = NONE
         for s in range(count):
             start, length, is_rest = segments[3 * s], segments[3 * s + 1], segments[3 * s + 2]
-            before, place = (before, rest_keys) if is_rest else (0, scratch)
+            before, place = (before, rest_keys) if is_rest else (NONE, scratch)
             keys, values = key + 4 * (start * key_row + group * key_head), value + 4 * (start * value_row + group * value_head)
-            _load_keys(keys, key_row, values, value_row, place, room, length, width, value_width, False)
+            _load_keys(keys, key_row, values, value_row, place, room, length, width, value_width, NO)
             across = 4 * room * (width + value_width)
             for head in range(group * share, group * share + share):
-                for first in range(0, length, TILE):
-                    rows, n = query + 4 * ((start + first) * query_row + head * query_head), min(TILE, length - first)
-                    fill(rows, query_row, queries, width, n, TILE, width)
+                for first in range(NONE, length, ROWS):
+                    rows, n = query + 4 * ((start + first) * query_row + head * query_head), min(ROWS, length - first)
+                    fill(rows, query_row, queries, width, n, ROWS, width)
                     _multiply_across(queries, width, place + across, scratch + across, scores, first, length, before, room)
-                    _softmax(scores, first, length, before, room, scale, stats + 8 * (head * tokens + start), False)
+                    _softmax(scores, first, length, before, room, scale, stats + 8 * (head * tokens + start), NO)
                     _multiply_along(
                         scores, place + 4 * room * width, scratch + 4 * room * width, mixed, first, length, before, room,
                         value_width,
@@ -190,28 +190,28 @@ def _attend_back(
     across, back = 4 * room * both, 8 * room * both
     of_values = 4 * room * width
     for group in range(groups):
-        before, prefix_start = 0, 0
+        before, prefix_start = NONE, NONE
         for s in range(count + 1):
-            start, length, is_rest = (segments[3 * s], segments[3 * s + 1], segments[3 * s + 2]) if s < count else (0, 0, 0)
+            start, length, is_rest = (segments[3 * s], segments[3 * s + 1], segments[3 * s + 2]) if s < count else (NONE, NONE, NONE)
             if before and not is_rest:  # nothing more comes after this prefix
                 place = prefix_start * groups + group
                 copy(scratch + back, width, key_grad + 4 * place * width, groups * width, before, width)
                 place, own = value_grad + 4 * place * value_width, scratch + back + of_values
                 copy(own, value_width, place, groups * value_width, before, value_width)
-            before, place = (before, rest_keys) if is_rest else (0, scratch)
+            before, place = (before, rest_keys) if is_rest else (NONE, scratch)
             keys, values = key + 4 * (start * key_row + group * key_head), value + 4 * (start * value_row + group * value_head)
             if s < count:
-                _load_keys(keys, key_row, values, value_row, place, room, length, width, value_width, True)
+                _load_keys(keys, key_row, values, value_row, place, room, length, width, value_width, YES)
             for head in range(group * share, group * share + share if s < count else 0):
                 rows = query + 4 * (start * query_row + head * query_head)
                 fill(rows, query_row, queries, width, length, _up(length, TILE), width)
                 rows = grad + 4 * (start * grad_row + head * grad_head)
                 fill(rows, grad_row, grads, value_width, length, _up(length, TILE), value_width)
-                for first in range(0, length, TILE):
+                for first in range(NONE, length, ROWS):
                     w, g = weights + 8 * room * first, weight_grads + 8 * room * first
                     rows = queries + 4 * first * width
                     _multiply_across(rows, width, place + across, scratch + across, w, first, length, before, room)
-                    _softmax(w, first, length, before, room, scale, stats + 8 * (head * tokens + start), True)
+                    _softmax(w, first, length, before, room, scale, stats + 8 * (head * tokens + start), YES)
                     rows = grads + 4 * first * value_width
                     _multiply_across(
                         rows, value_width, place + across + of_values, scratch + across + of_values, g, first, length,

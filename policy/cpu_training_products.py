@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from numba import njit, types
 from numba.extending import intrinsic
@@ -24,6 +25,8 @@ from policy.linear import LANES
 
 WIDE = 2 * LANES
 """Columns of a tile."""
+NONE, SINGLE, ROWS, NO, YES = np.int64(0), np.int64(1), np.int64(TILE), np.bool_(False), np.bool_(True)
+"""Of numpy's types: numba would compile a function anew for each plain constant that it is called with."""
 ROWS_AT_ONCE = 256
 """Rows that meet all columns before the next ones do, and the depth of a gradient's products: what they read stays in
 the cache of a core."""
@@ -73,11 +76,11 @@ def product(a, a_row, b, out, out_row, rows, width, depth, room):
     whole = rows - rows % TILE
     for row in range(0, whole, ROWS_AT_ONCE):
         count = min(ROWS_AT_ONCE, whole - row)
-        product_of_tiles(a + 4 * row * a_row, a_row, 1, b, 0, out + 4 * row * out_row, out_row, count, width, depth, False)
+        product_of_tiles(a + 4 * row * a_row, a_row, SINGLE, b, NONE, out + 4 * row * out_row, out_row, count, width, depth, NO)
     left, result = rows - whole, room + 4 * TILE * depth
     if left:
-        fill(a + 4 * whole * a_row, a_row, room, depth, left, TILE, depth)
-        product_of_tiles(room, depth, 1, b, 0, result, width, TILE, width, depth, False)
+        fill(a + 4 * whole * a_row, a_row, room, depth, left, ROWS, depth)
+        product_of_tiles(room, depth, SINGLE, b, NONE, result, width, ROWS, width, depth, NO)
         copy(result, width, out + 4 * whole * out_row, out_row, left, width)
 
 
@@ -88,7 +91,7 @@ def product_of_columns(a, a_row, b, b_row, out, depth, rows, width):
     for first in range(0, max(depth, 1), ROWS_AT_ONCE):
         count = min(ROWS_AT_ONCE, depth - first)
         product_of_tiles(
-            a + 4 * first * a_row, 1, a_row, b + 4 * first * b_row, b_row, out, width, rows, width, count, first > 0
+            a + 4 * first * a_row, SINGLE, a_row, b + 4 * first * b_row, b_row, out, width, rows, width, count, first > 0
         )
 
 
@@ -148,7 +151,7 @@ def pack_columns(b, b_row, out, depth, columns, width):
 
 @kernel
 def _multiply(x, x_row, weights, out, ends, groups, width, depth, panels, room):
-    ends, first = integers(ends), 0
+    ends, first = integers(ends), NONE
     for group in range(groups):
         if ends[group] > first:
             pack_columns(weights + 4 * group * width * depth, depth, panels, depth, width, width)
@@ -159,7 +162,7 @@ def _multiply(x, x_row, weights, out, ends, groups, width, depth, panels, room):
 
 @kernel
 def _multiply_back(grad, grad_row, weights, out, ends, groups, width, depth, panels, room):
-    ends, first = integers(ends), 0
+    ends, first = integers(ends), NONE
     for group in range(groups):
         if ends[group] > first:
             pack(weights + 4 * group * width * depth, width, panels, depth, width)
@@ -170,7 +173,7 @@ def _multiply_back(grad, grad_row, weights, out, ends, groups, width, depth, pan
 
 @kernel
 def _weigh(grad, grad_row, x, x_row, out, ends, groups, rows, width):
-    ends, first = integers(ends), 0
+    ends, first = integers(ends), NONE
     for group in range(groups):
         product_of_columns(
             grad + 4 * first * grad_row, grad_row, x + 4 * first * x_row, x_row, out + 4 * group * rows * width,
@@ -214,26 +217,28 @@ def weigh(grad_TO: Tensor, x_TI: Tensor, ends_E: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     """x @ weight.T, [..., O], differentiable."""
-    out: Tensor = _Linear.apply(x, weight_OI)
-    return out
+    x_NI = x.reshape(-1, x.shape[-1])
+    return grouped_linear(x_NI, weight_OI[None], torch.tensor([len(x_NI)])).view(*x.shape[:-1], -1)
+
+
+def grouped_linear(x_TI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """Each row times the transpose of its group's matrix, [T, O], differentiable; rows sorted, groups end at `ends_E`."""
+    out_TO: Tensor = _Linear.apply(x_TI, weight_EOI, ends_E.long())
+    return out_TO
 
 
 class _Linear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight_OI)
-        x_NI = x.reshape(-1, x.shape[-1])
-        return multiply(x_NI, weight_OI[None], torch.tensor([len(x_NI)])).view(*x.shape[:-1], -1)
+    def forward(ctx: Any, x_TI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TI, weight_EOI, ends_E)
+        return multiply(x_TI, weight_EOI, ends_E)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight_OI = ctx.saved_tensors
-        needs_x, needs_weight = ctx.needs_input_grad
-        x_NI, grad_NO = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1])
-        ends = torch.tensor([len(x_NI)])
-        x_grad = multiply_back(grad_NO, weight_OI[None], ends).view(x.shape) if needs_x else None
-        return x_grad, weigh(grad_NO, x_NI, ends)[0] if needs_weight else None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_TI, weight_EOI, ends_E = ctx.saved_tensors
+        x_grad_TI = multiply_back(grads[0], weight_EOI, ends_E) if ctx.needs_input_grad[0] else None
+        return x_grad_TI, weigh(grads[0], x_TI, ends_E) if ctx.needs_input_grad[1] else None, None
 
 
 def packed(x: Tensor) -> Tensor:
