@@ -27,6 +27,7 @@ from policy.cpu_compiler import ONE, ZERO, exp, floats, integers, kernel
 from policy.cpu_kernels import highest
 from policy.cpu_products import TILE
 from policy.cpu_training_products import NO, NONE, ROWS, SINGLE, WIDE, YES, copy, fill, pack_columns, packed, product_of_tiles, stay_apart
+from policy.linear import LANES
 
 _OF_SUMS = {"reassoc", "contract"}
 
@@ -45,20 +46,26 @@ def _load_keys(key, key_row, value, value_row, place, room, length, width, value
     values_across = keys_across + 4 * room * width
     fill(key, key_row, place, width, length, _up(length, TILE), width)
     fill(value, value_row, values, value_width, length, _up(length, TILE), value_width)
-    pack_columns(place, width, keys_across, width, length, _up(length, WIDE))
+    pack_columns(place, width, keys_across, width, length, _up(length, LANES))
     if with_values:
-        pack_columns(values, value_width, values_across, value_width, length, _up(length, WIDE))
+        pack_columns(values, value_width, values_across, value_width, length, _up(length, LANES))
 
 
 @njit(error_model="numpy")
-def _multiply_across(rows, width, place, before_place, out, first, length, before, room):
-    """Of TILE rows from `first` on the products with the rows whose transposes lie in panels: out[:, :before] and, from
-    column `room` on, up to `first` + TILE of the segment's own."""
+def _multiply_across(rows, width, place, before_place, out, length, before, room):
+    """Products of a segment's rows with those whose transposes lie in panels: out[:, :before] with the prefix's, and
+    from column `room` on, up to each tile's last row, with its own."""
     stay_apart()
     stride = 2 * room
-    product_of_tiles(rows, width, SINGLE, before_place, NONE, out, stride, ROWS, _up(before, WIDE), width, NO)
-    seen = _up(min(first + TILE, length), WIDE)
-    product_of_tiles(rows, width, SINGLE, place, NONE, out + 4 * room, stride, ROWS, seen, width, NO)
+    if before:
+        columns = _up(before, LANES)
+        product_of_tiles(
+            rows, width, SINGLE, before_place, NONE, out, stride, _up(length, ROWS), columns, width, NO
+        )
+    for first in range(NONE, length, ROWS):
+        of_tile, target = rows + 4 * first * width, out + 4 * (first * stride + room)
+        seen = min(_up(first + ROWS, WIDE), _up(length, LANES))
+        product_of_tiles(of_tile, width, SINGLE, place, NONE, target, stride, ROWS, seen, width, NO)
 
 
 @njit(error_model="numpy")
@@ -85,57 +92,73 @@ def _gather(weights, rows, out, before_out, length, before, room, width, adds):
 
 
 @njit(error_model="numpy", fastmath=_OF_SUMS)
-def _softmax(scores, first, length, before, room, scale, stats, is_known):
-    """Scores of TILE queries to weights, in place, and each softmax's highest score and share; or as these say."""
-    stay_apart()
-    x, stats = floats(scores), floats(stats)
-    for row in range(min(TILE, length - first)):
-        prefix, seen = 2 * room * row, first + row + 1
-        own = prefix + room
-        if is_known:
-            peak, share = stats[2 * (first + row)], stats[2 * (first + row) + 1]
-            for j in range(before):
-                x[prefix + j] = exp((x[prefix + j] - peak) * scale) * share
-            for j in range(seen):
-                x[own + j] = exp((x[own + j] - peak) * scale) * share
-        else:
-            peak, total = highest(highest(x[own], x, own, seen), x, prefix, before), ZERO
-            for j in range(before):
-                weight = exp((x[prefix + j] - peak) * scale)
-                x[prefix + j] = weight
-                total += weight
-            for j in range(seen):
-                weight = exp((x[own + j] - peak) * scale)
-                x[own + j] = weight
-                total += weight
-            share = ONE / total
-            for j in range(before):
-                x[prefix + j] *= share
-            for j in range(seen):
-                x[own + j] *= share
-            stats[2 * (first + row)], stats[2 * (first + row) + 1] = peak, share
-        for j in range(seen, first + TILE):
-            x[own + j] = ZERO
+def _exponentials(x, start, count, end, peak, scale, share):
+    """exp((x - peak) * scale) * share of so many scores, in place, then zeros to the end; their sum. Whole vectors, as
+    numbers left over would be taken one by one."""
+    total, whole = ZERO, _up(count, LANES)
+    for first in range(start, start + whole, LANES):
+        for lane in range(LANES):
+            x[first + lane] = exp((x[first + lane] - peak) * scale) * share
+    for j in range(start + count, start + max(whole, end)):
+        x[j] = ZERO
+    for first in range(start, start + whole, LANES):
+        for lane in range(LANES):
+            total += x[first + lane]
+    return total
 
 
 @njit(error_model="numpy", fastmath=_OF_SUMS)
-def _softmax_back(weights, grads, first, length, before, room, scale):
-    """With weights w and their gradients g of TILE queries: w * (g - sum of w g) * scale, in the place of the latter."""
+def _softmax(scores, length, before, room, scale, stats, is_known):
+    """Scores of a segment to weights, in place, and each softmax's highest score and share; or as these say.
+
+    What a query must not see of its tile becomes 0.
+    """
+    stay_apart()
+    x, stats = floats(scores), floats(stats)
+    for row in range(length):
+        prefix, seen, end = 2 * room * row, row + 1, _up(row + 1, ROWS)
+        own = prefix + room
+        if is_known:
+            peak, share = stats[2 * row], stats[2 * row + 1]
+        else:
+            peak, share = highest(highest(x[own], x, own, seen), x, prefix, before), ONE
+        total = _exponentials(x, prefix, before, before, peak, scale, share)
+        total += _exponentials(x, own, seen, end, peak, scale, share)
+        if not is_known:
+            share = ONE / total
+            for j in range(prefix, prefix + _up(before, LANES)):
+                x[j] *= share
+            for j in range(own, own + _up(seen, LANES)):
+                x[j] *= share
+            stats[2 * row], stats[2 * row + 1] = peak, share
+
+
+@njit(error_model="numpy", fastmath=_OF_SUMS)
+def _dot(w, g, start, count):
+    total = ZERO
+    for first in range(start, start + _up(count, LANES), LANES):
+        for lane in range(LANES):
+            total += w[first + lane] * g[first + lane]
+    return total
+
+
+@njit(error_model="numpy", fastmath=_OF_SUMS)
+def _softmax_back(weights, grads, length, before, room, scale):
+    """With weights w and their gradients g of a segment: w * (g - sum of w g) * scale, in the place of the latter."""
     stay_apart()
     w, g = floats(weights), floats(grads)
-    for row in range(min(TILE, length - first)):
-        prefix, seen = 2 * room * row, first + row + 1
-        own, total = prefix + room, ZERO
-        for j in range(before):
-            total += w[prefix + j] * g[prefix + j]
-        for j in range(seen):
-            total += w[own + j] * g[own + j]
-        for j in range(before):
-            g[prefix + j] = w[prefix + j] * (g[prefix + j] - total) * scale
-        for j in range(seen):
-            g[own + j] = w[own + j] * (g[own + j] - total) * scale
-        for j in range(seen, first + TILE):
-            g[own + j] = ZERO
+    for row in range(length):
+        prefix, seen, end = 2 * room * row, row + 1, _up(row + 1, ROWS)
+        own = prefix + room
+        total = _dot(w, g, prefix, before) + _dot(w, g, own, seen)
+        for first in range(prefix, prefix + _up(before, LANES), LANES):
+            for j in range(first, first + LANES):
+                g[j] = w[j] * (g[j] - total) * scale
+        for first in range(own, own + _up(seen, LANES), LANES):
+            for j in range(first, first + LANES):
+                g[j] = w[j] * (g[j] - total) * scale
+        for j in range(own + seen, own + end):
+            g[j] = ZERO
 
 
 @kernel
@@ -147,7 +170,7 @@ def _attend(
     of_keys = 8 * room * (width + value_width)
     rest_keys = scratch + of_keys
     queries = rest_keys + of_keys
-    mixed = queries + 4 * TILE * width
+    mixed = queries + 4 * room * width
     scores = mixed + 4 * TILE * value_width
     for group in range(groups):
         before = NONE
@@ -158,17 +181,17 @@ def _attend(
             _load_keys(keys, key_row, values, value_row, place, room, length, width, value_width, NO)
             across = 4 * room * (width + value_width)
             for head in range(group * share, group * share + share):
+                rows = query + 4 * (start * query_row + head * query_head)
+                fill(rows, query_row, queries, width, length, _up(length, ROWS), width)
+                _multiply_across(queries, width, place + across, scratch + across, scores, length, before, room)
+                _softmax(scores, length, before, room, scale, stats + 8 * (head * tokens + start), NO)
                 for first in range(NONE, length, ROWS):
-                    rows, n = query + 4 * ((start + first) * query_row + head * query_head), min(ROWS, length - first)
-                    fill(rows, query_row, queries, width, n, ROWS, width)
-                    _multiply_across(queries, width, place + across, scratch + across, scores, first, length, before, room)
-                    _softmax(scores, first, length, before, room, scale, stats + 8 * (head * tokens + start), NO)
                     _multiply_along(
-                        scores, place + 4 * room * width, scratch + 4 * room * width, mixed, first, length, before, room,
-                        value_width,
+                        scores + 8 * room * first, place + 4 * room * width, scratch + 4 * room * width, mixed, first, length,
+                        before, room, value_width,
                     )  # fmt: skip
                     target = out + 4 * ((start + first) * heads + head) * value_width
-                    copy(mixed, value_width, target, heads * value_width, n, value_width)
+                    copy(mixed, value_width, target, heads * value_width, min(ROWS, length - first), value_width)
             if not is_rest:
                 before = length
 
@@ -207,18 +230,14 @@ def _attend_back(
                 fill(rows, query_row, queries, width, length, _up(length, TILE), width)
                 rows = grad + 4 * (start * grad_row + head * grad_head)
                 fill(rows, grad_row, grads, value_width, length, _up(length, TILE), value_width)
+                _multiply_across(queries, width, place + across, scratch + across, weights, length, before, room)
+                _softmax(weights, length, before, room, scale, stats + 8 * (head * tokens + start), YES)
+                rows, own = scratch + across + of_values, place + across + of_values
+                _multiply_across(grads, value_width, own, rows, weight_grads, length, before, room)
+                _softmax_back(weights, weight_grads, length, before, room, scale)
                 for first in range(NONE, length, ROWS):
-                    w, g = weights + 8 * room * first, weight_grads + 8 * room * first
-                    rows = queries + 4 * first * width
-                    _multiply_across(rows, width, place + across, scratch + across, w, first, length, before, room)
-                    _softmax(w, first, length, before, room, scale, stats + 8 * (head * tokens + start), YES)
-                    rows = grads + 4 * first * value_width
-                    _multiply_across(
-                        rows, value_width, place + across + of_values, scratch + across + of_values, g, first, length,
-                        before, room,
-                    )  # fmt: skip
-                    _softmax_back(w, g, first, length, before, room, scale)
-                    _multiply_along(g, place, scratch, query_grads, first, length, before, room, width)
+                    w = weight_grads + 8 * room * first
+                    _multiply_along(w, place, scratch, query_grads, first, length, before, room, width)
                     target = query_grad + 4 * ((start + first) * heads + head) * width
                     copy(query_grads, width, target, heads * width, min(TILE, length - first), width)
                 adds, place_back, prefix_back = head > group * share, place + back, scratch + back
@@ -255,7 +274,7 @@ class _Attend(Function):
         (tokens, heads, width), (_, groups, values) = query_UHQ.shape, value_UGV.shape
         room = _room(segments_S3)
         out_UHV, stats_HU2 = torch.empty(tokens, heads, values), torch.empty(heads, tokens, 2)
-        scratch = torch.empty(4 * room * (width + values) + TILE * (width + values + 2 * room))
+        scratch = torch.empty(room * (4 * (width + values) + width + 2 * room) + TILE * values)
         _attend(
             *_addresses(query_UHQ, key_UGQ, value_UGV), out_UHV.data_ptr(), stats_HU2.data_ptr(),
             segments_S3.data_ptr(), len(segments_S3), tokens, heads, groups, width, values, scale, scratch.data_ptr(),

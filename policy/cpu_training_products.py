@@ -31,6 +31,7 @@ ROWS_AT_ONCE = 256
 """Rows that meet all columns before the next ones do, and the depth of a gradient's products: what they read stays in
 the cache of a core."""
 
+_wide, _narrow = (product_tile(lanes, TILE) for lanes in (WIDE, LANES))
 _add_wide, _add_narrow = (product_tile(lanes, TILE, adds=True) for lanes in (WIDE, LANES))
 
 
@@ -57,16 +58,15 @@ def product_of_tiles(a, a_row, a_column, b, b_row, out, out_row, rows, width, de
         place, step = (b + 4 * column, b_row) if b_row else (b + 4 * column * depth, size)
         for row in range(0, rows, TILE):
             first, target = a + 4 * row * a_row, out + 4 * (row * out_row + column)
-            if not adds:
-                numbers = floats(target)
-                for r in range(TILE):
-                    for c in range(size):
-                        numbers[r * out_row + c] = ZERO
             ahead = first + 4 * TILE * a_row
-            if size == WIDE:
+            if size == WIDE and adds:
                 _add_wide(place, step, first, a_row, a_column, target, out_row, depth, ahead)
-            else:
+            elif size == WIDE:
+                _wide(place, step, first, a_row, a_column, target, out_row, depth, ahead)
+            elif adds:
                 _add_narrow(place, step, first, a_row, a_column, target, out_row, depth, ahead)
+            else:
+                _narrow(place, step, first, a_row, a_column, target, out_row, depth, ahead)
 
 
 @njit(error_model="numpy")
