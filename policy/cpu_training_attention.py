@@ -96,14 +96,12 @@ def _exponentials(x, start, count, end, peak, scale, share):
     """exp((x - peak) * scale) * share of so many scores, in place, then zeros to the end; their sum. Whole vectors, as
     numbers left over would be taken one by one."""
     total, whole = ZERO, _up(count, LANES)
-    for first in range(start, start + whole, LANES):
-        for lane in range(LANES):
-            x[first + lane] = exp((x[first + lane] - peak) * scale) * share
+    for j in range(start, start + whole):
+        x[j] = exp((x[j] - peak) * scale) * share
     for j in range(start + count, start + max(whole, end)):
         x[j] = ZERO
-    for first in range(start, start + whole, LANES):
-        for lane in range(LANES):
-            total += x[first + lane]
+    for j in range(start, start + whole):
+        total += x[j]
     return total
 
 
@@ -136,9 +134,8 @@ def _softmax(scores, length, before, room, scale, stats, is_known):
 @njit(error_model="numpy", fastmath=_OF_SUMS)
 def _dot(w, g, start, count):
     total = ZERO
-    for first in range(start, start + _up(count, LANES), LANES):
-        for lane in range(LANES):
-            total += w[first + lane] * g[first + lane]
+    for j in range(start, start + _up(count, LANES)):
+        total += w[j] * g[j]
     return total
 
 
@@ -151,12 +148,10 @@ def _softmax_back(weights, grads, length, before, room, scale):
         prefix, seen, end = 2 * room * row, row + 1, _up(row + 1, ROWS)
         own = prefix + room
         total = _dot(w, g, prefix, before) + _dot(w, g, own, seen)
-        for first in range(prefix, prefix + _up(before, LANES), LANES):
-            for j in range(first, first + LANES):
-                g[j] = w[j] * (g[j] - total) * scale
-        for first in range(own, own + _up(seen, LANES), LANES):
-            for j in range(first, first + LANES):
-                g[j] = w[j] * (g[j] - total) * scale
+        for j in range(prefix, prefix + _up(before, LANES)):
+            g[j] = w[j] * (g[j] - total) * scale
+        for j in range(own, own + _up(seen, LANES)):
+            g[j] = w[j] * (g[j] - total) * scale
         for j in range(own + seen, own + end):
             g[j] = ZERO
 
