@@ -74,12 +74,12 @@ def attend_short_rows(query_UHQ: Tensor, key_UGQ: Tensor, value_UGV: Tensor, row
     if has_tiles() and query_UHQ.shape[2] % LANES == value_UGV.shape[2] % LANES == 0:
         from policy import cpu_training_attention
 
-        return cpu_training_attention.attend(query_UHQ, key_UGQ, value_UGV, _segments(rows), scale)
+        return cpu_training_attention.attend(query_UHQ, key_UGQ, value_UGV, find_segments(rows), scale)
     out_UHV: Tensor = _Attend.apply(query_UHQ, key_UGQ, value_UGV, _blocks(rows, query_UHQ.shape[1]), scale)
     return out_UHV
 
 
-def _segments(rows: PackedRows) -> Tensor:
+def find_segments(rows: PackedRows) -> Tensor:
     """See `policy.cpu_training_attention.attend`."""
     shared = rows.shared
     if shared is None:

@@ -26,7 +26,20 @@ from torch.autograd.function import once_differentiable
 from policy.cpu_compiler import ONE, ZERO, exp, floats, integers, kernel
 from policy.cpu_kernels import highest
 from policy.cpu_products import TILE
-from policy.cpu_training_products import NO, NONE, ROWS, SINGLE, WIDE, YES, copy, fill, pack_columns, packed, product_of_tiles, stay_apart
+from policy.cpu_training_products import (
+    NO,
+    NONE,
+    ROWS,
+    SINGLE,
+    WIDE,
+    YES,
+    copy,
+    fill,
+    pack_columns,
+    packed,
+    product_of_tiles,
+    stay_apart,
+)
 from policy.linear import LANES
 
 _OF_SUMS = {"reassoc", "contract"}
@@ -59,9 +72,7 @@ def _multiply_across(rows, width, place, before_place, out, length, before, room
     stride = 2 * room
     if before:
         columns = _up(before, LANES)
-        product_of_tiles(
-            rows, width, SINGLE, before_place, NONE, out, stride, _up(length, ROWS), columns, width, NO
-        )
+        product_of_tiles(rows, width, SINGLE, before_place, NONE, out, stride, _up(length, ROWS), columns, width, NO)
     for first in range(NONE, length, ROWS):
         of_tile, target = rows + 4 * first * width, out + 4 * (first * stride + room)
         seen = min(_up(first + ROWS, WIDE), _up(length, LANES))
@@ -172,7 +183,10 @@ def _attend(
         for s in range(count):
             start, length, is_rest = segments[3 * s], segments[3 * s + 1], segments[3 * s + 2]
             before, place = (before, rest_keys) if is_rest else (NONE, scratch)
-            keys, values = key + 4 * (start * key_row + group * key_head), value + 4 * (start * value_row + group * value_head)
+            keys, values = (
+                key + 4 * (start * key_row + group * key_head),
+                value + 4 * (start * value_row + group * value_head),
+            )
             _load_keys(keys, key_row, values, value_row, place, room, length, width, value_width, NO)
             across = 4 * room * (width + value_width)
             for head in range(group * share, group * share + share):
@@ -210,14 +224,19 @@ def _attend_back(
     for group in range(groups):
         before, prefix_start = NONE, NONE
         for s in range(count + 1):
-            start, length, is_rest = (segments[3 * s], segments[3 * s + 1], segments[3 * s + 2]) if s < count else (NONE, NONE, NONE)
+            start, length, is_rest = (
+                (segments[3 * s], segments[3 * s + 1], segments[3 * s + 2]) if s < count else (NONE, NONE, NONE)
+            )
             if before and not is_rest:  # nothing more comes after this prefix
                 place = prefix_start * groups + group
                 copy(scratch + back, width, key_grad + 4 * place * width, groups * width, before, width)
                 place, own = value_grad + 4 * place * value_width, scratch + back + of_values
                 copy(own, value_width, place, groups * value_width, before, value_width)
             before, place = (before, rest_keys) if is_rest else (NONE, scratch)
-            keys, values = key + 4 * (start * key_row + group * key_head), value + 4 * (start * value_row + group * value_head)
+            keys, values = (
+                key + 4 * (start * key_row + group * key_head),
+                value + 4 * (start * value_row + group * value_head),
+            )
             if s < count:
                 _load_keys(keys, key_row, values, value_row, place, room, length, width, value_width, YES)
             for head in range(group * share, group * share + share if s < count else 0):

@@ -76,7 +76,9 @@ def product(a, a_row, b, out, out_row, rows, width, depth, room):
     whole = rows - rows % TILE
     for row in range(0, whole, ROWS_AT_ONCE):
         count = min(ROWS_AT_ONCE, whole - row)
-        product_of_tiles(a + 4 * row * a_row, a_row, SINGLE, b, NONE, out + 4 * row * out_row, out_row, count, width, depth, NO)
+        product_of_tiles(
+            a + 4 * row * a_row, a_row, SINGLE, b, NONE, out + 4 * row * out_row, out_row, count, width, depth, NO
+        )
     left, result = rows - whole, room + 4 * TILE * depth
     if left:
         fill(a + 4 * whole * a_row, a_row, room, depth, left, ROWS, depth)
@@ -91,7 +93,17 @@ def product_of_columns(a, a_row, b, b_row, out, depth, rows, width):
     for first in range(0, max(depth, 1), ROWS_AT_ONCE):
         count = min(ROWS_AT_ONCE, depth - first)
         product_of_tiles(
-            a + 4 * first * a_row, SINGLE, a_row, b + 4 * first * b_row, b_row, out, width, rows, width, count, first > 0
+            a + 4 * first * a_row,
+            SINGLE,
+            a_row,
+            b + 4 * first * b_row,
+            b_row,
+            out,
+            width,
+            rows,
+            width,
+            count,
+            first > 0,
         )
 
 
@@ -167,7 +179,9 @@ def _multiply_back(grad, grad_row, weights, out, ends, groups, width, depth, pan
         if ends[group] > first:
             pack(weights + 4 * group * width * depth, width, panels, depth, width)
             place = out + 4 * first * width
-            product(grad + 4 * first * grad_row, grad_row, panels, place, width, ends[group] - first, width, depth, room)
+            product(
+                grad + 4 * first * grad_row, grad_row, panels, place, width, ends[group] - first, width, depth, room
+            )
         first = ends[group]
 
 

@@ -1,4 +1,5 @@
-"""A linear layer that takes a decoding step's numbers as they lie on the CPU (policy/decode_layout.py).
+"""A linear layer that on the CPU takes a decoding step's numbers as they lie (policy/decode_layout.py), and which numbers
+kernels of the update take.
 
 Shapes: N tokens, I and O widths in and out.
 """
@@ -12,7 +13,7 @@ from policy.decode_layout import LEAST_ROWS, lies_by_feature
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, by kernels of our own where rows lie feature by feature."""
+    """`nn.Linear`, by kernels of our own where rows lie feature by feature, and for the update on one thread."""
 
     def forward(self, x_NI: Tensor) -> Tensor:
         """[..., I] to [..., O]."""
@@ -35,7 +36,7 @@ def has_tiles() -> bool:
 
 
 def takes_on_cpu(x: Tensor, weight: Tensor) -> bool:
-    """Whether products with a gradient are for the kernels of `policy/cpu_training_products.py`: fp32, whole vectors."""
+    """Whether products with a gradient are for `policy/cpu_training_products.py`: fp32, widths of whole vectors."""
     return (
         torch.is_grad_enabled()
         and x.is_cpu
