@@ -194,11 +194,10 @@ def _attend(
                 fill(rows, query_row, queries, width, length, _up(length, ROWS), width)
                 _multiply_across(queries, width, place + across, scratch + across, scores, length, before, room)
                 _softmax(scores, length, before, room, scale, stats + 8 * (head * tokens + start), NO)
+                own, prefix = place + 4 * room * width, scratch + 4 * room * width
                 for first in range(NONE, length, ROWS):
-                    _multiply_along(
-                        scores + 8 * room * first, place + 4 * room * width, scratch + 4 * room * width, mixed, first, length,
-                        before, room, value_width,
-                    )  # fmt: skip
+                    weights = scores + 8 * room * first
+                    _multiply_along(weights, own, prefix, mixed, first, length, before, room, value_width)
                     target = out + 4 * ((start + first) * heads + head) * value_width
                     copy(mixed, value_width, target, heads * value_width, min(ROWS, length - first), value_width)
             if not is_rest:

@@ -236,7 +236,8 @@ def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
 
 
 def grouped_linear(x_TI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """Each row times the transpose of its group's matrix, [T, O], differentiable; rows sorted, groups end at `ends_E`."""
+    """Each row times the transpose of its group's matrix, [T, O], differentiable; rows sorted, groups end at `ends_E`
+    (integers)."""
     out_TO: Tensor = _Linear.apply(x_TI, weight_EOI, ends_E.long())
     return out_TO
 

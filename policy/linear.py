@@ -1,5 +1,5 @@
-"""A linear layer that on the CPU takes a decoding step's numbers as they lie (policy/decode_layout.py), and which numbers
-kernels of the update take.
+"""A linear layer that on the CPU takes a decoding step's numbers as they lie (policy/decode_layout.py), or tiles of our
+own for an update's; and where these tiles are taken.
 
 Shapes: N tokens, I and O widths in and out.
 """
