@@ -3,7 +3,7 @@
 Scores of a row lie in two parts: over its own keys, all rows of a block in one layout, and over the prefix that it goes
 on after, all rests of a prefix in one product. So a prefix's keys and values are copied for no rest, and the gradients
 that its rests have for them add up within a product. What products give is laid out head by head, since torch would
-else take them one by one.
+else take them one by one. On one thread, where widths allow, all of it is one kernel (policy/cpu_training_attention.py).
 
 Shapes: U tokens, B rows of a block, R its longest row, H query heads, G key-value heads (head h reads h // (H/G)),
 Q query and key width, V value width, M queries after one prefix, P tokens of the prefix.
@@ -80,7 +80,7 @@ def attend_short_rows(query_UHQ: Tensor, key_UGQ: Tensor, value_UGV: Tensor, row
 
 
 def find_segments(rows: PackedRows) -> Tensor:
-    """See `policy.cpu_training_attention.attend`."""
+    """The rows, each prefix before its rests, int64 [S, 3]: see `policy.cpu_training_attention.attend`."""
     shared = rows.shared
     if shared is None:
         return torch.tensor([[start, length, 0] for start, length in zip(rows.starts, rows.lengths, strict=True)])
