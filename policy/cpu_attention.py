@@ -3,7 +3,7 @@
 Scores of a row lie in two parts: over its own keys, all rows of a block in one layout, and over the prefix that it goes
 on after, all rests of a prefix in one product. So a prefix's keys and values are copied for no rest, and the gradients
 that its rests have for them add up within a product. What products give is laid out head by head, since torch would
-else take them one by one. On one thread, where widths allow, all of it is one kernel (policy/cpu_training_attention.py).
+else take them one by one. On one thread, where widths allow, it is all one kernel (policy/cpu_training_attention.py).
 
 Shapes: U tokens, B rows of a block, R its longest row, H query heads, G key-value heads (head h reads h // (H/G)),
 Q query and key width, V value width, M queries after one prefix, P tokens of the prefix.
