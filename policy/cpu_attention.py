@@ -3,7 +3,7 @@
 Scores of a row lie in two parts: over its own keys, all rows of a block in one layout, and over the prefix that it goes
 on after, all rests of a prefix in one product. So a prefix's keys and values are copied for no rest, and the gradients
 that its rests have for them add up within a product. What products give is laid out head by head, since torch would
-else take them one by one.
+else take them one by one. On one thread, where widths allow, it is all one kernel (policy/cpu_training_attention.py).
 
 Shapes: U tokens, B rows of a block, R its longest row, H query heads, G key-value heads (head h reads h // (H/G)),
 Q query and key width, V value width, M queries after one prefix, P tokens of the prefix.
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from policy.linear import LANES, has_tiles
 from policy.packing import PackedRows
 
 SHORT_ROW = 256
@@ -70,8 +71,24 @@ def takes_short_rows(query_UHQ: Tensor, key_UGQ: Tensor, value_UGV: Tensor, rows
 
 def attend_short_rows(query_UHQ: Tensor, key_UGQ: Tensor, value_UGV: Tensor, rows: PackedRows, scale: float) -> Tensor:
     """Causal softmax attention [U, H, V] within each row, and over the prefix that it shares."""
+    if has_tiles() and query_UHQ.shape[2] % LANES == value_UGV.shape[2] % LANES == 0:
+        from policy import cpu_training_attention
+
+        return cpu_training_attention.attend(query_UHQ, key_UGQ, value_UGV, find_segments(rows), scale)
     out_UHV: Tensor = _Attend.apply(query_UHQ, key_UGQ, value_UGV, _blocks(rows, query_UHQ.shape[1]), scale)
     return out_UHV
+
+
+def find_segments(rows: PackedRows) -> Tensor:
+    """The rows, each prefix before its rests, int64 [S, 3]: see `policy.cpu_training_attention.attend`."""
+    shared = rows.shared
+    if shared is None:
+        return torch.tensor([[start, length, 0] for start, length in zip(rows.starts, rows.lengths, strict=True)])
+    prefixes, rests = shared.prefix_rows, shared.rest_rows
+    segments = [[[start, length, 0]] for start, length in zip(prefixes.starts, prefixes.lengths, strict=True)]
+    for prefix, start, length in zip(shared.prefix_of_row, rests.starts, rests.lengths, strict=True):
+        segments[prefix].append([shared.num_shared + start, length, 1])
+    return torch.tensor([segment for of_prefix in segments for segment in of_prefix])
 
 
 def _blocks(rows: PackedRows, heads: int) -> list[_Block]:

@@ -298,7 +298,7 @@ def mix_rows_backward(grad_NC: Tensor, rows_TC: Tensor, places_NK: Tensor, weigh
 
 
 @njit(error_model="numpy", inline="always")
-def _highest(peak, x, first, count):
+def highest(peak, x, first, count):
     """The highest of `peak` and some numbers: eight at a time, since each comparison waits for the one before."""
     a = b = c = d = e = f = g = h = peak
     whole = first + count - count % 8
@@ -327,7 +327,7 @@ def _softmax_rows(own, before, layout, heads, rows, longest, scale):
                 y = layout[4 * row + 1] + head * layout[4 * row + 2] + i * num_before
                 seen = i + 1 if i < length else 0
                 if seen:
-                    peak = _highest(_highest(own[x], own, x, seen), before, y, num_before)
+                    peak = highest(highest(own[x], own, x, seen), before, y, num_before)
                     total = ZERO
                     for j in range(seen):
                         weight = exp((own[x + j] - peak) * scale)

@@ -81,7 +81,7 @@ def _fused_multiply_add(builder: Any, a: Any, b: Any, total: Any) -> Any:
     return builder.fadd(total, builder.fmul(a, b, flags=_FUSED), flags=_FUSED)
 
 
-def _product_tile(lanes: int, features: int, *, adds: bool = False) -> Any:
+def product_tile(lanes: int, features: int, *, adds: bool = False) -> Any:
     """out[o, n] = sum_c w[o, c] x[c, n] for so many o and n, or added to what is there: x and out by feature, w of any
     strides."""
     vector, mask = ir.VectorType(_FLOAT, lanes), ir.Constant(ir.VectorType(_INT32, lanes), [0] * lanes)
@@ -178,8 +178,8 @@ def _score_tile() -> Any:
     return tile
 
 
-_wide, _middle, _narrow, _single = (_product_tile(*shape) for shape in ((32, TILE), (16, TILE), (8, TILE), (8, 1)))
-add_middle, add_narrow = (_product_tile(lanes, QUERIES, adds=True) for lanes in (16, 8))
+_wide, _middle, _narrow, _single = (product_tile(*shape) for shape in ((32, TILE), (16, TILE), (8, TILE), (8, 1)))
+add_middle, add_narrow = (product_tile(lanes, QUERIES, adds=True) for lanes in (16, 8))
 score = _score_tile()
 
 

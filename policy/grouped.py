@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from policy.fused import kernels_for, silu_gate_halves
+from policy.linear import takes_on_cpu
 from policy.recompute import remade
 
 FEW_ROWS = 64
@@ -52,6 +53,11 @@ def swiglu(x_TO: Tensor, gate_up_EIO: Tensor, down_EOI: Tensor, ends_E: Tensor) 
         largest = int(ends_E.diff(prepend=ends_E.new_zeros(1)).max())
         if torch.get_num_threads() > 1 and largest * len(ends_E) <= 2 * len(x_TO):
             return _swiglu_filled(x_TO, gate_up_EIO, down_EOI, ends_E, largest)
+    if takes_on_cpu(x_TO, gate_up_EIO) and takes_on_cpu(x_TO, down_EOI):
+        from policy.cpu_training_products import grouped_linear
+
+        inner_TI = remade(silu_gate_halves, grouped_linear(x_TO, gate_up_EIO, ends_E))
+        return grouped_linear(inner_TI, down_EOI, ends_E)
     if has_grouped_product(x_TO, down_EOI):
         inner_TI = remade(silu_gate_halves, F.grouped_mm(x_TO, gate_up_EIO.transpose(1, 2), offs=ends_E))
         return F.grouped_mm(inner_TI, down_EOI.transpose(1, 2), offs=ends_E)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from policy.decode_layout import lies_by_feature
+from policy.linear import takes_on_cpu
 
 MAX_ELEMENTS = 1 << 26
 """Logits held at once, in numbers (256 MiB in fp32)."""
@@ -46,6 +47,10 @@ def project(hidden_NC: Tensor, weight_VC: Tensor) -> Tensor:
         from policy import cpu_products
 
         return cpu_products.multiply(hidden_NC, weight_VC)
+    if takes_on_cpu(hidden_NC, weight_VC):
+        from policy import cpu_training_products
+
+        return cpu_training_products.linear(hidden_NC, weight_VC)
     if weight_VC.dtype == wide or torch.is_grad_enabled() or len(weight_VC) <= WIDENED_ROWS:
         return F.linear(hidden_NC.to(wide), weight_VC.to(wide))
     # Slice by slice the wide copy of a large head stays in the processor's cache, off main memory.

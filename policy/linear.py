@@ -1,4 +1,5 @@
-"""A linear layer that takes a decoding step's numbers as they lie on the CPU (policy/decode_layout.py).
+"""A linear layer that on the CPU takes a decoding step's numbers as they lie (policy/decode_layout.py), or tiles of our
+own for an update's; and where these tiles are taken.
 
 Shapes: N tokens, I and O widths in and out.
 """
@@ -12,16 +13,42 @@ from policy.decode_layout import LEAST_ROWS, lies_by_feature
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, by kernels of our own where rows lie feature by feature."""
+    """`nn.Linear`, by kernels of our own where rows lie feature by feature, and for the update on one thread."""
 
     def forward(self, x_NI: Tensor) -> Tensor:
         """[..., I] to [..., O]."""
-        if not (lies_by_feature(x_NI) and self.weight.dtype == torch.float32):
-            return super().forward(x_NI)
-        from policy import cpu_products
+        if lies_by_feature(x_NI) and self.weight.dtype == torch.float32:
+            from policy import cpu_products
 
-        out_NO = cpu_products.multiply(x_NI, self.weight)
+            out_NO = cpu_products.multiply(x_NI, self.weight)
+        elif takes_on_cpu(x_NI, self.weight):
+            from policy import cpu_training_products
+
+            out_NO = cpu_training_products.linear(x_NI, self.weight)
+        else:
+            return super().forward(x_NI)
         return out_NO if self.bias is None else out_NO + self.bias
+
+
+def has_tiles() -> bool:
+    """Whether the kernels of an update on the CPU are worth taking: one thread, and registers for their tiles."""
+    return torch.get_num_threads() == 1 and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def takes_on_cpu(x: Tensor, weight: Tensor) -> bool:
+    """Whether products with a gradient are for `policy/cpu_training_products.py`: fp32, widths of whole vectors."""
+    return (
+        torch.is_grad_enabled()
+        and x.is_cpu
+        and has_tiles()
+        and x.dtype == weight.dtype == torch.float32
+        and weight.shape[-1] % LANES == weight.shape[-2] % LANES == 0
+        and x.numel() > 0
+    )
+
+
+LANES = 16
+"""Numbers of the vectors that these kernels take."""
 
 
 def plain_matrices(rows: int, *layers: nn.Module) -> list[Tensor] | None:
