@@ -33,7 +33,8 @@ import torch
 from torch import Tensor, nn
 
 from policy.paged_attention import Absorbed
-from rollouts.model_runner import CAPTURED_ROWS, ModelRunner, PromptPass
+from rollouts.graphs import Graphs, capture, rows_for
+from rollouts.model_runner import ModelRunner, PromptPass
 from rollouts.sampler import sample
 from rollouts.scheduler import RunningBatch
 from rollouts.sequence import Chunk, Prefill
@@ -97,7 +98,7 @@ class Speculator:
         self.capacity = capacity
         """Sequences whose windows it can keep."""
         self._num_rounds = self._num_kept = 0
-        self._graphs: dict[int, _RoundGraph] = {}
+        self._graphs: Graphs[_RoundGraph] = Graphs()
         self._captured: object = None
         head = policy.lm_head.weight.numel()
         drafting = num_drafts * (_size(policy.mtp) // len(policy.mtp) + head)
@@ -142,23 +143,25 @@ class Speculator:
         They go on from those that the chunk's prompt has; what lies before its first token is zeros. At a prompt's end
         the modules' last rows lack tokens still to come; the first round writes them.
         """
-        policy, read = self.runner.policy, self.runner.read(chunks)
-        hidden_NC = read.hidden_NC
-        for module in range(self.num_modules):
-            ahead = [_ahead(chunk, module + 1) for chunk in chunks]
-            ahead_N = torch.tensor([token for row in ahead for token in row], device=policy.device)
-            hidden_NC = policy.draft(hidden_NC, ahead_N, read.position_ids_N, read.plan, module=module).hidden_NC
-        ends = []
-        for chunk, hidden_SC in zip(chunks, read.hidden_NC.split(list(read.plan.rows.lengths)), strict=True):
-            before = chunk.prefill.tail_WC
-            before = hidden_SC.new_zeros(self.window, hidden_SC.shape[1]) if before is None else before
-            ends.append(torch.cat((before, hidden_SC))[-self.window :])
-        return read, ends
+        read = self.runner.read(chunks, self.num_modules)
+        tails = [chunk.prefill.tail_WC for chunk in chunks]
+        kept = [tail_WC for tail_WC in tails if tail_WC is not None]
+        nothing_1C = read.hidden_NC.new_zeros(1, read.hidden_NC.shape[1])
+        # Where each state lies among: nothing, the tails that there are, the hidden states of this pass.
+        index_PW, end, before = np.zeros((len(chunks), self.window), dtype=np.int64), 1 + len(kept) * self.window, 1
+        for place, length in enumerate(read.lengths):
+            known = np.zeros(self.window, dtype=np.int64)
+            if tails[place] is not None:
+                known, before = np.arange(before, before + self.window), before + self.window
+            index_PW[place] = np.concatenate((known, np.arange(end, end + length)))[-self.window :]
+            end += length
+        all_XC = torch.cat((nothing_1C, *kept, read.hidden_NC))
+        index = torch.from_numpy(index_PW.ravel()).to(all_XC.device)
+        return read, list(all_XC.index_select(0, index).view(len(chunks), self.window, -1))
 
     def begin(self, running: RunningBatch, starts: Iterable[tuple[int, Prefill]]) -> None:
         """Take the windows of sequences that start, each (row, what it continues)."""
-        for row, prefill in starts:
-            self._begin(int(running.slot[row]), prefill.token_ids, prefill.tail_WC)
+        self._begin([(int(running.slot[row]), prefill) for row, prefill in starts])
 
     def leave(self, running: RunningBatch) -> None:
         """The running sequences are decoded plainly: what is kept of them lags behind."""
@@ -173,7 +176,7 @@ class Speculator:
             for begin in range(0, length, self.max_prefill_tokens):
                 chunk = Chunk(prefill=again, begin=begin, end=min(begin + self.max_prefill_tokens, length))
                 _, [again.tail_WC] = self.read([chunk])
-            self._begin(int(running.slot[row]), token_ids, again.tail_WC)
+            self._begin([(int(running.slot[row]), again)])
 
     def decode(self, running: RunningBatch, params: SamplingParams, num_rounds: int = 1) -> Drafted:
         """Rounds for every running sequence; they must hold blocks for as many tokens of these as they may keep."""
@@ -245,11 +248,8 @@ class Speculator:
         if self._captured != now:
             self._graphs.clear()
             self._captured = now
-        rows = next((rows for rows in CAPTURED_ROWS if rows >= size), size)
-        if rows not in self._graphs:
-            pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
-            self._graphs[rows] = _RoundGraph(self, rows, params, pool)
-        return self._graphs[rows]
+        rows = rows_for(size)
+        return self._graphs.get(rows, lambda pool: _RoundGraph(self, rows, params, pool))
 
     def count(self, accepted_IB: np.ndarray, kept_B: np.ndarray) -> tuple[int, int]:
         """Take note of rounds of which each sequence kept `kept_B` tokens, in order; gives how many tokens were drafted
@@ -262,13 +262,24 @@ class Speculator:
         self._num_kept += int(kept_B.sum())
         return self.num_drafts * num_rounds, int(np.minimum(accepted_IB, kept_IB).sum())
 
-    def _begin(self, slot: int, token_ids: Sequence[int], tail_WC: Tensor | None) -> None:
-        self._is_stale[slot] = tail_WC is None
-        if tail_WC is None:
+    def _begin(self, starts: Sequence[tuple[int, Prefill]]) -> None:
+        """Take the windows that there are, each (slot, what its sequence continues)."""
+        for slot, prefill in starts:
+            self._is_stale[slot] = prefill.tail_WC is None
+        known = [(slot, prefill) for slot, prefill in starts if prefill.tail_WC is not None]
+        if not known:
             return
-        last = token_ids[-self.window :]
-        self._hidden[slot] = tail_WC
-        self._tokens[slot] = torch.tensor([0] * (self.window - len(last)) + list(last))
+        place_of = {prefill: place for place, prefill in enumerate(dict.fromkeys(prefill for _, prefill in known))}
+        numbers = np.zeros((len(known), 2 + self.window), dtype=np.int64)
+        for at, (slot, prefill) in enumerate(known):
+            last = prefill.token_ids[-self.window :]
+            numbers[at, :2] = slot, place_of[prefill]
+            numbers[at, 2 + self.window - len(last) :] = last
+        on_device = torch.from_numpy(numbers).to(self._tokens.device)
+        slot_B = on_device[:, 0]
+        tail_PWC = torch.stack([prefill.tail_WC for prefill in place_of if prefill.tail_WC is not None])
+        self._hidden[slot_B] = tail_PWC[on_device[:, 1]]
+        self._tokens[slot_B] = on_device[:, 2:]
 
     def _over_window(
         self, module: int, hidden_BWC: Tensor, ahead_BW: Tensor, length_B: Tensor, table_BM: Tensor
@@ -301,15 +312,7 @@ class _RoundGraph:
         self.table_AM = torch.zeros(rows, runner.max_blocks, dtype=torch.int64, device=device)
         nobody = torch.zeros(0, dtype=torch.int64, device=device)
         self.take(nobody.view(5, 0), nobody.view(0, runner.max_blocks))
-        # Once outside, so that kernels are compiled and handles made before anything is captured.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            speculator._round(self.state, self.table_AM, params)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
-            self.drafted = speculator._round(self.state, self.table_AM, params)
+        self.graph, self.drafted = capture(lambda: speculator._round(self.state, self.table_AM, params), pool)
 
     def take(self, numbers_5B: Tensor, table_BM: Tensor) -> None:
         """Where the sequences stand; rows beyond them are idle."""
@@ -330,12 +333,6 @@ class _RoundGraph:
 def _in_order(x_IBS: np.ndarray) -> np.ndarray:
     """Each sequence's tokens of all rounds, one after another, [I * S, B]."""
     return x_IBS.transpose(0, 2, 1).reshape(-1, x_IBS.shape[1])
-
-
-def _ahead(chunk: Chunk, count: int) -> list[int]:
-    """The token `count` places after each of a chunk's; 0 where the prompt does not reach so far."""
-    ahead = chunk.prefill.token_ids[chunk.begin + count : chunk.end + count]
-    return ahead + [0] * (chunk.end - chunk.begin - len(ahead))
 
 
 def _size(module: nn.Module) -> int:
