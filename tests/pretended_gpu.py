@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 
-from policy import decode_kernels, gpu_kernels, norm_kernels, step_kernels
+from policy import decode_kernels, gpu_kernels, layer_kernels, norm_kernels, step_kernels
 from policy.gpu_attention import Pairing
 from rollouts import sampling_kernels
 from tests.policy.test_attention import PLAIN
@@ -59,7 +59,7 @@ def pretended_gpu(*, may_wait: bool = False) -> Iterator[Counter[str]]:
     """Within, the CPU is a GPU; gives its kernels by name as they come. Raises Waited unless `may_wait`."""
     kernels = Counter[str]()
     with ExitStack() as stack:
-        for module in (decode_kernels, gpu_kernels, norm_kernels, step_kernels, sampling_kernels):
+        for module in (decode_kernels, gpu_kernels, layer_kernels, norm_kernels, step_kernels, sampling_kernels):
             for name, kernel in vars(module).items():
                 if isinstance(kernel, InterpretedFunction) and name.endswith("_kernel"):
                     stack.enter_context(_counted(kernel, name, kernels))

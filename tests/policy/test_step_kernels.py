@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from policy import Policy, step_kernels
+from policy import Policy, layer_kernels, step_kernels
 from policy.attention import write_cache
 from policy.grouped import invert, sort_by_group
 from policy.latent_attention import _multiply_wide
@@ -183,5 +183,5 @@ def test_all_compile_for_a_gpu() -> None:
         [sys.executable, "-m", "tests.policy.compile_for_gpu"], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    kernels = {name for name in vars(step_kernels) if name.endswith("_kernel")}
+    kernels = {name for module in (step_kernels, layer_kernels) for name in vars(module) if name.endswith("_kernel")}
     assert {line.split()[0] for line in done.stdout.splitlines()} == kernels
