@@ -21,10 +21,10 @@ PART = 1024
 """Positions that one program walks through; longer sequences are shared among several and then merged."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tables"])
 def _attend_kernel(
     query, cache, table, lengths, out, peaks, totals,
-    scale, query_stride, head_stride, table_stride, heads_per_group, groups, parts, value_start,
+    scale, query_stride, head_stride, table_stride, tables, heads_per_group, groups, parts, value_start,
     WIDTH: tl.constexpr, SIZE: tl.constexpr, KEY: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
     VALUE: tl.constexpr, VALUES: tl.constexpr, IS_SHARED: tl.constexpr, HEADS: tl.constexpr, STEP: tl.constexpr,
     LONGEST: tl.constexpr, IS_WHOLE: tl.constexpr, IN_TWO: tl.constexpr, PRECISION: tl.constexpr,
@@ -61,7 +61,7 @@ def _attend_kernel(
         for begin in range(first, last, STEP):
             position = begin + tl.arange(0, STEP)
             is_here = position < last
-            block = tl.load(table + row * table_stride + position // SIZE, mask=is_here, other=0).to(tl.int64)
+            block = tl.load(table + row % tables * table_stride + position // SIZE, mask=is_here, other=0).to(tl.int64)
             entry = cache + (block * SIZE + position % SIZE) * WIDTH
             key = entry[:, None] + group * KEY
             k_main = tl.load(key + main[None, :], mask=is_here[:, None] & is_main[None, :], other=0.0)
@@ -141,7 +141,8 @@ def attend(
 ) -> Tensor:
     """See `policy.paged_attention.attend_over_cache`, `in_two` too; `blocks` [blocks, block_size, W] are one layer's.
 
-    One program walks through at most `part` positions.
+    One program walks through at most `part` positions. A table of fewer rows than there are queries serves again from
+    its first row on.
     """
     (rows, heads, key_width), (_, size, width) = query_BHQ.shape, blocks.shape
     assert query_BHQ.stride(-1) == 1
@@ -162,8 +163,8 @@ def attend(
         totals = torch.empty_like(peaks)
     _attend_kernel[(rows, layout.groups * triton.cdiv(per_group, tile), parts)](
         query_BHQ, blocks, block_table_BM, length_B, mixed, peaks, totals,
-        scale, query_BHQ.stride(0), query_BHQ.stride(1), block_table_BM.stride(0), per_group, layout.groups, parts,
-        layout.value_start,
+        scale, query_BHQ.stride(0), query_BHQ.stride(1), block_table_BM.stride(0), len(block_table_BM),
+        per_group, layout.groups, parts, layout.value_start,
         WIDTH=width, SIZE=size, KEY=key_width, MAIN=main, REST=rest, VALUE=layout.value_width, VALUES=values,
         IS_SHARED=is_shared, HEADS=tile, STEP=32 if main > 128 else 64, LONGEST=part, IS_WHOLE=parts == 1,
         IN_TWO=in_two, PRECISION="ieee" if blocks.dtype == torch.float32 else "tf32", num_warps=4, num_stages=2,

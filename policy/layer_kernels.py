@@ -58,6 +58,42 @@ def add_normalise(x_NC: Tensor, more_NC: Tensor, weight_C: Tensor, eps: float) -
 
 
 @triton.jit
+def _join_normed_kernel(
+    first, second, first_weight, second_weight, out, first_stride, second_stride, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    side = tl.program_id(1)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    source = first + row * first_stride
+    weight = first_weight
+    if side == 1:
+        source = second + row * second_stride
+        weight = second_weight
+    a = tl.load(source + column, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(a * a, axis=0) / WIDTH + eps)
+    tl.store(out + (row * 2 + side) * WIDTH + column, a * inverse * w, mask=inside)
+
+
+def join_normed(
+    first_NC: Tensor, second_NC: Tensor, first_weight_C: Tensor, second_weight_C: Tensor, eps: float
+) -> Tensor:
+    """RMSNorms of both, side by side, [N, 2C] in the dtype of the weights."""
+    rows, width = first_NC.shape
+    assert first_NC.stride(1) == second_NC.stride(1) == 1
+    out = torch.empty(rows, 2 * width, dtype=first_weight_C.dtype, device=first_NC.device)
+    if rows:
+        block = triton.next_power_of_2(width)
+        _join_normed_kernel[(rows, 2)](
+            first_NC, second_NC, first_weight_C, second_weight_C, out, first_NC.stride(0), second_NC.stride(0), eps,
+            WIDTH=width, BLOCK=block, num_warps=max(1, min(16, block // 256)),
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
 def _turned(source, cos, sin, row, inside, pair, is_pair, HALF: tl.constexpr, NEXT: tl.constexpr, APART: tl.constexpr):
     """Both numbers of some pairs, turned by the token's angles."""
     c = tl.load(cos + row * HALF + pair, mask=is_pair, other=0.0)

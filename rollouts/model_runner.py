@@ -269,17 +269,18 @@ class ModelRunner:
     def forward_of(self, table_BM: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """From tokens and their positions, [B] each, to the logits after them [B, V]."""
         if self.policy.device.type != "cuda":
-            return lambda token_B, position_B: self.step(token_B, position_B, table_BM)[1]
+            return lambda token_B, position_B: self.step(
+                token_B, position_B, Absorbed.at(self.cache, table_BM, position_B)
+            )[1]
         graph = self._graph(len(table_BM))
         graph.take(table_BM)
         return graph.run
 
-    def step(self, token_R: Tensor, position_R: Tensor, table_RM: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, token_R: Tensor, position_R: Tensor, plan: Absorbed) -> tuple[Tensor, Tensor]:
         """One pass over the cache, without a graph: hidden states [R, C] and logits [R, V].
 
         Several rows may be of one sequence: all are written to the cache before any looks at it.
         """
-        plan = Absorbed.at(self.cache, table_RM, position_R)
         output = self.policy(token_R, position_R, plan)
         self._keep_experts(output, plan.slot_B)
         return output.hidden_NC, self.policy.project(output.hidden_NC)
@@ -299,9 +300,12 @@ class _DecodeGraph:
         self.token_R = torch.zeros(rows, dtype=torch.int64, device=device)
         self.position_R = torch.zeros(rows, dtype=torch.int64, device=device)
         self.table_RM = torch.full((rows, runner.max_blocks), self.idle_block, dtype=torch.int64, device=device)
-        self.graph, (_, self.logits_RV) = capture(
-            lambda: runner.step(self.token_R, self.position_R, self.table_RM), pool
-        )
+
+        def step() -> Tensor:
+            plan = Absorbed.at(runner.cache, self.table_RM, self.position_R)
+            return runner.step(self.token_R, self.position_R, plan)[1]
+
+        self.graph, self.logits_RV = capture(step, pool)
 
     def take(self, table_BM: Tensor) -> None:
         """The block table for the steps to come; rows beyond it are idle."""

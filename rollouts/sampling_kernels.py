@@ -27,10 +27,10 @@ def _uniform(seed, counter):
     return (z >> 40).to(tl.int32).to(tl.float32) * (1.0 / 16777216.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "ahead"])
 def _sample_kernel(
-    logits, row_of, seeds, counters, tokens, logprobs, finite, stride, vocabulary, inverse_temperature,
-    IS_OWN: tl.constexpr, IS_GREEDY: tl.constexpr, IS_TRUNCATED: tl.constexpr, BLOCK: tl.constexpr,
+    logits, row_of, seeds, counters, tokens, logprobs, finite, stride, vocabulary, inverse_temperature, sequences,
+    ahead, IS_OWN: tl.constexpr, IS_GREEDY: tl.constexpr, IS_TRUNCATED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One sequence: peak and sum of exponentials, then the first token at which the running sum passes the draw."""
     place = tl.program_id(0)
@@ -65,7 +65,9 @@ def _sample_kernel(
         tl.store(logprobs + place, 0.0)
     else:
         mass = tl.sum(tl.where(peak > float("-inf"), total * tl.exp(peak - level), 0.0), axis=0)
-        draw = _uniform(tl.load(seeds + place), tl.load(counters + place)) * mass
+        sequence = place % sequences
+        counter = tl.load(counters + sequence) + ahead + place // sequences
+        draw = _uniform(tl.load(seeds + sequence), counter) * mass
         running = 0.0
         token = vocabulary
         fallback = 0
@@ -97,23 +99,27 @@ def sample(
     *,
     is_greedy: bool,
     is_truncated: bool,
+    ahead: int = 0,
+    into_B: Tensor | None = None,
     block: int = BLOCK,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Token [B] int64, its log-probability [B] fp32 in nats, and whether all logits were numbers [B] bool.
 
     Sequence b draws from the logits of row `row_of_B[b]` (None: b). Seeds are 64 bits held as int64. With
     `is_truncated`, logits of -inf are tokens that were ruled out; else they are a fault. A program holds `block` logits
-    at once. Nothing waits for the GPU.
+    at once. `ahead` and `into_B` are those of `rollouts.sampler.sample`, as are rows of several tokens of a sequence.
+    Nothing waits for the GPU.
     """
-    count, device = len(seeds_B), logits_RV.device
+    count, device = len(logits_RV) if row_of_B is None else len(row_of_B), logits_RV.device
     assert logits_RV.stride(-1) == 1
-    tokens_B = torch.empty(count, dtype=torch.int64, device=device)
+    assert into_B is None or into_B.is_contiguous()
+    tokens_B = torch.empty(count, dtype=torch.int64, device=device) if into_B is None else into_B
     logprobs_B = torch.empty(count, dtype=torch.float32, device=device)
     finite_B = torch.empty(count, dtype=torch.bool, device=device)
     vocabulary = logits_RV.shape[1]
     _sample_kernel[(count,)](
         logits_RV, seeds_B if row_of_B is None else row_of_B, seeds_B, counters_B, tokens_B, logprobs_B, finite_B,
-        logits_RV.stride(0), vocabulary, inverse_temperature,
+        logits_RV.stride(0), vocabulary, inverse_temperature, len(seeds_B), ahead,
         IS_OWN=row_of_B is None, IS_GREEDY=is_greedy, IS_TRUNCATED=is_truncated,
         BLOCK=min(block, triton.next_power_of_2(vocabulary)), num_warps=8,
     )  # fmt: skip

@@ -41,6 +41,12 @@ def test_a_sum_in_half_precision_is_rounded_before_its_norm() -> None:
     assert torch.allclose(out_NC, F.rms_norm(total_NC.float(), (32,), None, 1e-5), atol=1e-6)
 
 
+def test_norms_side_by_side() -> None:
+    first_NC, second_NC, weights = draw(3, 20), draw(3, 40, seed=1)[:, 20:], draw(2, 20, seed=2)
+    wanted = torch.cat([F.rms_norm(x, (20,), w, 1e-5) for x, w in zip((first_NC, second_NC), weights, strict=True)], 1)
+    assert torch.allclose(layer_kernels.join_normed(first_NC, second_NC, *weights, 1e-5), wanted, atol=1e-6)
+
+
 @pytest.mark.parametrize("heads", [3, 11])
 @pytest.mark.parametrize("is_interleaved", [True, False])
 def test_queries_are_turned_and_the_latent_is_cached(heads: int, is_interleaved: bool) -> None:

@@ -19,6 +19,7 @@ from policy.latent_attention import _multiply_wide
 from policy.paged_attention import Absorbed
 from policy.rope import rope_frequencies, rotation_of
 from policy.router import Router
+from rollouts import round_kernels
 from tests.policies import TINY_QWEN3_MOE, tiny_llama, tiny_policy
 from tests.pretended_gpu import pretended_gpu
 
@@ -183,5 +184,6 @@ def test_all_compile_for_a_gpu() -> None:
         [sys.executable, "-m", "tests.policy.compile_for_gpu"], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    kernels = {name for module in (step_kernels, layer_kernels) for name in vars(module) if name.endswith("_kernel")}
+    modules = step_kernels, layer_kernels, round_kernels
+    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert {line.split()[0] for line in done.stdout.splitlines()} == kernels
