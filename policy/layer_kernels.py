@@ -21,10 +21,12 @@ HEADS = 8
 """Heads whose rotated part one program turns."""
 GATES = 16
 """Rows of an expert's gate and up matrices that one program multiplies."""
-DOWNS = 8
+DOWNS = 4
 """Rows of its down matrix, the same: there are fewer programs, each for all experts of a token."""
 STEP = 1024
-"""Columns of them at once."""
+"""Columns of gates and ups at once."""
+DOWN_STEP = 256
+"""Columns of a down matrix at once."""
 
 
 @triton.jit
@@ -217,7 +219,8 @@ def _contract_kernel(
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     is_row = at < width
-    total = tl.load(x + row * width + at, mask=is_row, other=0.0).to(tl.float32)
+    # Of all matrices at once, each by its weight: one sum over columns at the end.
+    products = tl.zeros([ROWS, STEP], tl.float32)
     for which in tl.static_range(PER + SHARED):
         if which < PER:
             size = own
@@ -228,15 +231,14 @@ def _contract_kernel(
             weight = 1.0
             matrix = shared_down
         source = inner + (row * (PER + SHARED) + which) * most
-        product = tl.zeros([ROWS], tl.float32)
         for start in range(0, size, STEP):
             column = start + tl.arange(0, STEP)
             is_column = column < size
-            a = tl.load(source + column, mask=is_column, other=0.0)[None, :]
+            a = tl.load(source + column, mask=is_column, other=0.0)[None, :] * weight
             place = at[:, None].to(tl.int64) * size + column[None, :]
             inside = is_row[:, None] & is_column[None, :]
-            product += tl.sum(tl.load(matrix + place, mask=inside, other=0.0).to(tl.float32) * a, axis=1)
-        total += weight * product
+            products += tl.load(matrix + place, mask=inside, other=0.0).to(tl.float32) * a
+    total = tl.load(x + row * width + at, mask=is_row, other=0.0).to(tl.float32) + tl.sum(products, axis=1)
     tl.store(out + row * width + at, total, mask=is_row)
 
 
@@ -266,7 +268,8 @@ def mix_experts(
         )  # fmt: skip
         _contract_kernel[(rows, triton.cdiv(width, DOWNS))](
             x_NC, middle, experts_NK, weights_NK, down_ECI, down_CJ, out_NC, width, own, wide, most,
-            PER=per_token, SHARED=count - per_token, ROWS=DOWNS, STEP=min(STEP, triton.next_power_of_2(own)),
+            PER=per_token, SHARED=count - per_token, ROWS=DOWNS,
+            STEP=min(DOWN_STEP, triton.next_power_of_2(own)), num_warps=2,
         )  # fmt: skip
     return out_NC
 

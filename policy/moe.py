@@ -26,7 +26,7 @@ from policy.router import Router
 FEW_PAIRS = 8192
 """Up to so many token-expert pairs, a GPU that needs no gradient sorts them by counting, in one kernel."""
 
-FEW_TOKENS = 16
+FEW_TOKENS = 32
 """Up to so many tokens a GPU's decoding step multiplies each token by its experts' matrices in kernels of our own: few
 have an expert in common, and sorting them and starting two grouped products takes longer than the products."""
 
