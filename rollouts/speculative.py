@@ -25,6 +25,7 @@ I rounds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -125,6 +126,11 @@ class Speculator:
         repeat.
         """
         return self._num_rounds < PROBE or self._num_kept > self._break_even * self._num_rounds
+
+    def rounds_for(self, num_tokens: int) -> int:
+        """About how many rounds give a sequence so many tokens, at least 1: by what rounds of this call have given."""
+        per_round = self._num_kept / self._num_rounds if self._num_rounds else 1.0
+        return max(1, math.ceil(num_tokens / per_round))
 
     def begin_call(self) -> None:
         """Nothing is known of what comes: drafts may pay again."""
