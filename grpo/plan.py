@@ -30,7 +30,7 @@ from policy.parameter_count import ParameterCount, count_parameters
 from rollouts import Completion
 from rollouts.builtin_engine import FREE_SHARE
 from rollouts.engine import DEFAULT_CACHE_GIB
-from rollouts.model_runner import CAPTURED_ROWS
+from rollouts.graphs import CAPTURED_ROWS
 
 GIB = 2**30
 CONTEXT_BYTES = int(0.85 * GIB)

@@ -5,6 +5,7 @@ Shapes: N packed tokens, C model width, K experts per token.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from policy.attention import AttentionPlan
@@ -47,12 +48,25 @@ class Block(nn.Module):
         watch: RouterWatch | None = None,
     ) -> tuple[Tensor, Routed | None]:
         """Output [N, C], in the dtype of x, and for a mixture of experts what became known of its router."""
-        if isinstance(plan, Absorbed) and plan.is_by_feature and given_experts_NK is None and watch is None:
-            x_NC = self.self_attn.decode_on_cpu(by_feature(x_NC), self.input_layernorm, rotation, plan)
-            return self.mlp.decode_on_cpu(x_NC, self.post_attention_layernorm)
+        if isinstance(plan, Absorbed) and given_experts_NK is None and watch is None:
+            if plan.is_by_feature:
+                x_NC = self.self_attn.decode_on_cpu(by_feature(x_NC), self.input_layernorm, rotation, plan)
+                return self.mlp.decode_on_cpu(x_NC, self.post_attention_layernorm)
+            if x_NC.is_cuda and not torch.is_grad_enabled():
+                return self._decode_on_gpu(x_NC, rotation, plan)
         x_NC = x_NC + self.self_attn(remade(self.input_layernorm, x_NC), rotation, plan)
         inner_NC = remade(self.post_attention_layernorm, x_NC)
         if isinstance(self.mlp, MixtureOfExperts):
             out_NC, routed = self.mlp(inner_NC, given_experts_NK, watch)
             return x_NC + out_NC, routed
+        return x_NC + self.mlp(inner_NC), None
+
+    def _decode_on_gpu(self, x_NC: Tensor, rotation: Rotation, plan: Absorbed) -> tuple[Tensor, Routed | None]:
+        """The same in fewer kernels, which are what a decoding step waits for."""
+        from policy import layer_kernels
+
+        attended_NC, norm = self.self_attn(self.input_layernorm(x_NC), rotation, plan), self.post_attention_layernorm
+        x_NC, inner_NC = layer_kernels.add_normalise(x_NC, attended_NC, norm.weight, norm.epsilon)
+        if isinstance(self.mlp, MixtureOfExperts):
+            return self.mlp.decode_on_gpu(x_NC, inner_NC)
         return x_NC + self.mlp(inner_NC), None

@@ -1,8 +1,9 @@
 """Triton kernels for decoding: attention over a paged cache in one pass over it. Imported only where a GPU is used.
 
 The plain twin is in `policy/paged_attention.py`, which defines what is computed; tests compare the two on the CPU
-(TRITON_INTERPRET=1) and on the GPU. A sequence's positions are cut into parts of fixed length, so that the order of
-additions, and with it every bit of a result, depends on the sequence alone and not on who shares the batch.
+(TRITON_INTERPRET=1) and on the GPU. A sequence's positions are cut into parts whose length depends on how many
+sequences there are (and where the table is wide, on its width), so that the order of additions, and with it every bit
+of a result, does not depend on which others share the batch.
 
 Shapes: B sequences, H query heads, G key-value heads, K = H/G query heads of one key-value head, Q key width, V value
 width, W numbers of a cache entry, M blocks of the longest sequence, S parts of the longest sequence.
@@ -19,12 +20,17 @@ from policy.paged_attention import CacheLayout
 
 PART = 1024
 """Positions that one program walks through; longer sequences are shared among several and then merged."""
+FEW_PROGRAMS = 64
+"""Where there would be at most so many programs, sequences are cut into parts as short as two of its loops: a program
+waits for each of its loads in turn, and a GPU has twice as many processors."""
+MERGED_BYTES = 32 << 20
+"""Of what the parts of all sequences give; longer parts where it would be more."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tables"])
 def _attend_kernel(
     query, cache, table, lengths, out, peaks, totals,
-    scale, query_stride, head_stride, table_stride, heads_per_group, groups, parts, value_start,
+    scale, query_stride, head_stride, table_stride, tables, heads_per_group, groups, parts, value_start,
     WIDTH: tl.constexpr, SIZE: tl.constexpr, KEY: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
     VALUE: tl.constexpr, VALUES: tl.constexpr, IS_SHARED: tl.constexpr, HEADS: tl.constexpr, STEP: tl.constexpr,
     LONGEST: tl.constexpr, IS_WHOLE: tl.constexpr, IN_TWO: tl.constexpr, PRECISION: tl.constexpr,
@@ -61,7 +67,7 @@ def _attend_kernel(
         for begin in range(first, last, STEP):
             position = begin + tl.arange(0, STEP)
             is_here = position < last
-            block = tl.load(table + row * table_stride + position // SIZE, mask=is_here, other=0).to(tl.int64)
+            block = tl.load(table + row % tables * table_stride + position // SIZE, mask=is_here, other=0).to(tl.int64)
             entry = cache + (block * SIZE + position % SIZE) * WIDTH
             key = entry[:, None] + group * KEY
             k_main = tl.load(key + main[None, :], mask=is_here[:, None] & is_main[None, :], other=0.0)
@@ -137,11 +143,12 @@ def attend(
     scale: float,
     *,
     in_two: bool = False,
-    part: int = PART,
+    part: int | None = None,
 ) -> Tensor:
     """See `policy.paged_attention.attend_over_cache`, `in_two` too; `blocks` [blocks, block_size, W] are one layer's.
 
-    One program walks through at most `part` positions.
+    One program walks through at most `part` positions; None chooses by the number of sequences. A table of fewer rows
+    than there are queries serves again from its first row on.
     """
     (rows, heads, key_width), (_, size, width) = query_BHQ.shape, blocks.shape
     assert query_BHQ.stride(-1) == 1
@@ -152,7 +159,14 @@ def attend(
     is_shared = layout.groups == 1 and layout.value_start == 0 and layout.value_width == main
     per_group = heads // layout.groups
     tile = 16 if per_group <= 16 or main > 128 else 32
-    parts = triton.cdiv(block_table_BM.shape[1] * size, part)
+    wide = main > 128
+    step = 32 if wide else 64
+    reach, programs = block_table_BM.shape[1] * size, rows * layout.groups * triton.cdiv(per_group, tile)
+    if part is None:
+        part = part_for(programs, reach, 4 * rows * heads * layout.value_width, 2 * step)
+    parts = triton.cdiv(reach, part)
+    # A third load on its way pays where there are many programs, and fits where numbers have two bytes.
+    stages = 3 if wide and parts == 1 and blocks.element_size() == 2 else 2
     halves = (2,) if in_two else ()
     out = torch.empty(*halves, rows, heads, layout.value_width, dtype=blocks.dtype, device=blocks.device)
     mixed, peaks, totals = out, out, out
@@ -162,11 +176,11 @@ def attend(
         totals = torch.empty_like(peaks)
     _attend_kernel[(rows, layout.groups * triton.cdiv(per_group, tile), parts)](
         query_BHQ, blocks, block_table_BM, length_B, mixed, peaks, totals,
-        scale, query_BHQ.stride(0), query_BHQ.stride(1), block_table_BM.stride(0), per_group, layout.groups, parts,
-        layout.value_start,
+        scale, query_BHQ.stride(0), query_BHQ.stride(1), block_table_BM.stride(0), len(block_table_BM),
+        per_group, layout.groups, parts, layout.value_start,
         WIDTH=width, SIZE=size, KEY=key_width, MAIN=main, REST=rest, VALUE=layout.value_width, VALUES=values,
-        IS_SHARED=is_shared, HEADS=tile, STEP=32 if main > 128 else 64, LONGEST=part, IS_WHOLE=parts == 1,
-        IN_TWO=in_two, PRECISION="ieee" if blocks.dtype == torch.float32 else "tf32", num_warps=4, num_stages=2,
+        IS_SHARED=is_shared, HEADS=tile, STEP=step, LONGEST=part, IS_WHOLE=parts == 1,
+        IN_TWO=in_two, PRECISION="ieee" if blocks.dtype == torch.float32 else "tf32", num_warps=4, num_stages=stages,
     )  # fmt: skip
     if parts > 1:
         _merge_kernel[(rows, heads)](
@@ -174,6 +188,16 @@ def attend(
             VALUE=layout.value_width, VALUES=values, LONGEST=part, IN_TWO=in_two,
         )  # fmt: skip
     return out
+
+
+def part_for(programs: int, reach: int, bytes_of_part: int, least: int) -> int:
+    """Positions of a part: of sequences of up to `reach` for which there would be so many programs without parts."""
+    if programs > FEW_PROGRAMS:
+        return PART
+    part = least
+    while part < PART and triton.cdiv(reach, part) * bytes_of_part > MERGED_BYTES:
+        part *= 2
+    return part
 
 
 def _split_width(width: int) -> tuple[int, int]:

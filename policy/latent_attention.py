@@ -52,6 +52,8 @@ class LatentAttention(nn.Module):
     def forward(self, x_NC: Tensor, rotation: Rotation, plan: AttentionPlan) -> Tensor:
         """[N, C] to [N, C]; under `Absorbed`, N is one token of each sequence."""
         config = self.config
+        if isinstance(plan, Absorbed) and x_NC.is_cuda and not torch.is_grad_enabled():
+            return self.o_proj(self._decode_on_gpu(x_NC, rotation, plan).flatten(-2))  # type: ignore[no-any-return]
         query_NHQ = self._query(x_NC).unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
         query_NHQ = rotate(query_NHQ, rotation)
         latent_NR, k_rope_NP = self.kv_a_proj_with_mqa(x_NC).split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
@@ -110,13 +112,36 @@ class LatentAttention(nn.Module):
         return split_keys_values(keys_values, k_rope_NP, config.qk_nope_head_dim)
 
     def _absorbed(self, query_BHQ: Tensor, latent_BR: Tensor, k_rope_BP: Tensor, plan: Absorbed) -> Tensor:
-        config = self.config
-        q_nope_BHD, q_rope_BHP = query_BHQ.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        q_nope_BHD, q_rope_BHP = query_BHQ.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1)
         write_cache(plan.cache[self.layer], plan.slot_B, latent_BR, k_rope_BP)
+        key_up_HDR, value_up_HVR = self._ups()
+        q_latent_BHR = torch.bmm(q_nope_BHD.transpose(0, 1), key_up_HDR).transpose(0, 1)
+        return self._attend(torch.cat((q_latent_BHR, q_rope_BHP), dim=-1), value_up_HVR, plan)
+
+    def _decode_on_gpu(self, x_BC: Tensor, rotation: Rotation, plan: Absorbed) -> Tensor:
+        """The same from the layer's input on, with one kernel between the products."""
+        from policy import layer_kernels
+
+        config, heads = self.config, self.config.num_attention_heads
+        query_BX, latent_BW = self._query(x_BC), self.kv_a_proj_with_mqa(x_BC)
+        query_BHW = layer_kernels.enter_latent(
+            query_BX, latent_BW, self.kv_a_layernorm.weight, LATENT_NORM_EPS, rotation.cos, rotation.sin, plan.slot_B,
+            plan.cache[self.layer], heads, is_interleaved=rotation.is_interleaved,
+        )  # fmt: skip
+        key_up_HDR, value_up_HVR = self._ups()
+        q_nope_BHD = query_BX.unflatten(-1, (heads, -1))[..., : config.qk_nope_head_dim]
+        q_latent_BHR = query_BHW[..., : config.kv_lora_rank]
+        torch.bmm(q_nope_BHD.transpose(0, 1), key_up_HDR, out=q_latent_BHR.transpose(0, 1))
+        return self._attend(query_BHW, value_up_HVR, plan)
+
+    def _ups(self) -> tuple[Tensor, Tensor]:
+        """Up-projections of keys [H, D, R] and values [H, V, R]."""
+        config = self.config
         up_HXR = self.kv_b_proj.weight.view(config.num_attention_heads, -1, config.kv_lora_rank)
         key_up_HDR, value_up_HVR = up_HXR.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
-        q_latent_BHR = torch.bmm(q_nope_BHD.transpose(0, 1), key_up_HDR).transpose(0, 1)
-        query_BHW = torch.cat((q_latent_BHR, q_rope_BHP), dim=-1)
+        return key_up_HDR, value_up_HVR
+
+    def _attend(self, query_BHW: Tensor, value_up_HVR: Tensor, plan: Absorbed) -> Tensor:
         value_up_HRV = value_up_HVR.transpose(1, 2)
         if query_BHW.dtype not in (torch.bfloat16, torch.float16):
             mixed_BHR = attend_over_cache(query_BHW, self.layer, plan, self.layout, self.scale)

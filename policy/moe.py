@@ -26,6 +26,10 @@ from policy.router import Router
 FEW_PAIRS = 8192
 """Up to so many token-expert pairs, a GPU that needs no gradient sorts them by counting, in one kernel."""
 
+FEW_TOKENS = 32
+"""Up to so many tokens a GPU's decoding step multiplies each token by its experts' matrices in kernels of our own: few
+have an expert in common, and sorting them and starting two grouped products takes longer than the products."""
+
 
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
@@ -69,16 +73,26 @@ class Experts(nn.Module):
 
             return cpu_experts.mix_experts(x_NC, experts_NK, weights_NK, self.gate_up_proj, self.down_proj)
         per_token = experts_NK.shape[1]
-        if x_NC.is_cuda and not torch.is_grad_enabled() and 0 < experts_NK.numel() <= FEW_PAIRS:
-            from policy import gpu_kernels, step_kernels
+        if sorts_by_counting(x_NC, experts_NK):
+            from policy import gpu_kernels
 
-            source_T, places_NK, ends_E = step_kernels.sort_pairs(experts_NK, len(self.down_proj))
-            out_TC = swiglu(x_NC.index_select(0, source_T), self.gate_up_proj, self.down_proj, ends_E)
-            return gpu_kernels.mix_rows(out_TC, places_NK, weights_NK.contiguous())
+            return gpu_kernels.mix_rows(*self.multiply_sorted(x_NC, experts_NK), weights_NK.contiguous())
         order = sort_by_group(experts_NK.flatten(), len(self.down_proj))
         sorted_TC = remade(partial(gather_sorted, per_row=per_token), x_NC, order.order_T)
         out_TC = swiglu(sorted_TC, self.gate_up_proj, self.down_proj, order.ends_E)
         return mix_sorted(out_TC, order.order_T, weights_NK)
+
+    def multiply_sorted(self, x_NC: Tensor, experts_NK: Tensor) -> tuple[Tensor, Tensor]:
+        """What each token's experts give, sorted by expert [T, C], and where a token's lie [N, K]; on a GPU."""
+        from policy import step_kernels
+
+        source_T, places_NK, ends_E = step_kernels.sort_pairs(experts_NK, len(self.down_proj))
+        return swiglu(x_NC.index_select(0, source_T), self.gate_up_proj, self.down_proj, ends_E), places_NK
+
+
+def sorts_by_counting(x_NC: Tensor, experts_NK: Tensor) -> bool:
+    """Whether a kernel sorts these pairs, few and without gradient, on a GPU."""
+    return x_NC.is_cuda and not torch.is_grad_enabled() and 0 < experts_NK.numel() <= FEW_PAIRS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,6 +143,27 @@ class MixtureOfExperts(nn.Module):
             experts.down_proj, shared, router.config,
         )  # fmt: skip
         return out_NC, Routed(experts_NK=experts_NK, sums=None)
+
+    def decode_on_gpu(self, x_NC: Tensor, inner_NC: Tensor) -> tuple[Tensor, Routed]:
+        """x + self(inner) and the choice of experts, in few kernels."""
+        if not self.gate.chooses_at_once(inner_NC):
+            out_NC, routed = self(inner_NC)
+            return x_NC + out_NC, routed
+        from policy import layer_kernels
+
+        experts_NK, weights_NK = self.gate.choose(inner_NC)
+        routed, shared, experts = Routed(experts_NK=experts_NK, sums=None), self.shared_experts, self.experts
+        if len(inner_NC) <= FEW_TOKENS:
+            layers = None if shared is None else (shared.gate_proj, shared.up_proj, shared.down_proj)
+            matrices = None if layers is None else tuple(layer.weight for layer in layers)
+            return layer_kernels.mix_experts(
+                x_NC, inner_NC, experts_NK, weights_NK, experts.gate_up_proj, experts.down_proj, matrices
+            ), routed
+        if not sorts_by_counting(inner_NC, experts_NK):
+            return x_NC + self._mix(inner_NC, experts_NK, weights_NK), routed
+        sorted_TC, places_NK = experts.multiply_sorted(inner_NC, experts_NK)
+        shared_NC = None if shared is None else shared(inner_NC)
+        return layer_kernels.gather_into(x_NC, sorted_TC, places_NK, weights_NK, shared_NC), routed
 
     def _mix(self, x_NC: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         out_NC: Tensor = self.experts(x_NC, experts_NK, weights_NK)

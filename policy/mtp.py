@@ -42,6 +42,12 @@ class MultiTokenPredictor(nn.Module):
         watch: RouterWatch | None = None,
     ) -> tuple[Tensor, Routed | None]:
         """Hidden states for the token after next [N, C], ready for the head, and what became known of the router."""
-        joined_NC = self.eh_proj(torch.cat((self.enorm(next_embedding_NC), self.hnorm(hidden_NC)), dim=-1))
-        out_NC, routed = self.block(joined_NC, rotation, plan, given_experts_NK, watch)
+        if hidden_NC.is_cuda and not torch.is_grad_enabled():
+            from policy import layer_kernels
+
+            weights = self.enorm.weight, self.hnorm.weight
+            both = layer_kernels.join_normed(next_embedding_NC, hidden_NC, *weights, self.enorm.epsilon)
+        else:
+            both = torch.cat((self.enorm(next_embedding_NC), self.hnorm(hidden_NC)), dim=-1)
+        out_NC, routed = self.block(self.eh_proj(both), rotation, plan, given_experts_NK, watch)
         return self.norm(out_NC), routed

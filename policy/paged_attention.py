@@ -42,7 +42,9 @@ class Absorbed:
     cache: Tensor
     """[layers, blocks, block_size, W]."""
     block_table_BM: Tensor
-    """Block ids in order, reaching every sequence's new token; entries beyond a sequence's own are any valid ids."""
+    """Block ids in order, reaching every sequence's new token; entries beyond a sequence's own are any valid ids.
+
+    On a GPU, where there are more new tokens than rows of it, the rows serve again from the first on."""
     slot_B: Tensor
     """Flat cache position where each sequence's new token goes, block * block_size + offset."""
     length_B: Tensor
@@ -57,7 +59,7 @@ class Absorbed:
         if cache.is_cuda:
             from policy import step_kernels
 
-            slot_B, length_B = step_kernels.place(block_table_BM, position_B, size)
+            _, slot_B, length_B = step_kernels.place(block_table_BM, position_B, size)
             return cls(cache=cache, block_table_BM=block_table_BM, slot_B=slot_B, length_B=length_B, bias_B1L=None)
         own_B = block_table_BM.gather(1, (position_B // size)[:, None]).squeeze(1)
         bias_B1L = None
@@ -71,6 +73,26 @@ class Absorbed:
             length_B=position_B + 1,
             bias_B1L=bias_B1L,
         )
+
+    @classmethod
+    def at_several(
+        cls, cache: Tensor, block_table_BM: Tensor, length_B: Tensor, first: int, count: int, idle_block: int
+    ) -> tuple[Tensor, Absorbed]:
+        """The plan for `count` new tokens of every sequence, from position length + first on, and these positions: the
+        first token of all sequences, then the second. Tokens before position 0 go to a block that is nobody's."""
+        if cache.is_cuda:
+            from policy import step_kernels
+
+            position_N, slot_N, until_N = step_kernels.place(
+                block_table_BM, length_B, cache.shape[2], first, count, idle_block
+            )
+            plan = cls(cache=cache, block_table_BM=block_table_BM, slot_B=slot_N, length_B=until_N, bias_B1L=None)
+            return position_N, plan
+        ahead_X1 = torch.arange(first, first + count, device=length_B.device)[:, None]
+        position_N = (length_B + ahead_X1).flatten()
+        table_NM = block_table_BM.repeat(count, 1).masked_fill_(position_N[:, None] < 0, idle_block)
+        position_N = position_N.clamp(min=0)
+        return position_N, cls.at(cache, table_NM, position_N)
 
     @property
     def is_by_feature(self) -> bool:

@@ -44,27 +44,42 @@ def rotation(position_ids_N: Tensor, frequencies: Tensor, growth: float) -> tupl
     return cos, sin
 
 
-@triton.jit(do_not_specialize=["rows", "stride"])
-def _place_kernel(table, positions, slots, lengths, rows, stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["rows", "stride", "first", "sequences", "idle"])
+def _place_kernel(
+    table, bases, positions, slots, lengths, rows, stride, first, sequences, idle,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
-    position = tl.load(positions + row, mask=inside, other=0)
-    own = tl.load(table + row.to(tl.int64) * stride + position // SIZE, mask=inside, other=0)
+    sequence = row % sequences
+    position = tl.load(bases + sequence, mask=inside, other=0) + first + row // sequences
+    is_real = position >= 0
+    position = tl.where(is_real, position, 0)
+    own = tl.load(table + sequence.to(tl.int64) * stride + position // SIZE, mask=inside & is_real, other=0)
+    own = tl.where(is_real, own, idle)
+    tl.store(positions + row, position, mask=inside)
     tl.store(slots + row, own * SIZE + position % SIZE, mask=inside)
     tl.store(lengths + row, position + 1, mask=inside)
 
 
-def place(block_table_BM: Tensor, position_B: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Flat cache position of each sequence's new token, and its positions with that one, int64 [B] each."""
+def place(
+    block_table_BM: Tensor, position_B: Tensor, block_size: int, first: int = 0, count: int = 1, idle_block: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions of `count` new tokens of each sequence, from position + first on, their flat places in the cache, and
+    how many positions there are up to each: int64 [N], N = count * B, the first of all sequences, then the second.
+
+    What would lie before position 0 has that position, and a place in the idle block.
+    """
     assert block_table_BM.stride(1) == 1
-    position_B = position_B.contiguous()
-    slot_B, length_B = torch.empty_like(position_B), torch.empty_like(position_B)
-    rows = len(position_B)
+    position_B, sequences = position_B.contiguous(), len(position_B)
+    rows = count * sequences
+    position_N, slot_N, length_N = (torch.empty(rows, dtype=torch.int64, device=position_B.device) for _ in range(3))
     if rows:
         _place_kernel[(triton.cdiv(rows, BLOCK),)](
-            block_table_BM, position_B, slot_B, length_B, rows, block_table_BM.stride(0), SIZE=block_size, BLOCK=BLOCK
-        )
-    return slot_B, length_B
+            block_table_BM, position_B, position_N, slot_N, length_N, rows, block_table_BM.stride(0), first, sequences,
+            idle_block, SIZE=block_size, BLOCK=BLOCK,
+        )  # fmt: skip
+    return position_N, slot_N, length_N
 
 
 @triton.jit

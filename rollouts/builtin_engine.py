@@ -197,19 +197,15 @@ class BuiltinEngine:
         num_layers = shape.num_cache_layers if self._num_drafts else shape.num_hidden_layers
         # The experts beside the cache are not counted: half a percent of it where a token has 11 layers of 6.
         block_bytes = num_layers * config.block_size * shape.cache_width * self.policy.dtype.itemsize
-        cache_gib = self._cache_gib()
-        allowed = int(cache_gib * 2**30) // block_bytes
         # While a prompt waits with sequences that have not started, the first has copies of the blocks it writes in.
         least = per_sequence + 1 + max(self._window + config.block_size - 2, 0) // config.block_size
-        if allowed < least:
-            raise SamplingError(
-                f"one sequence of {longest} tokens needs {least * block_bytes / 2**30:.3g} GiB of cache, "
-                f"but engine.cache_gib is {cache_gib:.3g}; raise it or lower max_completion_length"
-            )
         rows = min(self.max_num_seqs, len(groups) * num_generations)
-        wanted = min(allowed, max(least, (rows + len(groups)) * (per_sequence + 1)))
+        wanted = max(least, (rows + len(groups)) * (per_sequence + 1))
         max_blocks = -(-(longest + self._steps * (self._num_drafts + 1) - 1) // config.block_size)
         runner = self._runner
+        if runner is None or not runner.suits(wanted, max_blocks):
+            allowed = self._allowed_blocks(longest, least, block_bytes)
+            wanted = min(allowed, wanted)
         if runner is None or not runner.suits(wanted, max_blocks):
             if self._is_gpu:  # some room to spare: another cache would mean other addresses, and graphs captured again
                 wanted, max_blocks = min(allowed, wanted * 5 // 4), 1 << (max_blocks - 1).bit_length()
@@ -232,6 +228,17 @@ class BuiltinEngine:
         )
         scheduler.waiting.extend(groups)
         return scheduler, runner
+
+    def _allowed_blocks(self, longest: int, least: int, block_bytes: int) -> int:
+        """Most blocks that the cache may have. A GPU takes long to say how much memory is free."""
+        cache_gib = self._cache_gib()
+        allowed = int(cache_gib * 2**30) // block_bytes
+        if allowed < least:
+            raise SamplingError(
+                f"one sequence of {longest} tokens needs {least * block_bytes / 2**30:.3g} GiB of cache, "
+                f"but engine.cache_gib is {cache_gib:.3g}; raise it or lower max_completion_length"
+            )
+        return allowed
 
     def _take_prefixes(self, runner: ModelRunner) -> PrefixCache:
         """What earlier calls left in the cache, where the weights are the same; the call gives it back at its end."""
@@ -325,9 +332,11 @@ class BuiltinEngine:
 
     def _decode(self, scheduler: Scheduler, runner: ModelRunner, params: SamplingParams) -> None:
         """Some more tokens for every running sequence."""
-        scheduler.make_room(self._steps, params.max_completion_length)
-        running, size = scheduler.running, len(scheduler.running)
-        token_ids_SB, logprobs_SB = runner.decode(running, params, self._steps)
+        running = scheduler.running
+        steps = min(self._steps, running.most_left(params.max_completion_length))
+        scheduler.make_room(steps, params.max_completion_length)
+        size = len(running)
+        token_ids_SB, logprobs_SB = runner.decode(running, params, steps)
         kept_B = running.push_tokens(
             np.arange(size), token_ids_SB, logprobs_SB, params.stop_token_ids, params.max_completion_length
         )
@@ -353,10 +362,12 @@ class BuiltinEngine:
 
     def _speculate(self, scheduler: Scheduler, speculator: Speculator, params: SamplingParams) -> None:
         """One or more tokens for every running sequence."""
-        scheduler.make_room(self._steps * speculator.steps, params.max_completion_length)
-        running, size = scheduler.running, len(scheduler.running)
+        running = scheduler.running
+        num_rounds = min(self._steps, speculator.rounds_for(running.most_left(params.max_completion_length)))
+        scheduler.make_room(num_rounds * speculator.steps, params.max_completion_length)
+        size = len(running)
         speculator.refresh(running)
-        drafted = speculator.decode(running, params, self._steps)
+        drafted = speculator.decode(running, params, num_rounds)
         kept_B = running.push_tokens(
             np.arange(size),
             drafted.token_ids_TB,

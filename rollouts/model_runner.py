@@ -1,11 +1,13 @@
-"""Runs the policy over the cache: prompts in packed rows, then some tokens of every sequence at a time.
+"""Runs the policy over the cache: prompts in one pass, then some tokens of every sequence at a time.
 
 On a GPU a decoding step is a CUDA graph, captured once for each of a few batch sizes; sampled tokens stay on the device
-and feed the next step, and the host looks only every `run_ahead` steps.
+and feed the next step, and the host looks only every `run_ahead` steps. Few prompt tokens are read by such a graph too,
+each token as a row of its own: a pass over packed rows is started kernel by kernel, which takes tens of milliseconds
+however few tokens it has.
 
-Shapes: B sequences (or rows, where one has several), N packed prompt tokens, P prompts, R rows of a captured batch
-(B rounded up), S steps, C model width, V vocabulary, M blocks of the longest sequence, L layers with routed experts,
-K experts per token.
+Shapes: B sequences (or rows, where one has several), N prompt tokens, P prompts, R rows of a captured batch (B or N
+rounded up), S steps, C model width, V vocabulary, M blocks of the longest sequence, L layers with routed experts,
+K experts per token, D MTP modules in use, F = 2 + D numbers of a prompt token: itself, its position, the tokens ahead.
 """
 
 from __future__ import annotations
@@ -19,37 +21,42 @@ import torch
 from torch import Tensor
 
 from policy import PackedRows, Policy, PolicyConfig
-from policy.attention import Expanded
+from policy.attention import AttentionPlan, Expanded
 from policy.continued_attention import Continued
 from policy.model import PolicyOutput
 from policy.paged_attention import Absorbed
 from rollouts.crew import Crew
+from rollouts.graphs import Graphs, capture, rows_for
 from rollouts.sampler import sample
 from rollouts.scheduler import RunningBatch
 from rollouts.sequence import Chunk
 from rollouts.types import SamplingParams
 
-CAPTURED_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-"""Batch sizes that graphs are captured for, as they come up; between them a batch is filled up with idle rows."""
+PROMPT_ROWS = (16, 32, 64, 128, 256, 512, 1024)
+"""Numbers of prompt tokens that graphs are captured for, as they come up; a pass over more is started kernel by kernel.
+
+At 1,024 the work is as long as starting it takes: a decoding step of so many sequences."""
+MOST_READ = 8 << 30
+"""Bytes of the cache that such a graph may read: each row reads all before it, which a pass over whole rows shares.
+
+Some 3 ms at an H100's bandwidth. One prompt of 1,024 tokens reads this much of 12 layers of DeepSeek-V3's latents."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptPass:
-    """The trunk's pass over prompts, whose cache rows it wrote."""
+    """The trunk's pass over prompts, or parts of them, whose cache rows it wrote."""
 
-    position_ids_N: Tensor
-    """Position of each token within its prompt, int64."""
-    plan: Expanded | Continued
-    """Rows, cache and slots."""
+    lengths: tuple[int, ...]
+    """Tokens of each, [P]."""
     hidden_NC: Tensor
-    """After the final norm."""
+    """After the final norm, valid until another pass."""
 
     def sound_lengths(self) -> list[int]:
-        """Of each row, how many tokens come before the first whose hidden states are not all numbers, [P]."""
+        """Of each, how many tokens come before the first whose hidden states are not all numbers, [P]."""
         is_sound_N = self.hidden_NC.isfinite().all(dim=-1).cpu()
         return [
             len(is_sound) if is_sound.all() else int(is_sound.int().argmin())
-            for is_sound in is_sound_N.split(list(self.plan.rows.lengths))
+            for is_sound in is_sound_N.split(self.lengths)
         ]
 
 
@@ -81,7 +88,10 @@ class ModelRunner:
         if config.num_moe_layers:
             shape = (config.num_moe_layers, num_blocks + 1, block_size, config.num_experts_per_tok)
             self.experts = torch.zeros(shape, dtype=_expert_dtype(config), device=policy.device)
-        self._graphs: dict[int, _DecodeGraph] = {}
+        self.most_prompt_rows = PROMPT_ROWS[-1] if policy.device.type == "cuda" else 0
+        """Prompt tokens up to which a pass takes each as a row of its own; on a CPU packed rows are faster."""
+        self._graphs: Graphs[_DecodeGraph] = Graphs()
+        self._prompt_graphs: Graphs[_PromptGraph] = Graphs()
         # Modules in pieces over ranks gather them as they run: in one order, so on one thread.
         is_alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
         has_kernels = self.cache.device.type == "cpu" and self.cache.dtype == torch.float32
@@ -98,6 +108,7 @@ class ModelRunner:
         """Graphs read from fixed addresses: where the policy's weights have moved, they are captured anew."""
         if (now := _addresses(self.policy)) != self.captured:
             self._graphs.clear()
+            self._prompt_graphs.clear()
             self.captured = now
 
     def weights(self) -> tuple[tuple[int, int], ...]:
@@ -106,12 +117,25 @@ class ModelRunner:
         tensors = (*self.policy.parameters(), *self.policy.buffers())
         return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
 
-    def read(self, chunks: Sequence[Chunk]) -> PromptPass:
-        """Write parts of prompts into their blocks, in the trunk's layers.
+    def read(self, chunks: Sequence[Chunk], num_modules: int = 0) -> PromptPass:
+        """Write parts of prompts into their blocks, in the trunk's layers and in those of the first MTP modules.
 
         A part attends over what comes before it, which is in the prompt's blocks already or is written by another
         chunk of this pass.
         """
+        read = self._read_rows if self.reads_rows(chunks) else self._read_packed
+        lengths = tuple(chunk.end - chunk.begin for chunk in chunks)
+        return PromptPass(lengths=lengths, hidden_NC=read(chunks, num_modules))
+
+    def reads_rows(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether each token of these is a row of its own, as in decoding."""
+        num_tokens = sum(chunk.end - chunk.begin for chunk in chunks)
+        seen = sum((chunk.end * (chunk.end + 1) - chunk.begin * (chunk.begin + 1)) // 2 for chunk in chunks)
+        entry_bytes = self.cache.shape[0] * self.cache.shape[-1] * self.cache.element_size()
+        return num_tokens <= self.most_prompt_rows and seen * entry_bytes <= MOST_READ
+
+    def _read_packed(self, chunks: Sequence[Chunk], num_modules: int) -> Tensor:
+        """Hidden states [N, C] of a pass over packed rows, whose keys and values are made once for all of a row."""
         device, lengths = self.policy.device, [chunk.end for chunk in chunks]
         packed = PackedRows.of([chunk.end - chunk.begin for chunk in chunks], device)
         token_ids_N = torch.tensor([token for chunk in chunks for token in chunk.token_ids], device=device)
@@ -124,13 +148,57 @@ class ModelRunner:
             plan = Continued.of(packed, self.cache, slot_N, lengths, slot_L)
             positions = [np.arange(chunk.begin, chunk.end) for chunk in chunks]
             position_ids_N = torch.from_numpy(np.concatenate(positions)).to(device)
-        output = self.policy(token_ids_N, position_ids_N, plan)
+        aheads = [[token for chunk in chunks for token in chunk.ahead(k + 1)] for k in range(num_modules)]
+        ahead_DN = torch.tensor(aheads, dtype=torch.int64, device=device)
+        return self._read(token_ids_N, position_ids_N, plan, slot_N, ahead_DN)
+
+    def _read_rows(self, chunks: Sequence[Chunk], num_modules: int) -> Tensor:
+        """The same of a pass that has a row for each token, on a GPU as a graph."""
+        device, count = self.policy.device, sum(chunk.end - chunk.begin for chunk in chunks)
+        is_gpu = device.type == "cuda"
+        rows = rows_for(count, PROMPT_ROWS) if is_gpu else count
+        width = self.max_blocks if is_gpu else -(-max(chunk.end for chunk in chunks) // self.block_size)
+        numbers_FR = np.zeros((2 + num_modules, rows), dtype=np.int64)
+        owner_R = np.full(rows, len(chunks), dtype=np.int64)
+        table_PM = np.full((len(chunks) + 1, width), self.num_blocks, dtype=np.int64)  # the last is the idle rows'
+        end = 0
+        for place, chunk in enumerate(chunks):
+            assert chunk.prefill.blocks is not None
+            begin, end = end, end + chunk.end - chunk.begin
+            aheads = [chunk.ahead(k + 1) for k in range(num_modules)]
+            numbers_FR[:, begin:end] = [chunk.token_ids, range(chunk.begin, chunk.end), *aheads]
+            owner_R[begin:end] = place
+            held = chunk.prefill.blocks[:width]
+            table_PM[place, : len(held)] = held
+        # In one copy: the host waits for each.
+        flat = torch.from_numpy(np.concatenate((numbers_FR.ravel(), owner_R, table_PM.ravel()))).to(device)
+        numbers, owner, table = flat.split([numbers_FR.size, rows, table_PM.size])
+        given = numbers.view(numbers_FR.shape), table.view(table_PM.shape).index_select(0, owner)
+        if not is_gpu:
+            return self.read_rows(*given)
+        graph = self._prompt_graphs.get((rows, num_modules), lambda pool: _PromptGraph(self, rows, num_modules, pool))
+        return graph.run(*given)[:count]
+
+    def read_rows(self, numbers_FR: Tensor, table_RM: Tensor) -> Tensor:
+        """Hidden states [R, C] of tokens that are a row each, without a graph: all rows of a layer are written to the
+        cache before any is read, so that a token sees those before it whichever rows they are."""
+        plan = Absorbed.at(self.cache, table_RM, numbers_FR[1])
+        return self._read(numbers_FR[0], numbers_FR[1], plan, plan.slot_B, numbers_FR[2:])
+
+    def _read(
+        self, token_ids_N: Tensor, position_ids_N: Tensor, plan: AttentionPlan, slot_N: Tensor, ahead_DN: Tensor
+    ) -> Tensor:
+        output: PolicyOutput = self.policy(token_ids_N, position_ids_N, plan)
         self._keep_experts(output, slot_N)
-        return PromptPass(position_ids_N=position_ids_N, plan=plan, hidden_NC=output.hidden_NC)
+        hidden_NC = output.hidden_NC
+        for module, ahead_N in enumerate(ahead_DN):
+            hidden_NC = self.policy.draft(hidden_NC, ahead_N, position_ids_N, plan, module=module).hidden_NC
+        return output.hidden_NC
 
     def logits_after(self, read: PromptPass) -> Tensor:
-        """Logits after each row's last token, [P, V]."""
-        return self.policy.project(read.hidden_NC.index_select(0, read.plan.rows.last_N))
+        """Logits after each prompt's last token, [P, V]."""
+        last_P = torch.from_numpy(np.cumsum(read.lengths) - 1).to(self.policy.device)
+        return self.policy.project(read.hidden_NC.index_select(0, last_P))
 
     def decode(self, running: RunningBatch, params: SamplingParams, steps: int) -> tuple[np.ndarray, np.ndarray]:
         """Feed each sequence its last token and sample the next, `steps` times: tokens and log-probabilities [S, B].
@@ -201,28 +269,26 @@ class ModelRunner:
     def forward_of(self, table_BM: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """From tokens and their positions, [B] each, to the logits after them [B, V]."""
         if self.policy.device.type != "cuda":
-            return lambda token_B, position_B: self.step(token_B, position_B, table_BM)[1]
+            return lambda token_B, position_B: self.step(
+                token_B, position_B, Absorbed.at(self.cache, table_BM, position_B)
+            )[1]
         graph = self._graph(len(table_BM))
         graph.take(table_BM)
         return graph.run
 
-    def step(self, token_R: Tensor, position_R: Tensor, table_RM: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, token_R: Tensor, position_R: Tensor, plan: Absorbed) -> tuple[Tensor, Tensor]:
         """One pass over the cache, without a graph: hidden states [R, C] and logits [R, V].
 
         Several rows may be of one sequence: all are written to the cache before any looks at it.
         """
-        plan = Absorbed.at(self.cache, table_RM, position_R)
         output = self.policy(token_R, position_R, plan)
         self._keep_experts(output, plan.slot_B)
         return output.hidden_NC, self.policy.project(output.hidden_NC)
 
     def _graph(self, size: int) -> _DecodeGraph:
         """The graph of the next captured batch size."""
-        rows = next((rows for rows in CAPTURED_ROWS if rows >= size), size)
-        if rows not in self._graphs:
-            pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
-            self._graphs[rows] = _DecodeGraph(self, rows, pool)
-        return self._graphs[rows]
+        rows = rows_for(size)
+        return self._graphs.get(rows, lambda pool: _DecodeGraph(self, rows, pool))
 
 
 class _DecodeGraph:
@@ -234,15 +300,12 @@ class _DecodeGraph:
         self.token_R = torch.zeros(rows, dtype=torch.int64, device=device)
         self.position_R = torch.zeros(rows, dtype=torch.int64, device=device)
         self.table_RM = torch.full((rows, runner.max_blocks), self.idle_block, dtype=torch.int64, device=device)
-        # Once outside, so that kernels are compiled and handles made before anything is captured.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            runner.step(self.token_R, self.position_R, self.table_RM)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
-            _, self.logits_RV = runner.step(self.token_R, self.position_R, self.table_RM)
+
+        def step() -> Tensor:
+            plan = Absorbed.at(runner.cache, self.table_RM, self.position_R)
+            return runner.step(self.token_R, self.position_R, plan)[1]
+
+        self.graph, self.logits_RV = capture(step, pool)
 
     def take(self, table_BM: Tensor) -> None:
         """The block table for the steps to come; rows beyond it are idle."""
@@ -258,6 +321,23 @@ class _DecodeGraph:
         self.position_R[:size].copy_(position_B)
         self.graph.replay()
         return self.logits_RV[:size]
+
+
+class _PromptGraph:
+    """One pass over R prompt tokens, each a row of its own, at fixed addresses."""
+
+    def __init__(self, runner: ModelRunner, rows: int, num_modules: int, pool: Any) -> None:
+        device, idle_block = runner.policy.device, runner.num_blocks
+        self.numbers_FR = torch.zeros(2 + num_modules, rows, dtype=torch.int64, device=device)
+        self.table_RM = torch.full((rows, runner.max_blocks), idle_block, dtype=torch.int64, device=device)
+        self.graph, self.hidden_RC = capture(lambda: runner.read_rows(self.numbers_FR, self.table_RM), pool)
+
+    def run(self, numbers_FR: Tensor, table_RM: Tensor) -> Tensor:
+        """Hidden states [R, C], valid until the next pass of any graph."""
+        self.numbers_FR.copy_(numbers_FR)
+        self.table_RM.copy_(table_RM)
+        self.graph.replay()
+        return self.hidden_RC
 
 
 def _expert_dtype(config: PolicyConfig) -> torch.dtype:

@@ -42,15 +42,37 @@ class Sampled:
 
 
 def sample(
-    logits_RV: Tensor, seeds_B: Tensor, counters_B: Tensor, params: SamplingParams, row_of_B: Tensor | None = None
+    logits_RV: Tensor,
+    seeds_B: Tensor,
+    counters_B: Tensor,
+    params: SamplingParams,
+    row_of_B: Tensor | None = None,
+    *,
+    ahead: int = 0,
+    into: Tensor | None = None,
 ) -> Sampled:
     """Draw one token per sequence by inverting the cumulative distribution at its own uniform number.
 
-    `seeds_B` (64 bits, held as int64) names each sequence's stream and `counters_B` the token's index in it.
-    `row_of_B` says whose logits a sequence draws from, where it is not its own row. Nothing waits for a GPU.
+    `seeds_B` (64 bits, held as int64) names each sequence's stream and `counters_B` + `ahead` the token's index in it.
+    `row_of_B` says whose logits a sequence draws from, where it is not its own row. Without it there may be several
+    rows a sequence, first one of all sequences, then another of all, for the tokens that follow each other. The tokens
+    are written to `into`, where it is given. Nothing waits for a GPU.
     """
     if logits_RV.is_cuda:
-        return _sample_on_gpu(logits_RV, seeds_B, counters_B, params, row_of_B)
+        return _sample_on_gpu(logits_RV, seeds_B, counters_B, params, row_of_B, ahead, into)
+    times = 1 if row_of_B is not None else len(logits_RV) // max(1, len(seeds_B))
+    if times > 1 or ahead:
+        steps_X1 = torch.arange(ahead, ahead + times, device=counters_B.device)[:, None]
+        seeds_B, counters_B = seeds_B.repeat(times), (counters_B + steps_X1).flatten()
+    sampled = _sample_on_cpu(logits_RV, seeds_B, counters_B, params, row_of_B)
+    if into is not None:
+        into.copy_(sampled.token_ids_B)
+    return sampled
+
+
+def _sample_on_cpu(
+    logits_RV: Tensor, seeds_B: Tensor, counters_B: Tensor, params: SamplingParams, row_of_B: Tensor | None
+) -> Sampled:
     if params.temperature > 0 and logits_RV.dtype == torch.float32 and logits_RV.shape[1] <= WIDE:
         return _sample_by_rows(logits_RV, seeds_B, counters_B, params, row_of_B)
     logits_BV = logits_RV if row_of_B is None else logits_RV.index_select(0, row_of_B)
@@ -117,7 +139,13 @@ def _below(aim: Tensor, total: Tensor) -> Tensor:
 
 
 def _sample_on_gpu(
-    logits_RV: Tensor, seeds_B: Tensor, counters_B: Tensor, params: SamplingParams, row_of_B: Tensor | None
+    logits_RV: Tensor,
+    seeds_B: Tensor,
+    counters_B: Tensor,
+    params: SamplingParams,
+    row_of_B: Tensor | None,
+    ahead: int,
+    into: Tensor | None,
 ) -> Sampled:
     from rollouts import sampling_kernels
 
@@ -136,6 +164,8 @@ def _sample_on_gpu(
         inverse_temperature,
         is_greedy=is_greedy,
         is_truncated=fine_R is not None,
+        ahead=ahead,
+        into_B=into,
     )
     if fine_R is not None:
         finite_B = finite_B & (fine_R if row_of_B is None else fine_R.index_select(0, row_of_B))

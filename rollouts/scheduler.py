@@ -48,6 +48,10 @@ class RunningBatch:
         held: np.ndarray = self.block_table[row, : self.num_blocks[row]]
         return held
 
+    def most_left(self, most: int) -> int:
+        """Tokens still to come of the sequence that lacks most to `most` of them."""
+        return most - int(self.count[: len(self.sequences)].min())
+
     def add(self, sequence: Sequence, length: int, blocks: np.ndarray) -> int:
         """A new last row; returns its index."""
         row = len(self.sequences)

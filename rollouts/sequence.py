@@ -72,6 +72,11 @@ class Chunk:
         """Its tokens."""
         return self.prefill.token_ids[self.begin : self.end]
 
+    def ahead(self, count: int) -> list[int]:
+        """The token so many places after each of its own; 0 where the prompt does not reach so far."""
+        ahead = self.prefill.token_ids[self.begin + count : self.end + count]
+        return ahead + [0] * (self.end - self.begin - len(ahead))
+
     @property
     def is_last(self) -> bool:
         """Whether what comes after it can be sampled."""

@@ -18,12 +18,14 @@ have been written with another token than the true one.
 On a GPU a round is one CUDA graph, drafts, check and sampling, and some rounds run before the host looks at them.
 
 Shapes: B sequences (A with the idle rows of a captured batch), P prompts, N packed prompt tokens, K drafts of a round,
-S = K + 1 rows of a sequence in the trunk's pass, W positions of the window, T tokens known and drafted so far, C model
-width, V vocabulary, M blocks of the longest sequence, R rows of a pass, I rounds.
+S = K + 1 rows of a sequence in the trunk's pass, W positions of the window, T = W + S tokens known or drafted, C model
+width, V vocabulary, M blocks of the longest sequence, R rows of a pass (one token of all sequences, then the next one),
+I rounds.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,8 +35,9 @@ import torch
 from torch import Tensor, nn
 
 from policy.paged_attention import Absorbed
-from rollouts.model_runner import CAPTURED_ROWS, ModelRunner, PromptPass
-from rollouts.sampler import sample
+from rollouts.graphs import Graphs, capture, rows_for
+from rollouts.model_runner import ModelRunner, PromptPass
+from rollouts.sampler import Sampled, sample
 from rollouts.scheduler import RunningBatch
 from rollouts.sequence import Chunk, Prefill
 from rollouts.types import SamplingParams
@@ -97,7 +100,7 @@ class Speculator:
         self.capacity = capacity
         """Sequences whose windows it can keep."""
         self._num_rounds = self._num_kept = 0
-        self._graphs: dict[int, _RoundGraph] = {}
+        self._graphs: Graphs[_RoundGraph] = Graphs()
         self._captured: object = None
         head = policy.lm_head.weight.numel()
         drafting = num_drafts * (_size(policy.mtp) // len(policy.mtp) + head)
@@ -124,6 +127,11 @@ class Speculator:
         """
         return self._num_rounds < PROBE or self._num_kept > self._break_even * self._num_rounds
 
+    def rounds_for(self, num_tokens: int) -> int:
+        """About how many rounds give a sequence so many tokens, at least 1: by what rounds of this call have given."""
+        per_round = self._num_kept / self._num_rounds if self._num_rounds else 1.0
+        return max(1, math.ceil(num_tokens / per_round))
+
     def begin_call(self) -> None:
         """Nothing is known of what comes: drafts may pay again."""
         self._num_rounds = self._num_kept = 0
@@ -142,23 +150,25 @@ class Speculator:
         They go on from those that the chunk's prompt has; what lies before its first token is zeros. At a prompt's end
         the modules' last rows lack tokens still to come; the first round writes them.
         """
-        policy, read = self.runner.policy, self.runner.read(chunks)
-        hidden_NC = read.hidden_NC
-        for module in range(self.num_modules):
-            ahead = [_ahead(chunk, module + 1) for chunk in chunks]
-            ahead_N = torch.tensor([token for row in ahead for token in row], device=policy.device)
-            hidden_NC = policy.draft(hidden_NC, ahead_N, read.position_ids_N, read.plan, module=module).hidden_NC
-        ends = []
-        for chunk, hidden_SC in zip(chunks, read.hidden_NC.split(list(read.plan.rows.lengths)), strict=True):
-            before = chunk.prefill.tail_WC
-            before = hidden_SC.new_zeros(self.window, hidden_SC.shape[1]) if before is None else before
-            ends.append(torch.cat((before, hidden_SC))[-self.window :])
-        return read, ends
+        read = self.runner.read(chunks, self.num_modules)
+        tails = [chunk.prefill.tail_WC for chunk in chunks]
+        kept = [tail_WC for tail_WC in tails if tail_WC is not None]
+        nothing_1C = read.hidden_NC.new_zeros(1, read.hidden_NC.shape[1])
+        # Where each state lies among: nothing, the tails that there are, the hidden states of this pass.
+        index_PW, end, before = np.zeros((len(chunks), self.window), dtype=np.int64), 1 + len(kept) * self.window, 1
+        for place, length in enumerate(read.lengths):
+            known = np.zeros(self.window, dtype=np.int64)
+            if tails[place] is not None:
+                known, before = np.arange(before, before + self.window), before + self.window
+            index_PW[place] = np.concatenate((known, np.arange(end, end + length)))[-self.window :]
+            end += length
+        all_XC = torch.cat((nothing_1C, *kept, read.hidden_NC))
+        index = torch.from_numpy(index_PW.ravel()).to(all_XC.device)
+        return read, list(all_XC.index_select(0, index).view(len(chunks), self.window, -1))
 
     def begin(self, running: RunningBatch, starts: Iterable[tuple[int, Prefill]]) -> None:
         """Take the windows of sequences that start, each (row, what it continues)."""
-        for row, prefill in starts:
-            self._begin(int(running.slot[row]), prefill.token_ids, prefill.tail_WC)
+        self._begin([(int(running.slot[row]), prefill) for row, prefill in starts])
 
     def leave(self, running: RunningBatch) -> None:
         """The running sequences are decoded plainly: what is kept of them lags behind."""
@@ -173,7 +183,7 @@ class Speculator:
             for begin in range(0, length, self.max_prefill_tokens):
                 chunk = Chunk(prefill=again, begin=begin, end=min(begin + self.max_prefill_tokens, length))
                 _, [again.tail_WC] = self.read([chunk])
-            self._begin(int(running.slot[row]), token_ids, again.tail_WC)
+            self._begin([(int(running.slot[row]), again)])
 
     def decode(self, running: RunningBatch, params: SamplingParams, num_rounds: int = 1) -> Drafted:
         """Rounds for every running sequence; they must hold blocks for as many tokens of these as they may keep."""
@@ -188,55 +198,49 @@ class Speculator:
         else:
             state = _State.of(numbers_5B)
             drafted = [self._round(state, table_BM, params) for _ in range(num_rounds)]
-        said_IBS, logprobs_IBS, accepted_IB = (
-            torch.stack(of_rounds).cpu().numpy() for of_rounds in zip(*drafted, strict=True)
-        )
-        is_own_IBS = np.arange(self.steps) <= accepted_IB[..., None]
-        order_TB = np.argsort(~_in_order(is_own_IBS), axis=0, kind="stable")
+        report_IXB = torch.stack(drafted).cpu().numpy()
+        said_ISB, bits_ISB, accepted_IB = np.split(report_IXB, [self.steps, 2 * self.steps], axis=1)
+        accepted_IB = accepted_IB[:, 0].astype(np.int64)
+        is_own_TB = _in_order(np.arange(self.steps)[:, None] <= accepted_IB[:, None])
+        order_TB = np.argsort(~is_own_TB, axis=0, kind="stable")
         return Drafted(
-            token_ids_TB=np.take_along_axis(_in_order(said_IBS), order_TB, axis=0),
-            logprobs_TB=np.take_along_axis(_in_order(logprobs_IBS), order_TB, axis=0),
-            valid_B=is_own_IBS.sum(axis=(0, 2)),
+            token_ids_TB=np.take_along_axis(_in_order(said_ISB).astype(np.int64), order_TB, axis=0),
+            logprobs_TB=np.take_along_axis(_in_order(bits_ISB).view(np.float32), order_TB, axis=0),
+            valid_B=is_own_TB.sum(axis=0),
             accepted_IB=accepted_IB,
         )
 
-    def _round(self, state: _State, table_AM: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
-        """What the trunk says [A, S], its log-probabilities, and the accepted drafts [A]; state and windows move on."""
-        runner, steps = self.runner, self.steps
-        hidden_AWC, token_AW = self._hidden[state.slot], self._tokens[state.slot]
-        known_AT = torch.cat((token_AW, state.last[:, None]), dim=1)
-        drafted_AWC = hidden_AWC
+    def _round(self, state: _State, table_AM: Tensor, params: SamplingParams) -> Tensor:
+        """What `leave` reports; state and windows move on."""
+        runner, window = self.runner, self.window
+        hidden_WAC, known_TA = enter(self._hidden, self._tokens, state, self.num_drafts)
+        drafted_XAC = hidden_WAC
         for step in range(self.num_drafts):
             if step < self.num_modules:
-                ahead_AW = known_AT[:, -self.window :]
-                drafted_AWC = self._over_window(step, drafted_AWC, ahead_AW, state.length, table_AM)
-                hidden_AC = drafted_AWC[:, -1]
-            else:
-                position_A = state.length + step - self.num_modules
-                hidden_AC = self._beyond(hidden_AC, known_AT[:, -1], position_A, table_AM)
-            logits_AV = runner.policy.project(hidden_AC)
-            draft_A = sample(logits_AV, state.seed, state.count + step, params).token_ids_B
-            known_AT = torch.cat((known_AT, draft_A[:, None]), dim=1)
+                taken, first = (step, drafted_XAC, known_TA[step + 1 : step + 1 + window]), -window
+            else:  # the last module once more, on its own hidden state of the position before
+                taken = self.num_modules - 1, drafted_XAC[-1:], known_TA[window + step : window + step + 1]
+                first = step - self.num_modules
+            drafted_XAC = self._draft(*taken, state.length, first, table_AM)
+            logits_AV = runner.policy.project(drafted_XAC[-1])
+            sample(logits_AV, state.seed, state.count, params, ahead=step, into=known_TA[window + 1 + step])
+        fed_R = known_TA[window:].flatten()
+        position_R, plan = Absorbed.at_several(runner.cache, table_AM, state.length, 0, self.steps, runner.num_blocks)
+        hidden_RC, logits_RV = runner.step(fed_R, position_R, plan)
+        sampled = sample(logits_RV, state.seed, state.count, params)
+        return leave(self._hidden, self._tokens, state, hidden_WAC, known_TA, hidden_RC, sampled)
 
-        ahead_S = torch.arange(steps, device=table_AM.device)
-        fed_AS = known_AT[:, self.window :]
-        table_RM = table_AM.repeat_interleave(steps, dim=0)
-        hidden_RC, logits_RV = runner.step(fed_AS.flatten(), (state.length[:, None] + ahead_S).flatten(), table_RM)
-        counter_R = (state.count[:, None] + ahead_S).flatten()
-        sampled = sample(logits_RV, state.seed.repeat_interleave(steps), counter_R, params)
-        said_AS = sampled.said_B.view(-1, steps)
-        accepted_A = (said_AS[:, :-1] == fed_AS[:, 1:]).int().cumprod(dim=1).sum(dim=1)
-
-        # The window moves on by what was accepted and the token that was fed first.
-        moved_AW = accepted_A[:, None] + 1 + torch.arange(self.window, device=table_AM.device)
-        both_ATC = torch.cat((hidden_AWC, hidden_RC.view(len(said_AS), steps, -1)), dim=1)
-        self._tokens[state.slot] = known_AT.gather(1, moved_AW)
-        self._hidden[state.slot] = both_ATC.gather(1, moved_AW[..., None].expand(-1, -1, both_ATC.shape[2]))
-        # A row of NaN goes on from any token: the host takes nothing of it from here on.
-        state.last.copy_(said_AS.gather(1, accepted_A[:, None]).squeeze(1).clamp(min=0))
-        state.length.add_(accepted_A + 1)
-        state.count.add_(accepted_A + 1)
-        return said_AS, sampled.logprobs_B.view(-1, steps), accepted_A
+    def _draft(
+        self, module: int, hidden_XAC: Tensor, ahead_XA: Tensor, length_A: Tensor, first: int, table_AM: Tensor
+    ) -> Tensor:
+        """A module over some positions of each sequence, from its length + first on, [X, A, C]; positions before its
+        first token are idle rows."""
+        runner = self.runner
+        position_R, plan = Absorbed.at_several(
+            runner.cache, table_AM, length_A, first, len(hidden_XAC), runner.num_blocks
+        )
+        hidden_RC, ahead_R = hidden_XAC.flatten(0, 1), ahead_XA.flatten()
+        return runner.policy.draft(hidden_RC, ahead_R, position_R, plan, module=module).hidden_NC.view_as(hidden_XAC)
 
     def _graph(self, size: int, params: SamplingParams) -> _RoundGraph:
         """The graph of the next captured batch size, for one way of drawing."""
@@ -245,11 +249,8 @@ class Speculator:
         if self._captured != now:
             self._graphs.clear()
             self._captured = now
-        rows = next((rows for rows in CAPTURED_ROWS if rows >= size), size)
-        if rows not in self._graphs:
-            pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
-            self._graphs[rows] = _RoundGraph(self, rows, params, pool)
-        return self._graphs[rows]
+        rows = rows_for(size)
+        return self._graphs.get(rows, lambda pool: _RoundGraph(self, rows, params, pool))
 
     def count(self, accepted_IB: np.ndarray, kept_B: np.ndarray) -> tuple[int, int]:
         """Take note of rounds of which each sequence kept `kept_B` tokens, in order; gives how many tokens were drafted
@@ -262,32 +263,70 @@ class Speculator:
         self._num_kept += int(kept_B.sum())
         return self.num_drafts * num_rounds, int(np.minimum(accepted_IB, kept_IB).sum())
 
-    def _begin(self, slot: int, token_ids: Sequence[int], tail_WC: Tensor | None) -> None:
-        self._is_stale[slot] = tail_WC is None
-        if tail_WC is None:
+    def _begin(self, starts: Sequence[tuple[int, Prefill]]) -> None:
+        """Take the windows that there are, each (slot, what its sequence continues)."""
+        for slot, prefill in starts:
+            self._is_stale[slot] = prefill.tail_WC is None
+        known = [(slot, prefill) for slot, prefill in starts if prefill.tail_WC is not None]
+        if not known:
             return
-        last = token_ids[-self.window :]
-        self._hidden[slot] = tail_WC
-        self._tokens[slot] = torch.tensor([0] * (self.window - len(last)) + list(last))
+        place_of = {prefill: place for place, prefill in enumerate(dict.fromkeys(prefill for _, prefill in known))}
+        numbers = np.zeros((len(known), 2 + self.window), dtype=np.int64)
+        for at, (slot, prefill) in enumerate(known):
+            last = prefill.token_ids[-self.window :]
+            numbers[at, :2] = slot, place_of[prefill]
+            numbers[at, 2 + self.window - len(last) :] = last
+        on_device = torch.from_numpy(numbers).to(self._tokens.device)
+        slot_B = on_device[:, 0]
+        tail_PWC = torch.stack([prefill.tail_WC for prefill in place_of if prefill.tail_WC is not None])
+        self._hidden[slot_B] = tail_PWC[on_device[:, 1]]
+        self._tokens[slot_B] = on_device[:, 2:]
 
-    def _over_window(
-        self, module: int, hidden_BWC: Tensor, ahead_BW: Tensor, length_B: Tensor, table_BM: Tensor
-    ) -> Tensor:
-        """A module over the window, [B, W, C]; positions before a sequence's first token are idle rows."""
-        position_R = (length_B[:, None] + torch.arange(-self.window, 0, device=length_B.device)).flatten()
-        table_RM = table_BM.repeat_interleave(self.window, dim=0)
-        table_RM = table_RM.masked_fill(position_R[:, None] < 0, self.runner.num_blocks)
-        position_R = position_R.clamp(min=0)
-        plan = Absorbed.at(self.runner.cache, table_RM, position_R)
-        hidden_RC = hidden_BWC.flatten(0, 1)
-        drafted = self.runner.policy.draft(hidden_RC, ahead_BW.flatten(), position_R, plan, module=module)
-        return drafted.hidden_NC.view_as(hidden_BWC)
 
-    def _beyond(self, hidden_BC: Tensor, token_B: Tensor, position_B: Tensor, table_BM: Tensor) -> Tensor:
-        """The last module once more, on its own hidden state of the position before, [B, C]."""
-        plan = Absorbed.at(self.runner.cache, table_BM, position_B)
-        module = self.num_modules - 1
-        return self.runner.policy.draft(hidden_BC, token_B, position_B, plan, module=module).hidden_NC
+def enter(kept_hidden: Tensor, kept_tokens: Tensor, state: _State, num_drafts: int) -> tuple[Tensor, Tensor]:
+    """The windows' hidden states [W, A, C], and the tokens [T, A] there and after them: the last of a sequence, which
+    is not fed yet, and room for the drafts."""
+    if kept_hidden.is_cuda:
+        from rollouts import round_kernels
+
+        return round_kernels.enter(kept_hidden, kept_tokens, state.slot, state.last, num_drafts)
+    hidden_WAC = kept_hidden[state.slot].transpose(0, 1).contiguous()
+    drafts_KA = kept_tokens.new_zeros(num_drafts, len(state.slot))
+    return hidden_WAC, torch.cat((kept_tokens[state.slot].t(), state.last[None], drafts_KA))
+
+
+def leave(
+    kept_hidden: Tensor,
+    kept_tokens: Tensor,
+    state: _State,
+    hidden_WAC: Tensor,
+    known_TA: Tensor,
+    hidden_RC: Tensor,
+    sampled: Sampled,
+) -> Tensor:
+    """Move windows and state on, in place, by the drafts that the trunk says too and one token more.
+
+    The report is int32 [2S + 1, A]: what the trunk says, -1 where its logits were not all numbers; the bits of its
+    log-probabilities, fp32; how many drafts were accepted.
+    """
+    if kept_hidden.is_cuda:
+        from rollouts import round_kernels
+
+        numbers = state.slot, state.last, state.length, state.count
+        given = sampled.token_ids_B, sampled.finite_B, sampled.logprobs_B
+        return round_kernels.leave(kept_hidden, kept_tokens, numbers, hidden_WAC, known_TA, hidden_RC, given)
+    window, size = len(hidden_WAC), len(state.slot)
+    said_SA, bits_SA = sampled.said_B.view(-1, size), sampled.logprobs_B.view(torch.int32).view(-1, size)
+    accepted_A = (said_SA[:-1] == known_TA[window + 1 :]).long().cumprod(dim=0).sum(dim=0)
+    moved_WA = accepted_A + 1 + torch.arange(window, device=accepted_A.device)[:, None]
+    all_TAC = torch.cat((hidden_WAC, hidden_RC.view(-1, *hidden_WAC.shape[1:])))
+    kept_tokens[state.slot] = known_TA.gather(0, moved_WA).t()
+    kept_hidden[state.slot] = all_TAC[moved_WA, torch.arange(size, device=accepted_A.device)].transpose(0, 1)
+    # A row of NaN goes on from any token: the host takes nothing of it from here on.
+    state.last.copy_(said_SA.gather(0, accepted_A[None])[0].clamp(min=0))
+    state.length.add_(accepted_A + 1)
+    state.count.add_(accepted_A + 1)
+    return torch.cat((said_SA.int(), bits_SA, accepted_A[None].int()))
 
 
 class _RoundGraph:
@@ -301,15 +340,7 @@ class _RoundGraph:
         self.table_AM = torch.zeros(rows, runner.max_blocks, dtype=torch.int64, device=device)
         nobody = torch.zeros(0, dtype=torch.int64, device=device)
         self.take(nobody.view(5, 0), nobody.view(0, runner.max_blocks))
-        # Once outside, so that kernels are compiled and handles made before anything is captured.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            speculator._round(self.state, self.table_AM, params)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
-            self.drafted = speculator._round(self.state, self.table_AM, params)
+        self.graph, self.report_XA = capture(lambda: speculator._round(self.state, self.table_AM, params), pool)
 
     def take(self, numbers_5B: Tensor, table_BM: Tensor) -> None:
         """Where the sequences stand; rows beyond them are idle."""
@@ -320,22 +351,15 @@ class _RoundGraph:
         self.table_AM[:size].copy_(table_BM)
         self.table_AM[size:] = self.idle_block
 
-    def run(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What the next round says of the first `size` rows."""
+    def run(self, size: int) -> Tensor:
+        """What the next round reports of the first `size` rows."""
         self.graph.replay()
-        said_AS, logprobs_AS, accepted_A = self.drafted
-        return said_AS[:size].clone(), logprobs_AS[:size].clone(), accepted_A[:size].clone()
+        return self.report_XA[:, :size].clone()
 
 
-def _in_order(x_IBS: np.ndarray) -> np.ndarray:
+def _in_order(x_ISB: np.ndarray) -> np.ndarray:
     """Each sequence's tokens of all rounds, one after another, [I * S, B]."""
-    return x_IBS.transpose(0, 2, 1).reshape(-1, x_IBS.shape[1])
-
-
-def _ahead(chunk: Chunk, count: int) -> list[int]:
-    """The token `count` places after each of a chunk's; 0 where the prompt does not reach so far."""
-    ahead = chunk.prefill.token_ids[chunk.begin + count : chunk.end + count]
-    return ahead + [0] * (chunk.end - chunk.begin - len(ahead))
+    return np.ascontiguousarray(x_ISB).reshape(-1, x_ISB.shape[-1])
 
 
 def _size(module: nn.Module) -> int:

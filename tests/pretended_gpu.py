@@ -21,9 +21,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 
-from policy import decode_kernels, gpu_kernels, norm_kernels, step_kernels
+from policy import decode_kernels, gpu_kernels, layer_kernels, norm_kernels, step_kernels
 from policy.gpu_attention import Pairing
-from rollouts import sampling_kernels
+from rollouts import round_kernels, sampling_kernels
 from tests.policy.test_attention import PLAIN
 
 CUDA = torch.device("cuda", 0)
@@ -43,6 +43,9 @@ WAITS = {
 }  # fmt: skip
 """Operations whose result, or its shape, the host has to know."""
 
+KERNELS = (decode_kernels, gpu_kernels, layer_kernels, norm_kernels, step_kernels, round_kernels, sampling_kernels)
+"""Modules of our own kernels."""
+
 FROM_HOST = {torch.tensor, torch.from_numpy, torch.as_tensor}
 """What takes the host's numbers: to have copied them from ordinary memory, it waits for the device."""
 
@@ -59,7 +62,7 @@ def pretended_gpu(*, may_wait: bool = False) -> Iterator[Counter[str]]:
     """Within, the CPU is a GPU; gives its kernels by name as they come. Raises Waited unless `may_wait`."""
     kernels = Counter[str]()
     with ExitStack() as stack:
-        for module in (decode_kernels, gpu_kernels, norm_kernels, step_kernels, sampling_kernels):
+        for module in KERNELS:
             for name, kernel in vars(module).items():
                 if isinstance(kernel, InterpretedFunction) and name.endswith("_kernel"):
                     stack.enter_context(_counted(kernel, name, kernels))

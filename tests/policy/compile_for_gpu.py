@@ -29,7 +29,8 @@ def compile_only(kernel: JITFunction, *args: object, grid: object, warmup: bool,
 
 
 if __name__ == "__main__":
-    from policy import step_kernels
+    from policy import layer_kernels, step_kernels
+    from rollouts import round_kernels
     from tests.policies import tiny_llama, tiny_policy
     from tests.policy.test_step_kernels import ROUTERS
 
@@ -48,3 +49,21 @@ if __name__ == "__main__":
         blocks, slots = torch.zeros(3, 16, 576, dtype=dtype), torch.zeros(2, dtype=torch.int64)
         step_kernels.write(blocks, slots, torch.zeros(2, 512, dtype=dtype), torch.zeros(2, 64, dtype=dtype))
         step_kernels.add_halves(torch.zeros(4, 6, 128), dtype)
+        x_NC, experts_NK = torch.zeros(2, 768), torch.zeros(2, 6, dtype=torch.int64)
+        inner_NC, weights_NK = torch.zeros(2, 768, dtype=dtype), torch.zeros(2, 6)
+        layer_kernels.add_normalise(x_NC, inner_NC, torch.zeros(768, dtype=dtype), 1e-6)
+        layer_kernels.join_normed(inner_NC, inner_NC, inner_NC[0], inner_NC[0], 1e-6)
+        layer_kernels.enter_latent(
+            torch.zeros(2, 2304, dtype=dtype), torch.zeros(2, 576, dtype=dtype), torch.zeros(512, dtype=dtype), 1e-6,
+            torch.zeros(2, 32), torch.zeros(2, 32), slots, blocks, 12, is_interleaved=True,
+        )  # fmt: skip
+        gate_up, down = torch.zeros(8, 512, 768, dtype=dtype), torch.zeros(8, 768, 256, dtype=dtype)
+        for shared in (None, (gate_up[0], gate_up[0], torch.zeros(768, 512, dtype=dtype))):
+            layer_kernels.mix_experts(x_NC, inner_NC, experts_NK, weights_NK, gate_up, down, shared)
+            shared_NC = None if shared is None else inner_NC
+            layer_kernels.gather_into(x_NC, torch.zeros(12, 768, dtype=dtype), experts_NK, weights_NK, shared_NC)
+        kept, tokens, state = torch.zeros(3, 4, 768, dtype=dtype), torch.zeros(3, 4, dtype=torch.int64), slots
+        hidden_WAC, known_TA = round_kernels.enter(kept, tokens, state, state, 3)
+        sampled = torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.bool), torch.zeros(8)
+        new_hidden_RC = torch.zeros(8, 768, dtype=dtype)
+        round_kernels.leave(kept, tokens, (state, state, state, state), hidden_WAC, known_TA, new_hidden_RC, sampled)

@@ -58,6 +58,25 @@ def test_kernel_equals_the_formula(layout: str, dtype: torch.dtype, part: int) -
     assert (got.cpu().double() - wanted).abs().max() < bound
 
 
+def test_several_tokens_of_a_sequence_share_its_row_of_the_table() -> None:
+    heads, columns = LAYOUTS["latent"]
+    query, plan = draw(columns, heads, DTYPES[-1])
+    cache, table = plan.cache[0].to(DEVICE), plan.block_table_BM.to(DEVICE)
+    lengths = torch.cat((plan.length_B, (plan.length_B - 3).clamp(min=1))).to(DEVICE)
+    given = query.repeat(2, 1, 1).to(DEVICE), cache
+    twice = decode_kernels.attend(*given, table, lengths, columns, scale=0.3)
+    assert torch.equal(twice, decode_kernels.attend(*given, table.repeat(2, 1), lengths, columns, scale=0.3))
+
+
+@pytest.mark.parametrize(
+    ("programs", "reach", "bytes_of_part", "part"),
+    [(64, 512, 1 << 20, 64), (65, 512, 1 << 20, 1024), (1, 4096, 1 << 20, 128), (8, 1 << 20, 1 << 20, 1024)],
+)
+def test_few_sequences_are_cut_into_short_parts(programs: int, reach: int, bytes_of_part: int, part: int) -> None:
+    """Of no more than 32 MiB together, and never longer ones than many sequences are cut into."""
+    assert decode_kernels.part_for(programs, reach, bytes_of_part, 64) == part
+
+
 @pytest.mark.parametrize("layout", ["latent", "groups"])
 def test_a_sequence_has_the_same_bits_whoever_shares_the_batch(layout: str) -> None:
     heads, columns = LAYOUTS[layout]

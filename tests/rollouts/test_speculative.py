@@ -316,3 +316,11 @@ def test_rounds_that_run_ahead_are_rounds_with_looks_between() -> None:
     assert drafts_ahead == drafts_looked
     assert drafts_ahead[0] == 8 * 2 * len(prompts)
     assert drafts_ahead[1] > 0
+
+
+def test_no_more_rounds_run_ahead_than_what_is_left_may_take() -> None:
+    policy = drafting_policy()
+    speculator = Speculator(ModelRunner(policy, 4, 4, 2, policy.config.num_cache_layers), 3, 100, 2, 8192)
+    assert speculator.rounds_for(7) == 7
+    speculator.count(np.array([[3, 0], [2, 0]]), np.array([7, 1]))  # 3 rounds gave 8 tokens
+    assert [speculator.rounds_for(left) for left in (1, 2, 3, 8, 9)] == [1, 1, 2, 3, 4]
