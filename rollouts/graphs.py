@@ -44,6 +44,10 @@ class Graphs(Generic[S]):
             self._steps[key] = make(pool)
         return self._steps[key]
 
+    def captured(self, key: Hashable) -> torch.cuda.CUDAGraph:
+        """The graph of a step that there is."""
+        return self._steps[key].graph
+
     def clear(self) -> None:
         """Forget them all."""
         self._steps.clear()

@@ -107,9 +107,22 @@ def test_angles_are_those_of_torch(scaling: dict[str, Any] | None) -> None:
 def test_new_tokens_have_the_places_that_torch_gives_them() -> None:
     table_BM, position_B = torch.tensor([[4, 7, 1], [2, 9, 3], [5, 0, 0]]), torch.tensor([5, 2, 0])
     wanted = Absorbed.at(torch.zeros(1, 10, 3, 1), table_BM, position_B)
-    slot_B, length_B = step_kernels.place(table_BM.to(DEVICE), position_B.to(DEVICE), 3)
+    _, slot_B, length_B = step_kernels.place(table_BM.to(DEVICE), position_B.to(DEVICE), 3)
     assert torch.equal(slot_B.cpu(), wanted.slot_B)
     assert torch.equal(length_B.cpu(), wanted.length_B)
+
+
+def test_several_new_tokens_of_a_sequence_have_places_one_after_another() -> None:
+    """The first of all sequences, then the second; what lies before a sequence's first token is nobody's."""
+    table_BM, length_B = torch.tensor([[4, 7, 1], [2, 9, 3]]), torch.tensor([5, 1])
+    positions_N, wanted = Absorbed.at_several(torch.zeros(1, 12, 3, 1), table_BM, length_B, -2, 3, 11)
+    assert positions_N.tolist() == [3, 0, 4, 0, 5, 1]
+    assert wanted.slot_B.tolist() == [21, 33, 22, 6, 23, 7]
+    given = table_BM.to(DEVICE), length_B.to(DEVICE), 3, -2, 3, 11
+    ours = [numbers.cpu() for numbers in step_kernels.place(*given)]
+    assert [numbers.tolist() for numbers in ours] == [
+        numbers.tolist() for numbers in (positions_N, wanted.slot_B, wanted.length_B)
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
