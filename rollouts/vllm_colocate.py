@@ -238,12 +238,12 @@ def _start(
         raise EngineError(
             f"vllm {vllm.__version__} has no {', '.join(missing)}; those that have: {', '.join(KNOWN_VERSIONS)}"
         )
-    folder = _model_folder(policy.config.to_hf() | {"dtype": arguments["dtype"]}, tokenizer)
+    folder = model_folder(policy.config.to_hf() | {"dtype": arguments["dtype"]}, tokenizer)
     with hidden_llvmlite():
         return vllm.LLM(model=str(folder), **arguments), vllm.SamplingParams
 
 
-def _model_folder(values: dict[str, Any], tokenizer: Tokenizer | None) -> Path:
+def model_folder(values: dict[str, Any], tokenizer: Tokenizer | None) -> Path:
     """A folder in vLLM's cache with `config.json` of these values and the tokenizer, the same for the same contents.
 
     vLLM finds what it once compiled by the name of the model's folder, among other things.
