@@ -105,7 +105,7 @@ if __name__ == "__main__":
     engine = LLM(model=folder, dtype=dtype, skip_tokenizer_init=True, max_model_len=2048 if is_gpu else 256,
                  max_num_seqs=1024, enable_prefix_caching=True, **room)
     print("READY " + json.dumps(time.time() - start), flush=True)
-    sys.stdin.readline()  # somebody else may be sampling
+    sys.stdin.readline() or sys.exit()  # somebody else may be sampling
     rates = []
     for count, group in batches:
         times = []
