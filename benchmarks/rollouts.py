@@ -2,12 +2,13 @@
 
 Random weights of real shapes, groups of completions of fixed length, no end of sequence. The engine records
 log-probabilities; `generate` does not, and is given prompts of one length, so that it need not pad. Each side is run
-once before it is timed. vLLM has an interpreter of its own, named by `--vllm-python`; its rates are measured there, on
-the same checkpoint, after ours has let go of the device. With `--ranks 2` ours and `generate` each run in two processes
+once before it is timed, vLLM on 64 tokens. vLLM has an interpreter of its own, named by `--vllm-python`; its rates are
+measured there, on the same checkpoints, after ours has let go of the device: one process for each work, which start
+together and then sample one after the other. With `--ranks 2` ours and `generate` each run in two processes
 of one thread, which share the prompts out, as the ranks of `grpo train` do; vLLM has its own way of using the cores.
 
     python benchmarks/rollouts.py [--works cpu_ds smollm2 | qwen05 dsv3_05] [--ranks N] [--vllm-python PYTHON]
-                                  [--rounds 3] [--json PATH]
+                                  [--rounds 3] [--vllm-rounds N] [--json PATH]
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import gc
 import importlib.metadata
 import json
 import multiprocessing
+import os
 import platform
 import statistics
 import subprocess
@@ -96,26 +98,44 @@ WORKS = {
 VLLM_SCRIPT = """
 import json, statistics, sys, time
 from vllm import LLM, SamplingParams
-folder, dtype, is_gpu, rounds, num_new, prompts, groups = json.loads(sys.argv[1])
+folder, dtype, is_gpu, rounds, num_new, prompts, batches = json.loads(sys.argv[1])
 if __name__ == "__main__":
     start = time.time()
+    room = {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 16 * 2**30} if is_gpu else {}
     engine = LLM(model=folder, dtype=dtype, skip_tokenizer_init=True, max_model_len=2048 if is_gpu else 256,
-                 max_num_seqs=1024, enable_prefix_caching=True, **({"gpu_memory_utilization": 0.5} if is_gpu else {}))
-    loading = time.time() - start
+                 max_num_seqs=1024, enable_prefix_caching=True, **room)
+    print("READY " + json.dumps(time.time() - start), flush=True)
+    sys.stdin.readline() or sys.exit()  # somebody else may be sampling
     rates = []
-    for group in groups:
-        params = SamplingParams(
-            n=group, temperature=1.0, max_tokens=num_new, logprobs=0, ignore_eos=True, detokenize=False
-        )
+    for count, group in batches:
         times = []
-        for turn in range(rounds + 1):
+        for length in [min(64, num_new)] + rounds * [num_new]:
+            params = SamplingParams(
+                n=group, temperature=1.0, max_tokens=length, logprobs=0, ignore_eos=True, detokenize=False
+            )
             start = time.time()
-            done = engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+            done = engine.generate([{"prompt_token_ids": ids} for ids in prompts[:count]], params, use_tqdm=False)
             times.append(time.time() - start)
         count = sum(len(one.token_ids) for request in done for one in request.outputs)
         rates.append(count / statistics.median(times[1:]))
-    print("RESULT " + json.dumps({"loading": loading, "rates": rates}), flush=True)
+    print("RESULT " + json.dumps(rates), flush=True)
 """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """One work, and what was measured of it."""
+
+    name: str
+    work: Work
+    dtype: torch.dtype
+    num_new: int
+    """Tokens of a completion."""
+    prompts_PS: torch.Tensor
+    folder: Path
+    """Of the model."""
+    rates: dict[str, list[float]]
+    """Tokens a second of each side, for each batch."""
 
 
 def main() -> None:
@@ -130,12 +150,18 @@ def main() -> None:
     parser.add_argument("--no-generate", action="store_true", help="leave transformers' generate out")
     parser.add_argument("--profile", action="store_true", help="print where our decoding spends the GPU's time")
     parser.add_argument("--vllm-python", help="interpreter that has vLLM")
+    parser.add_argument("--vllm-rounds", type=int, help="timed runs of vLLM, where fewer will do")
     parser.add_argument("--json", type=Path, help="write the rows here")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    rows: list[dict[str, Any]] = []
-    for name in arguments.works:
-        rows += measure(name, WORKS[name], arguments, "cuda" if is_gpu else "cpu")
+    with tempfile.TemporaryDirectory() as scratch:
+        works = [
+            measure(name, WORKS[name], arguments, "cuda" if is_gpu else "cpu", Path(scratch) / name)
+            for name in arguments.works
+        ]
+        if arguments.vllm_python:
+            measure_vllm(arguments, works)
+    rows = [row for work in works for row in rows_of(work)]
     print(f"{'work':<24}{'peer':<10}{'ours':>10}{'peer':>10}{'ratio':>8}  unit")
     for row in rows:
         peer, ratio = row["peer"] or "", row["ratio"] or ""
@@ -145,8 +171,8 @@ def main() -> None:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
-def measure(name: str, work: Work, arguments: argparse.Namespace, device: str) -> list[dict[str, Any]]:
-    """Rates of all sides on one work, as rows."""
+def measure(name: str, work: Work, arguments: argparse.Namespace, device: str, folder: Path) -> Measured:
+    """Rates of ours and of `generate` on one work; writes the model to the folder."""
     dtype = torch.bfloat16 if device == "cuda" else work.cpu_dtype
     num_new = arguments.num_new or work.num_new
     generator = torch.Generator().manual_seed(0)
@@ -156,46 +182,50 @@ def measure(name: str, work: Work, arguments: argparse.Namespace, device: str) -
         ours = Policy(work.shape)
     policies.initialise(ours, seed=0)
     policies.cast_weights(ours, dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        policies.save(ours, folder)
-        rates: dict[str, list[float]] = {}
-        if arguments.ranks == 1:
-            rates["ours"] = our_rates(ours, prompts_PS, work, num_new, arguments)
-        del ours
-        release(device)
-        if arguments.ranks > 1:
-            for side in ("ours",) if arguments.no_generate else ("ours", "generate"):
-                rates[side] = [
-                    rate_of_ranks(
-                        Part(
-                            side=side,
-                            folder=folder,
-                            dtype=dtype,
-                            prompts_PS=prompts_PS[:count],
-                            group=group,
-                            num_new=num_new,
-                            rounds=arguments.rounds,
-                        ),
-                        arguments.ranks,
-                    )
-                    for count, group in work.batches
-                ]
-        elif not arguments.no_generate:
-            theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
-            rates["generate"] = [
-                rate_of(
-                    generate_run(theirs, prompts_PS[:count], group, num_new),
-                    1 if device == "cuda" else arguments.rounds,
+    policies.save(ours, folder)
+    rates: dict[str, list[float]] = {}
+    if arguments.ranks == 1:
+        rates["ours"] = our_rates(ours, prompts_PS, work, num_new, arguments)
+    del ours
+    release(device)
+    if arguments.ranks > 1:
+        for side in ("ours",) if arguments.no_generate else ("ours", "generate"):
+            rates[side] = [
+                rate_of_ranks(
+                    Part(
+                        side=side,
+                        folder=str(folder),
+                        dtype=dtype,
+                        prompts_PS=prompts_PS[:count],
+                        group=group,
+                        num_new=num_new,
+                        rounds=arguments.rounds,
+                    ),
+                    arguments.ranks,
                 )
                 for count, group in work.batches
             ]
-            del theirs
-            release(device)
-        if arguments.vllm_python:
-            rates["vllm"] = vllm_rates(arguments, folder, dtype, prompts_PS, work, num_new)
+    elif not arguments.no_generate:
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
+        rates["generate"] = [
+            rate_of(
+                generate_run(theirs, prompts_PS[:count], group, num_new),
+                1 if device == "cuda" else arguments.rounds,
+            )
+            for count, group in work.batches
+        ]
+        del theirs
+        release(device)
+    return Measured(
+        name=name, work=work, dtype=dtype, num_new=num_new, prompts_PS=prompts_PS, folder=folder, rates=rates
+    )
+
+
+def rows_of(one: Measured) -> list[dict[str, Any]]:
+    """A row for each peer and batch."""
     return [
         {
-            "name": f"{name}/{count}x{group}x{num_new}",
+            "name": f"{one.name}/{count}x{group}x{one.num_new}",
             "peer_name": peer,
             "ours": round(ours),
             "peer": round(theirs) if theirs else None,
@@ -204,9 +234,9 @@ def measure(name: str, work: Work, arguments: argparse.Namespace, device: str) -
             "machine": machine(),
             "versions": versions(),
         }
-        for peer in ([side for side in rates if side != "ours"] or ["none"])
+        for peer in ([side for side in one.rates if side != "ours"] or ["none"])
         for (count, group), ours, theirs in zip(
-            work.batches, rates["ours"], rates.get(peer, [0.0] * len(work.batches)), strict=True
+            one.work.batches, one.rates["ours"], one.rates.get(peer, [0.0] * len(one.work.batches)), strict=True
         )
     ]
 
@@ -279,31 +309,56 @@ def generate_run(model: PreTrainedModel, prompts_PS: torch.Tensor, group: int, n
     return run
 
 
-def vllm_rates(
-    arguments: argparse.Namespace, folder: str, dtype: torch.dtype, prompts_PS: torch.Tensor, work: Work, num_new: int
-) -> list[float]:
-    """Tokens a second of vLLM for each batch, from a process of its own."""
-    rates = []
-    for count, group in work.batches:
+def measure_vllm(arguments: argparse.Namespace, works: Sequence[Measured]) -> None:
+    """Add vLLM's rates to those of each work; where it fails, say why and go on."""
+    processes = []
+    for one in works:
         request = [
-            folder,
-            str(dtype).removeprefix("torch."),
+            str(one.folder),
+            str(one.dtype).removeprefix("torch."),
             torch.cuda.is_available(),
-            arguments.rounds,
-            num_new,
-            prompts_PS[:count].tolist(),
-            [group],
+            arguments.vllm_rounds or arguments.rounds,
+            one.num_new,
+            one.prompts_PS.tolist(),
+            one.work.batches,
         ]
-        script = Path(folder) / "run_vllm.py"
+        script, log = one.folder / "run_vllm.py", one.folder / "vllm.log"
         script.write_text(VLLM_SCRIPT)
-        done = subprocess.run([arguments.vllm_python, str(script), json.dumps(request)], capture_output=True, text=True)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        if not lines:
-            sys.exit(f"vLLM failed:\n{done.stderr[-3000:]}")
-        result = json.loads(lines[-1].removeprefix("RESULT "))
-        print(f"vLLM: {result['loading']:.1f} s to start; {result['rates'][0]:.0f} tokens/s", flush=True)
-        rates += result["rates"]
-    return rates
+        with log.open("w") as errors:
+            processes.append(
+                subprocess.Popen(
+                    [arguments.vllm_python, str(script), json.dumps(request)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    env=os.environ | {"VLLM_LOGGING_STREAM": "ext://sys.stderr"},
+                    text=True,
+                )
+            )
+    loading = [read_answer(process, "READY ") for process in processes]
+    for one, process, seconds in zip(works, processes, loading, strict=True):
+        rates = None
+        if seconds is not None:
+            print(f"vLLM: {seconds:.1f} s to start, {len(works)} at once", flush=True)
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            rates = read_answer(process, "RESULT ")
+        process.communicate()
+        if rates is None:
+            print(f"vLLM failed on {one.name}:\n{(one.folder / 'vllm.log').read_text()[-3000:]}", flush=True)
+        else:
+            one.rates["vllm"] = rates
+            print(f"vLLM: {one.name}, tokens/s: {[round(rate) for rate in rates]}", flush=True)
+
+
+def read_answer(process: subprocess.Popen[str], mark: str) -> Any:
+    """What a line that begins so says; None if the process ends without one."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(mark):
+            return json.loads(line.removeprefix(mark))
+    return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,6 +17,8 @@ from typing import Any
 from policy import PolicyConfig
 from rollouts.types import EngineError
 
+GENERATE = "/inference/v1/generate"
+"""Takes and gives tokens; vLLM 0.22 has it as it is, newer ones have it with `--enable-scale-out`."""
 HEALTH_TIMEOUT_S = 120.0
 """For a question that a live server answers soon; the first `/server_info` looks around on its machine for seconds."""
 
@@ -89,7 +91,7 @@ class VllmClient:
             "sampling_params": {**params, "output_kind": final_only},
             "stream": False,
         }
-        answer = self._call("/inference/v1/generate", body, timeout_s=self._request_timeout_s)
+        answer = self._call(GENERATE, body, timeout_s=self._request_timeout_s)
         choices: list[dict[str, Any]] = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
         if len(choices) != params["n"]:
             raise ServerFault(f"{self.url} answered with {len(choices)} of {params['n']} completions")
@@ -123,8 +125,9 @@ class VllmClient:
             return EngineError(
                 f"{self.url} wants another API key; set the variable that engine.vllm_server.api_key_env names"
             )
-        if status == 404 and route != "/inference/v1/generate":
-            return EngineError(f"{self.url} has no {route}; start the server with VLLM_SERVER_DEV_MODE=1")
+        if status == 404 and (route != GENERATE or "Not Found" in text):  # rather than a model that is not there
+            option = "--enable-scale-out" if route == GENERATE else "VLLM_SERVER_DEV_MODE=1"
+            return EngineError(f"{self.url} has no {route}; start the server with {option}")
         if status in (408, 429) or status >= 500:
             return ServerFault(f"{self.url}{route} failed with status {status}: {said}")
         return EngineError(f"{self.url}{route} refused the request (status {status}): {said}")

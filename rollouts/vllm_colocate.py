@@ -6,6 +6,8 @@ sleeps: at level 2 it keeps neither cache nor weights, and takes the policy's ag
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import json
 import os
 from collections.abc import Generator, Sequence
@@ -26,7 +28,7 @@ from rollouts.sampler import prompt_seeds_of
 from rollouts.stop_strings import StopStrings, stop_strings_of
 from rollouts.types import Completion, EngineError, EngineStats, OnGroup, SamplingParams
 from rollouts.vllm_cpu import after_reload, before_reload, cpu_arguments, cpu_environment, hidden_llvmlite
-from rollouts.vllm_requests import check_request, completion_of, request_params
+from rollouts.vllm_requests import check_request, completion_of, group_of, request_params
 from rollouts.vllm_weights import trunk_tensors
 
 KNOWN_VERSIONS = ("0.22.1", "0.32.0")
@@ -104,7 +106,7 @@ class VllmColocateEngine:
         groups: list[list[Completion]] = [[] for _ in prompts]
         with closing(self._answers(prompts, wanted)) as answers:
             for place, answer in answers:
-                groups[place] = [
+                completions = [
                     completion_of(
                         output.token_ids,
                         [
@@ -118,6 +120,7 @@ class VllmColocateEngine:
                     )
                     for output in sorted(answer.outputs, key=lambda output: output.index)
                 ]
+                groups[place] = group_of(completions, num_generations)
                 if on_group is not None:
                     on_group(place, groups[place])
         self._sleep()
@@ -146,9 +149,16 @@ class VllmColocateEngine:
 
     def close(self) -> None:
         """Stop vLLM and give its memory back."""
-        self._llm.llm_engine.engine_core.shutdown()
-        del self._llm
+        self._sleep()  # torch keeps what vLLM lets go of, but what sleeps lies nowhere
+        core = self._llm.llm_engine.engine_core
+        if self._owns_process_group:
+            core.shutdown()
+        else:  # which would end the trainer's groups with vLLM's own
+            core.engine_core.model_executor.shutdown()
+            gc.unfreeze()
+        del self._llm, core
         self._leave_groups()
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -160,7 +170,7 @@ class VllmColocateEngine:
             destroy_distributed_environment()
 
     def _sleep(self) -> None:
-        if self.sleep_level:
+        if self.sleep_level and not self._asleep:
             self._llm.sleep(level=self.sleep_level)
             self._asleep = {"weights", "kv_cache"}
 
@@ -228,10 +238,33 @@ def _start(
         raise EngineError(
             f"vllm {vllm.__version__} has no {', '.join(missing)}; those that have: {', '.join(KNOWN_VERSIONS)}"
         )
-    with TemporaryDirectory(prefix="grpo_vllm_") as folder:
-        values = policy.config.to_hf() | {"dtype": arguments["dtype"]}
-        (Path(folder) / "config.json").write_text(json.dumps(values))
+    folder = model_folder(policy.config.to_hf() | {"dtype": arguments["dtype"]}, tokenizer)
+    with hidden_llvmlite():
+        return vllm.LLM(model=str(folder), **arguments), vllm.SamplingParams
+
+
+def model_folder(values: dict[str, Any], tokenizer: Tokenizer | None) -> Path:
+    """A folder in vLLM's cache with `config.json` of these values and the tokenizer, the same for the same contents.
+
+    vLLM finds what it once compiled by the name of the model's folder, among other things.
+    """
+    from vllm import envs
+
+    root = Path(envs.VLLM_CACHE_ROOT) / "grpo_models"
+    root.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=root) as scratch:
+        fresh = Path(scratch) / "model"
+        fresh.mkdir()
+        (fresh / "config.json").write_text(json.dumps(values))
         if tokenizer is not None:
-            tokenizer.save(folder)
-        with hidden_llvmlite():
-            return vllm.LLM(model=folder, **arguments), vllm.SamplingParams
+            tokenizer.save(fresh)
+        digest = hashlib.sha256()
+        for file in sorted(path for path in fresh.rglob("*") if path.is_file()):
+            digest.update(file.name.encode() + file.read_bytes())
+        folder = root / digest.hexdigest()[:16]
+        try:
+            fresh.rename(folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # else it is there already
+                raise
+    return folder

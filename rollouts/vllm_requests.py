@@ -37,10 +37,11 @@ def request_params(params: SamplingParams, num_generations: int, prompt_seed: in
 
     vLLM gives completion g the seed `seed + g`; seeds are hashed once more, so that those of two prompts do not meet.
     Only `stop_token_ids` and `stop_strings` end a completion: an end-of-text token of the server's own choosing does
-    not. Text is made for stop strings alone, of all tokens, as rewards see it.
+    not. Text is made for stop strings alone, of all tokens, as rewards see it. Greedy completions are all the same:
+    vLLM refuses to make more than one, and `group_of` repeats it.
     """
     return {
-        "n": num_generations,
+        "n": num_generations if params.temperature else 1,
         "temperature": params.temperature,
         "top_k": params.top_k,
         "top_p": params.top_p,
@@ -55,6 +56,11 @@ def request_params(params: SamplingParams, num_generations: int, prompt_seed: in
         "stop": list(params.stop_strings),
         "include_stop_str_in_output": True,
     }
+
+
+def group_of(completions: list[Completion], num_generations: int) -> list[Completion]:
+    """As many as were asked for, [G], of those that vLLM made by `request_params`."""
+    return completions if len(completions) == num_generations else completions * num_generations
 
 
 def completion_of(

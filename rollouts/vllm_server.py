@@ -25,7 +25,7 @@ from rollouts.stop_strings import StopStrings, stop_strings_of
 from rollouts.types import Completion, EngineError, EngineStats, OnGroup, SamplingError, SamplingParams
 from rollouts.vllm_client import ServedModel, ServerFault, VllmClient, mismatches
 from rollouts.vllm_cpu import missing_options
-from rollouts.vllm_requests import check_request, completion_of, request_params
+from rollouts.vllm_requests import check_request, completion_of, group_of, request_params
 from rollouts.vllm_weights import FolderTransfer, NcclTransfer, WeightTransfer
 
 LONGEST_PAUSE_S = 30.0
@@ -138,7 +138,7 @@ class VllmServerEngine:
         def ask(server: Server, place: int) -> list[Completion]:
             assert server.served is not None
             wanted = request_params(params, num_generations, seeds[place])
-            return [
+            completions = [
                 completion_of(
                     choice["token_ids"],
                     [token["logprob"] for token in choice["logprobs"]["content"]],
@@ -149,6 +149,7 @@ class VllmServerEngine:
                 )
                 for choice in server.client.complete(server.served.name, list(prompts[place]), wanted)
             ]
+            return group_of(completions, num_generations)
 
         calls = [Call(server=server, board=board, pauses=pauses(self.config.retry_timeout)) for server in self._servers]
         for call in calls:

@@ -31,10 +31,13 @@ class PolicyServer(ThreadingHTTPServer):
         device: str = "cuda",
         tokenizer: Tokenizer | None = None,
         num_beyond: int = 0,
+        closed: tuple[str, ...] = (),
     ) -> None:
         super().__init__(("127.0.0.1", port), Route)
         self.tokenizer, self.num_beyond = tokenizer, num_beyond
         """So many more tokens come back after a stop string, as of a server that runs ahead."""
+        self.closed = closed
+        """Routes that are not there, for want of an option."""
         self.engine = make_engine(load(folder), EngineConfig(), tokenizer)
         self.shape = json.loads((folder / "config.json").read_text())
         self.instance, self.logprobs_mode, self.key, self.device = uuid4().hex, logprobs_mode, key, device
@@ -125,6 +128,8 @@ class Route(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.server.key and self.headers["Authorization"] != f"Bearer {self.server.key}":
             return self.answer(401, {"error": "Unauthorized"})
+        if self.path in self.server.closed:
+            return self.answer(404, {"detail": "Not Found"})
         if self.path == "/v1/models":
             return self.answer(200, {"data": [{"id": "tiny"}]})
         if self.path == "/server_info?config_format=json":
@@ -133,6 +138,8 @@ class Route(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path in self.server.closed:
+            return self.answer(404, {"detail": "Not Found"})
         with self.server.lock:
             if self.path == "/inference/v1/generate":
                 if self.server.faults_to_come:

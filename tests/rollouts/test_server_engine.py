@@ -89,6 +89,27 @@ def test_a_policy_other_than_the_served_one_is_sent_before_the_first_request(fol
         assert tokens(connect(policy, server.url).generate(PROMPTS, 1, PARAMS)) == tokens(sample_here(policy, 1))
 
 
+def test_greedy_completions_are_asked_for_once(folder: Path) -> None:
+    with serving(folder) as server:
+        params = SamplingParams(max_completion_length=8, temperature=0)
+        policy = load(folder)
+        groups = connect(policy, server.url).generate(PROMPTS, 3, params)
+        assert tokens(groups) == tokens(make_engine(policy, EngineConfig()).generate(PROMPTS, 3, params))
+        assert len(server.prompts) == len(PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("closed", "option"),
+    [("/server_info?config_format=json", "VLLM_SERVER_DEV_MODE=1"), ("/inference/v1/generate", "--enable-scale-out")],
+)
+def test_a_server_without_a_route_is_refused_with_the_option_that_opens_it(
+    folder: Path, closed: str, option: str
+) -> None:
+    wanted = f"has no {closed[:10]}.*; start the server with {option}"
+    with serving(folder, closed=(closed,)) as server, pytest.raises(EngineError, match=wanted):
+        connect(load(folder), server.url).generate(PROMPTS, 1, PARAMS)
+
+
 @pytest.mark.parametrize("num_beyond", [0, 3])
 def test_stop_strings_end_completions_there_too(tmp_path: Path, num_beyond: int) -> None:
     tokenizer = word_tokenizer()

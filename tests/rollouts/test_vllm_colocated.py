@@ -102,6 +102,18 @@ def test_two_ranks_with_an_engine_each_train_as_one(recipe: Path) -> None:
             assert two[key] == pytest.approx(one[key], abs=1e-5)
 
 
+def test_one_shape_has_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its name vLLM finds what it compiled."""
+    from rollouts.vllm_colocate import model_folder
+
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    values = tiny_policy().config.to_hf()
+    first, again, wider = (model_folder(values | {"hidden_size": size}, None) for size in (32, 32, 64))
+    assert first == again != wider
+    assert json.loads((wider / "config.json").read_text())["hidden_size"] == 64
+    assert set((tmp_path / "grpo_models").iterdir()) == {first, wider}
+
+
 def test_sleep_on_a_cpu_is_refused() -> None:
     config = CONFIG.model_copy(update={"vllm_colocate": VllmColocateConfig(sleep_level=1)})
     with pytest.raises(EngineError, match="cannot sleep on a CPU: engine.vllm_colocate.sleep_level must be 0, got 1"):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+
+import torch
+from torch import Tensor
 
 from policy import Policy
 from policy.tokenizer import Tokenizer
@@ -23,8 +27,8 @@ def tokens(groups: list[list[Completion]]) -> list[list[list[int]]]:
 def check_greedy(engine: Engine, policy: Policy, version: int) -> None:
     """The built-in engine's tokens, under the policy's weights as they are now."""
     params = SamplingParams(max_completion_length=16, temperature=0)
-    groups = engine.generate(PROMPTS, 1, params)
-    assert tokens(groups) == tokens(make_engine(policy, EngineConfig()).generate(PROMPTS, 1, params))
+    groups = engine.generate(PROMPTS, 2, params)
+    assert tokens(groups) == tokens(make_engine(policy, EngineConfig()).generate(PROMPTS, 2, params))
     assert {x for group in groups for c in group for x in c.logprobs} == {0.0}
     assert {c.policy_version for group in groups for c in group} == {version}
 
@@ -43,6 +47,47 @@ def check_logprobs(engine: Engine, policy: Policy) -> None:
         assert stopped == [False] * (len(stopped) - 1) + [c.finish_reason == "stop"]
         assert c.finish_reason == "stop" or len(stopped) == params.max_completion_length
     assert {c.finish_reason for group in groups for c in group} == {"stop", "length"}
+
+
+@torch.no_grad()
+def regrets(policy: Policy, prompts: Sequence[Sequence[int]], groups: list[list[Completion]]) -> Tensor:
+    """By how many standard deviations of the trainer's logits each completion token falls short of the largest."""
+    short = []
+    for prompt, group in zip(prompts, groups, strict=True):
+        for completion in group:
+            row = torch.tensor([[*prompt, *completion.token_ids]], device=policy.device)
+            logits_TV, chosen_T = policy.logits(row)[0, len(prompt) - 1 : -1], row[0, len(prompt) :]
+            largest_T = logits_TV.max(dim=-1).values
+            short.append((largest_T - logits_TV.gather(1, chosen_T[:, None])[:, 0]) / logits_TV.std(dim=-1))
+    return torch.cat(short)
+
+
+def check_bf16(engine: Engine, policy: Policy, stale: Policy, version: int) -> dict[str, float]:
+    """As `check_greedy`, `check_logprobs` and `check_truncation`, so far as bf16 allows; gives what was measured.
+
+    Two ways of computing differ by some hundredths of the logits' spread, so that nearly all tokens are the trainer's
+    choice and the others nearly. Under other weights they would be anything.
+    """
+    alone: tuple[dict[str, float], ...] = ({"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}, {"min_p": 0.999999})
+    found = {"same_choice": 1.0, "worst_choice": 0.0}
+    for settings in alone:
+        params = SamplingParams(max_completion_length=24, **settings)  # type: ignore[arg-type]
+        groups = engine.generate(PROMPTS, 2, params)
+        assert {c.policy_version for group in groups for c in group} == {version}
+        short = regrets(policy, PROMPTS, groups)
+        found["same_choice"] = min(found["same_choice"], float((short == 0).float().mean()))
+        found["worst_choice"] = max(found["worst_choice"], float(short.max()))
+        found["other_weights"] = float(regrets(stale, PROMPTS, groups).mean())
+        assert found["same_choice"] > 0.8, (settings, found)
+        assert found["worst_choice"] < 0.5, (settings, found)
+        assert found["other_weights"] > 0.5, (settings, found)
+    groups = engine.generate(PROMPTS, 8, SamplingParams(max_completion_length=24, temperature=0.8, seed=1))
+    for name, weights in (("difference", policy), ("other_difference", stale)):
+        sampled, trained = recorded_and_trained(weights, PROMPTS, groups, temperature=0.8)
+        found[name], found[f"{name}_max"] = (float(f((trained - sampled).abs())) for f in (torch.mean, torch.max))
+    assert found["difference"] < 0.1, found
+    assert found["other_difference"] > 0.3, found
+    return found
 
 
 def check_truncation(engine: Engine) -> None:
