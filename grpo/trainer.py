@@ -94,7 +94,9 @@ class Trainer:
 
         Stops early, saved, once `stop_requested` is set.
         """
-        watchdog = Watchdog(self.folder.path, self.ranks.rank, self.display.note)
+        # Before a rank that waits for this one gives up.
+        most_s = self.config.ddp_timeout if self.ranks.size > 1 else None
+        watchdog = Watchdog(self.folder.path, self.ranks.rank, self.display.note, most_s=most_s)
         engine = make_engine(self.weights.sampler, self.config.engine, self.tokenizer)
         with closing(watchdog), closing(engine):
             collector = make_collector(self.config, self.policy, self.tokenizer, self.grader, engine)
