@@ -71,6 +71,7 @@ class FsdpWeights:
         # FSDP2 may lay pieces out anew when they are first put together; the optimizer needs to see them after that.
         self.publish()
         self.optimizer = make_optimizer(policy, config, self._pieces)
+        self.optimizer.start_moments()  # else the first step's trial would find room that later passes have not
 
     @torch.no_grad()
     def publish(self) -> None:

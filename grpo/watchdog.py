@@ -80,9 +80,9 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         elapsed, limit_s = monotonic() - self._started, self.limit_s
         if limit_s is not None and elapsed > limit_s:
-            usual = f"where {median(self._durations):.1f} s is usual" if len(self._durations) >= 3 else "so far"
+            usual = f" where {median(self._durations):.1f} s is usual" if len(self._durations) >= 3 else ""
             self._note(
-                f"step {self._number} took {elapsed:.1f} s {usual}; {self._stacks} says what it was doing after "
+                f"step {self._number} took {elapsed:.1f} s{usual}; {self._stacks} says what it was doing after "
                 f"{limit_s:.1f} s"
             )
         self._durations.append(elapsed)

@@ -13,7 +13,6 @@ from grpo.shares import Spread, share_of
 from grpo.weights import Weights, keep_weights
 from policy import Policy, cast_weights
 from policy.lora import add_adapters
-from policy.parameter_count import count_parameters
 from tests.grpo.rollouts import tiny_config
 from tests.policies import tiny_llama, tiny_policy
 
@@ -56,10 +55,6 @@ def check_held(held: dict[str, dict[str, int]], spread: Spread) -> None:
         shape = KINDS[kind][0]().config
         share = share_of(config_of(kind), shape, spread, is_gpu=False)
         planned = {field: getattr(share, field) for field in FIELDS}
-        if spread.way == "zero2" and config_of(kind).dtype == "float32":
-            # There a tensor that two ranks share is not cut before the step.
-            more = found.pop("gradients") - planned.pop("gradients")
-            assert 0 <= more < 4 * count_parameters(shape).largest
         assert found == planned, (kind, spread.way)
 
 
