@@ -115,7 +115,8 @@ class FsdpWeights:
     def _take_apart(self, policy: Policy, dtype: torch.dtype) -> None:
         """Pieces of what is trained in `dtype`, of the rest as it is."""
         # Of the ranks' own group: `init_device_mesh` would ask NCCL where gloo serves a GPU.
-        assert (group := dist.group.WORLD) is not None
+        group = dist.group.WORLD
+        assert group is not None
         mesh = DeviceMesh.from_group(group, self._ranks.device.type)
         is_mixed = self._dtype != torch.float32
         precision = MixedPrecisionPolicy(

@@ -94,9 +94,7 @@ class Trainer:
         ranks = self.ranks
         if ranks.sharding is None:
             return None
-        spread = Spread(
-            way=ranks.sharding, num_processes=ranks.size, reshard_after_forward=ranks.reshard_after_forward
-        )
+        spread = Spread(way=ranks.sharding, num_processes=ranks.size, reshard_after_forward=ranks.reshard_after_forward)
         share = share_of(self.config, self.policy.config, spread, is_gpu=ranks.device.type == "cuda")
         return Trial(self.weights, set_aside=share.beside_trial)
 

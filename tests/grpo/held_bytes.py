@@ -37,6 +37,7 @@ def held_bytes(ranks: Ranks) -> dict[str, dict[str, int]]:
         if config.lora is not None:
             add_adapters(policy, config.lora, seed=0)
         weights = keep_weights(policy, config, ranks)
+        moments = _bytes(_kept(weights, ranks)["moments"])
         weights.optimizer.restart()
         loss = weights.policy.logits(torch.arange(3, 11).view(1, 8)).float().square().mean()
         weights.optimizer.backward(loss, is_last=True)
@@ -45,6 +46,7 @@ def held_bytes(ranks: Ranks) -> dict[str, dict[str, int]]:
         weights.optimizer.step(1e-3, config.max_grad_norm)
         found[kind] = {name: _bytes(tensors) for name, tensors in _kept(weights, ranks).items()}
         found[kind]["gradients"] = gradients
+        assert found[kind]["moments"] == moments, "there before the first step, which a trial before it shall feel"
     return found
 
 

@@ -95,7 +95,11 @@ def make_group(length: int, vocab_size: int, seed: int) -> Group:
     ]
     prompt = [draw.randrange(4, vocab_size) for _ in range(16)]
     return Group(
-        problem=Problem(id=str(seed), prompt="?"), prompt_ids=prompt, completions=completions, texts=[""] * 8, results=[]
+        problem=Problem(id=str(seed), prompt="?"),
+        prompt_ids=prompt,
+        completions=completions,
+        texts=[""] * 8,
+        results=[],
     )
 
 
