@@ -183,8 +183,9 @@ def test_a_step_given_up_at_sigterm_loses_none_before_it(
     [
         ("fsdp2", "memory", r"DeviceMemoryError: rank 1: out of memory .* set max_tokens_per_micro_batch: \d+ or"),
         *(
-            pytest.param(way, "killed", r"Signal 9 \(SIGKILL\)", marks=pytest.mark.slow)
+            pytest.param(way, how, words, marks=pytest.mark.slow)
             for way in ("ddp", "fsdp2", "zero2", "zero3")
+            for how, words in (("killed", r"Signal 9 \(SIGKILL\)"), ("hung", "Timed out waiting 15000ms"))
         ),
     ],
 )
