@@ -13,7 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from grpo.aggregation import Counts
 from grpo.distributed import Ranks
@@ -181,29 +184,40 @@ def _pack(
 ) -> Batch:
     if share_prompts and torch.device(device).type == "cpu":
         rows = sorted(rows, key=lambda row: len(row.completion.token_ids))  # its attention pads neighbours together
-    token_ids, mask, logprobs, advantages = list[int](), list[bool](), list[float](), list[float]()
-    stale = list[bool]()
+    token_ids, logprobs = list[int](), list[float]()
     for row in rows:
-        prompt, length = len(row.prompt_ids), len(row.completion.token_ids)
         token_ids += [*row.prompt_ids, *row.completion.token_ids]
-        mask += [False] * prompt + [True] * length
-        logprobs += [0.0] * prompt + list(row.completion.logprobs)
-        advantages += [0.0] * prompt + [row.advantage] * length
-        stale += [False] * prompt + [row.is_stale] * length
+        logprobs += row.completion.logprobs
+    # By NumPy, which reads lists several times as fast as torch does: a GPU has nothing to do meanwhile.
+    counts = np.array([(len(row.prompt_ids), len(row.completion.token_ids)) for row in rows]).ravel()
+    mask_N = _spread([True] * len(rows), counts)
+    logprobs_N = torch.zeros(len(mask_N))
+    logprobs_N[mask_N] = torch.from_numpy(np.array(logprobs, dtype=np.float32))
+    stale = [row.is_stale for row in rows]
     experts_NMK = pack_experts([(len(row.prompt_ids), row.completion) for row in rows])
-    packed, mask_N = _lay_out(rows, device, share_prompts=share_prompts), torch.tensor(mask)
+    packed = _lay_out(rows, device, share_prompts=share_prompts)
     return Batch(
-        token_ids_N=torch.tensor(token_ids, device=device),
+        token_ids_N=torch.from_numpy(np.array(token_ids)).to(device),
         rows=packed,
         origins=tuple(row.origin for row in rows),
         completion_mask_N=mask_N.to(device),
         learned=Wanted.of(mask_N, packed),
-        rollout_logprobs_N=torch.tensor(logprobs, dtype=torch.float32, device=device),
-        advantages_N=torch.tensor(advantages, dtype=torch.float32, device=device),
+        rollout_logprobs_N=logprobs_N.to(device),
+        advantages_N=_spread([row.advantage for row in rows], counts).float().to(device),
         prompt_tokens_B=torch.tensor([prompt_tokens[row.origin.problem] for row in rows], device=device),
-        stale_N=torch.tensor(stale, device=device) if any(stale) else None,
+        stale_N=_spread(stale, counts).to(device) if any(stale) else None,
         experts_NMK=None if experts_NMK is None else experts_NMK.to(device),
     )
+
+
+def _spread(of_completions: Sequence[bool] | Sequence[float], counts: NDArray[np.int64]) -> Tensor:
+    """A number of each completion at each of its tokens, [N], and 0 at those of the prompts between.
+
+    `counts` are the tokens of each prompt and completion in turn.
+    """
+    values = np.zeros(len(counts), dtype=np.array(of_completions).dtype)
+    values[1::2] = of_completions
+    return torch.from_numpy(np.repeat(values, counts))
 
 
 def _lay_out(rows: Sequence[Row], device: torch.device | str, *, share_prompts: bool) -> PackedRows:

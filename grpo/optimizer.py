@@ -1,15 +1,14 @@
 """AdamW over fp32 master weights, gradients accumulated in fp32, global-norm clipping, learning-rate schedules.
 
-Where the policy computes in bf16, a step of RL is often smaller than a bf16 weight can hold; the masters hold it,
-and the
-policy gets their rounded copy. Where it computes in fp32 the policy's own weights are the masters.
+Where the policy computes in bf16, a step of RL is often smaller than a bf16 weight can hold; the masters hold it, and
+the policy gets their rounded copy. Where it computes in fp32 the policy's own weights are the masters.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +17,9 @@ from grpo.distributed import Ranks
 from grpo.layout import Layout, Whole
 from grpo.optimizer_8bit import MIN_NUMBERS, AdamW8bit
 from policy import CheckpointError, Policy
+
+if TYPE_CHECKING:
+    from grpo.gradient_kernels import GradientSum
 
 
 class Optimizer(Protocol):
@@ -89,6 +91,7 @@ class MasterAdamW:
         decayed = [master for name, master in self.masters.items() if self._weights[name].ndim > 1]
         plain = [master for name, master in self.masters.items() if self._weights[name].ndim <= 1]
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self._summing = self._make_summing()
         if is_8bit:
             self.inner = AdamW8bit(groups, lr=0.0, betas=betas, eps=eps)
         else:
@@ -123,9 +126,8 @@ class MasterAdamW:
 
         Returns the masters' gradients, all of them: zeros where nothing reached a weight, so that ranks agree.
         """
-        # All at once, as a GPU's host takes longer to start a small kernel than that takes.
-        fresh, first, totals, later = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
-        for name, master in self.masters.items():
+        first, later = dict[int, tuple[Tensor, Tensor]](), dict[int, tuple[Tensor, Tensor]]()
+        for index, (name, master) in enumerate(self.masters.items()):
             weight = self._weights[name]
             if weight is master or weight.grad is None:
                 master.grad = torch.zeros_like(master) if master.grad is None else master.grad
@@ -133,15 +135,11 @@ class MasterAdamW:
             given, weight.grad = self._layout.own(weight.grad), None
             if master.grad is None:
                 master.grad = torch.empty_like(master)
-                fresh.append(master.grad)
-                first.append(given)
+                first[index] = master.grad, given
             else:
-                totals.append(master.grad)
-                later.append(given)
-        if fresh:
-            torch._foreach_copy_(fresh, first)
-        if totals:
-            torch._foreach_add_(totals, later)
+                later[index] = master.grad, given
+        self._add_up(first, is_first=True)
+        self._add_up(later, is_first=False)
         return [master.grad for master in self.masters.values() if master.grad is not None]
 
     def reduce(self, loss: Tensor, ranks: Ranks) -> None:
@@ -196,12 +194,34 @@ class MasterAdamW:
                 }
         self._round()
 
+    def _add_up(self, pairs: dict[int, tuple[Tensor, Tensor]], *, is_first: bool) -> None:
+        """total += given for each (total, given), by the number of the weight; where `is_first`, total = given."""
+        summing = self._summing
+        if summing is not None:
+            taken = {index: pair for index, pair in pairs.items() if summing.takes(*pair)}
+            if taken:
+                summing.add(taken, is_first=is_first)
+            pairs = {index: pair for index, pair in pairs.items() if index not in taken}
+        if pairs:
+            # All at once, as a GPU's host takes longer to start a small kernel than that takes.
+            totals, given = zip(*pairs.values(), strict=True)
+            (torch._foreach_copy_ if is_first else torch._foreach_add_)(totals, given)
+
     def _clip(self, max_grad_norm: float) -> float:
         """Clip by the norm over all weights and pieces; gives the norm before that."""
         masters = list(self.masters.values())
         norm = self._layout.norm([master.grad for master in masters if master.grad is not None])
         torch.nn.utils.clip_grads_with_norm_(masters, max_grad_norm, norm, foreach=True)
         return float(norm)
+
+    def _make_summing(self) -> GradientSum | None:
+        """What adds up gradients in half precision on a GPU; None elsewhere."""
+        weights, masters = list(self._weights.values()), list(self.masters.values())
+        if not (weights and weights[0].is_cuda and weights[0].dtype in (torch.bfloat16, torch.float16)):
+            return None
+        from grpo.gradient_kernels import GradientSum
+
+        return GradientSum([master.numel() for master in masters], weights[0].dtype, masters[0].device)
 
     def _master_of(self, weight: Tensor) -> Tensor:
         """The weight itself where it is whole and fp32; else what this rank holds of it, in fp32."""

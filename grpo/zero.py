@@ -35,6 +35,7 @@ from grpo.distributed import Ranks
 from grpo.weights import copy_policy, sampler_device
 from grpo.zero_settings import settings_of
 from policy import Policy
+from policy.grouped_attention import GroupedQueryAttention
 from policy.moe import MixtureOfExperts
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -143,6 +144,9 @@ class ZeroOptimizer:
             offload = engine.optimizer.parameter_offload
             offload.fwd_pre_hook.remove()
             policy.register_forward_pre_hook(lambda *_: offload.get_param_coordinator().reset_step())
+            for module in policy.modules():
+                if isinstance(module, GroupedQueryAttention):
+                    module.joins_projections = False
         return engine
 
     def _start_moments(self) -> None:

@@ -2,8 +2,8 @@
 
 Two kernels. FlashAttention-2 takes rows of any lengths; it wants values as wide as keys, so that narrower ones, as MLA
 has them, are filled up with zeros. cuDNN's takes a batch of rows of one length and values of any width, and is 1.4 to
-1.8 times as fast on an H100, but plans anew for every number and length of rows, which takes as long as a whole pass:
-it serves training, and there only rows of one length that are several.
+1.8 times as fast on an H100, but plans anew for every number and length of rows, which takes longer than a whole pass:
+it serves training on several rows of one length, and only a round one, which is likely to come again.
 
 Rows that share prefixes take two passes of the first: every prefix and every rest over itself, then the rests over
 their prefix. Both give the logarithm of their softmax's denominator, by which the two are one softmax; and since a
@@ -31,6 +31,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from policy.fused import join_softmaxes
 from policy.packing import PackedRows, SharedPrefixes
 
+ROUND_LENGTH = 64
+"""Rows as long as a multiple of this are taken to be of a batch of fixed shape."""
+
 
 def takes_unpadded(query_NHQ: Tensor, value_NGV: Tensor) -> bool:
     """Whether `attend_on_gpu` takes this device, dtype and these widths; its kernels read eight numbers at a time."""
@@ -43,7 +46,7 @@ def attend_on_gpu(query_NHQ: Tensor, key_NGQ: Tensor, value_NGV: Tensor, rows: P
     """Softmax attention [N, H, V] of each token over itself and those before it in its row; see `attend_in_rows`."""
     if rows.shared is not None:
         return attend_after_prefixes(query_NHQ, key_NGQ, value_NGV, rows.shared, scale, FLASH)
-    if torch.is_grad_enabled() and rows.slot_N is None and len(rows.lengths) > 1:
+    if torch.is_grad_enabled() and rows.slot_N is None and len(rows.lengths) > 1 and rows.longest % ROUND_LENGTH == 0:
         query, key, value = (rows.pad(x).transpose(1, 2) for x in (query_NHQ, key_NGQ, value_NGV))
         is_grouped = query.shape[1] > key.shape[1]
         if can_use_cudnn_attention(SDPAParams(query, key, value, None, 0.0, True, is_grouped)):

@@ -8,6 +8,8 @@ heads, D head width.
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from policy.attention import AttentionPlan, attend_in_rows, write_cache
@@ -33,6 +35,8 @@ class GroupedQueryAttention(nn.Module):
         self.o_proj = Linear(config.num_attention_heads * head, width, bias=bias and family.has_output_bias)
         self.q_norm = RMSNorm(head, eps=config.rms_norm_eps) if family.has_qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head, eps=config.rms_norm_eps) if family.has_qk_norm else nn.Identity()
+        self.joins_projections = True
+        """Whether one product may stand for three: not where a module's weights are there only while it runs itself."""
         self.scale = attention_scale(config)
         groups = config.num_key_value_heads
         self.layout = CacheLayout(groups=groups, key_width=head, value_start=groups * head, value_width=head)
@@ -40,9 +44,9 @@ class GroupedQueryAttention(nn.Module):
     def forward(self, x_NC: Tensor, rotation: Rotation, plan: AttentionPlan) -> Tensor:
         """[N, C] to [N, C]; under `Absorbed`, N is one token of each sequence."""
         head = self.config.head_dim
-        query_NHD = rotate(self.q_norm(self.q_proj(x_NC).unflatten(-1, (-1, head))), rotation)
-        key_NGD = rotate(self.k_norm(self.k_proj(x_NC).unflatten(-1, (-1, head))), rotation)
-        value_NGD = self.v_proj(x_NC).unflatten(-1, (-1, head))
+        query_NHD, key_NGD, value_NGD = (x.unflatten(-1, (-1, head)) for x in self._project(x_NC))
+        query_NHD = rotate(self.q_norm(query_NHD), rotation)
+        key_NGD = rotate(self.k_norm(key_NGD), rotation)
         if isinstance(plan, Absorbed):
             write_cache(plan.cache[self.layer], plan.slot_B, key_NGD.flatten(1), value_NGD.flatten(1))
             attended = attend_over_cache(query_NHD, self.layer, plan, self.layout, self.scale)
@@ -57,6 +61,21 @@ class GroupedQueryAttention(nn.Module):
             attended = attend_in_rows(query_NHD, key_NGD, value_NGD, plan.rows, self.scale)
         out: Tensor = self.o_proj(attended.flatten(-2))
         return out
+
+    def _project(self, x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values before their norms and rotation, heads side by side.
+
+        Training on a GPU, one product makes all three of what it reads once; and its backward pass one gradient of x.
+        """
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        is_plain = all(type(layer) is Linear for layer in layers) and not self.config.family.has_qk_norm
+        if not (self.joins_projections and is_plain and x_NC.is_cuda and torch.is_grad_enabled()):
+            return self.q_proj(x_NC), self.k_proj(x_NC), self.v_proj(x_NC)
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        joined_NX = F.linear(x_NC, torch.cat([layer.weight for layer in layers]), torch.cat(biases) if biases else None)
+        query_NX, key_NX, value_NX = joined_NX.split([len(layer.weight) for layer in layers], dim=-1)
+        # A copy: as it is, it would keep all three from the forward pass to the backward pass.
+        return query_NX, key_NX, value_NX.contiguous()
 
     def decode_on_cpu(self, x_NC: Tensor, norm: RMSNorm, rotation: Rotation, plan: Absorbed) -> Tensor:
         """x + attention of norm(x) under `Absorbed`, in one kernel or in one between the projections."""

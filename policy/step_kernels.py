@@ -44,7 +44,7 @@ def rotation(position_ids_N: Tensor, frequencies: Tensor, growth: float) -> tupl
     return cos, sin
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "stride"])
 def _place_kernel(table, positions, slots, lengths, rows, stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
@@ -175,14 +175,13 @@ def route(logits_NE: Tensor, bias_E: Tensor | None, config: PolicyConfig) -> tup
     return experts_NK, weights_NK
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "first_of_ends"])  # else compiled anew for other numbers of pairs
 def _sort_kernel(
-    groups, sources, places, ends, count, num_groups, per_row, PAIRS: tl.constexpr, STEP: tl.constexpr,
-    FIRST_OF_ENDS: tl.constexpr,
-):  # fmt: skip
+    groups, sources, places, ends, count, first_of_ends, num_groups, per_row, PAIRS: tl.constexpr, STEP: tl.constexpr
+):
     """Where some pairs go, counted by all that come before them; or where some groups end."""
     program = tl.program_id(0)
-    if program < FIRST_OF_ENDS:
+    if program < first_of_ends:
         pair = program * PAIRS + tl.arange(0, PAIRS)
         own = tl.load(groups + pair, mask=pair < count, other=0)
         place = tl.zeros([PAIRS], tl.int64)
@@ -194,7 +193,7 @@ def _sort_kernel(
         tl.store(places + pair, place, mask=pair < count)
         tl.store(sources + place, (pair // per_row).to(tl.int64), mask=pair < count)
     else:
-        group = (program - FIRST_OF_ENDS) * PAIRS + tl.arange(0, PAIRS)
+        group = (program - first_of_ends) * PAIRS + tl.arange(0, PAIRS)
         end = tl.zeros([PAIRS], tl.int32)
         for start in range(0, count, STEP):
             other = start + tl.arange(0, STEP)
@@ -213,13 +212,13 @@ def sort_pairs(experts_NK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
     ends_E = torch.empty(num_experts, dtype=torch.int32, device=device)
     first_of_ends = triton.cdiv(count, PAIRS)
     _sort_kernel[(first_of_ends + triton.cdiv(num_experts, PAIRS),)](
-        experts_NK, source_T, places_NK, ends_E, count, num_experts, experts_NK.shape[1], PAIRS=PAIRS, STEP=BLOCK,
-        FIRST_OF_ENDS=first_of_ends,
+        experts_NK, source_T, places_NK, ends_E, count, first_of_ends, num_experts, experts_NK.shape[1],
+        PAIRS=PAIRS, STEP=BLOCK,
     )  # fmt: skip
     return source_T, places_NK, ends_E
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _add_halves_kernel(halves, out, rows, VALUE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)

@@ -1,6 +1,6 @@
 """Compiles the kernels of a decoding step for an H100 as far as its machine code; needs Triton, not a GPU.
 
-The interpreter that other tests run kernels in takes what the compiler refuses. Prints each kernel's name and bytes.
+The interpreter that other tests run kernels in takes what the compiler refuses. Prints each kernel's name and hash.
 """
 
 import torch
@@ -24,7 +24,8 @@ class NoGpu:
 
 def compile_only(kernel: JITFunction, *args: object, grid: object, warmup: bool, **options: object) -> None:
     compiled = run(kernel, *args, grid=grid, warmup=True, **options)
-    print(kernel.__name__, len(compiled.asm["cubin"]))
+    assert compiled.asm["cubin"]
+    print(kernel.__name__, compiled.hash)
 
 
 if __name__ == "__main__":
@@ -38,9 +39,11 @@ if __name__ == "__main__":
         router = (tiny_llama if name == "qwen3_moe" else tiny_policy)(**shape).moe_layers[0].gate
         logits_NE = torch.zeros(2, router.config.n_routed_experts)
         step_kernels.route(logits_NE, router.e_score_correction_bias, router.config)
-    step_kernels.sort_pairs(torch.zeros(256, 6, dtype=torch.int64), 64)
+    for rows in (1, 16, 256, 1001):
+        step_kernels.sort_pairs(torch.zeros(rows, 6, dtype=torch.int64), 64)
     step_kernels.rotation(torch.zeros(2, dtype=torch.int64), torch.zeros(12), 1.0)
-    step_kernels.place(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), 16)
+    for rows, longest in ((1, 1), (2, 3), (16, 16)):
+        step_kernels.place(torch.zeros(rows, longest, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64), 16)
     for dtype in (torch.float32, torch.bfloat16):
         blocks, slots = torch.zeros(3, 16, 576, dtype=dtype), torch.zeros(2, dtype=torch.int64)
         step_kernels.write(blocks, slots, torch.zeros(2, 512, dtype=dtype), torch.zeros(2, 64, dtype=dtype))
