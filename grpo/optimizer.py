@@ -103,7 +103,7 @@ class MasterAdamW:
         return frozenset(self.masters)
 
     def start_moments(self) -> None:
-        """Take their memory now: moments of 0, as torch's AdamW makes them at its first step."""
+        """Take their memory now: moments of 0, as torch's AdamW (not that of 8 bits) makes them at its first step."""
         for master in self.masters.values():
             self.inner.state[master] = {
                 "step": torch.zeros((), dtype=torch.float32, device=master.device),
