@@ -196,6 +196,9 @@ class Config(AlgorithmConfig):
     stop_timeout: float = Field(
         default=20.0, gt=0, description="seconds after SIGTERM until a step that is still sampling is given up"
     )
+    ddp_timeout: float = Field(
+        default=1800.0, gt=0, description="seconds that a rank waits for another before the run ends, with stacks"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
+from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any, Literal, TypeVar
 
@@ -27,6 +28,10 @@ Item = TypeVar("Item")
 
 LOST = ("closed by peer", "reset by peer", "Broken pipe")
 """What gloo's error says when a peer is gone; it has no type of its own."""
+LATE = "Timed out waiting"
+"""What gloo's error says when a peer has not come."""
+TIMEOUT_S = 1800.0
+"""Seconds that ranks wait for each other where the recipe does not say (`ddp_timeout`)."""
 
 
 Sharding = Literal["fsdp2", "zero2", "zero3"]
@@ -34,7 +39,7 @@ Sharding = Literal["fsdp2", "zero2", "zero3"]
 
 
 class RankLostError(RuntimeError):
-    """Another rank ended in the middle of the run; why stands in its own output."""
+    """Another rank ended in the middle of the run, or did not come; why stands in its own output, or its stacks."""
 
 
 class PreemptedError(KeyboardInterrupt):
@@ -44,16 +49,27 @@ class PreemptedError(KeyboardInterrupt):
 class Ranks:
     """The processes that `accelerate launch` (or nothing) started, and what they do together."""
 
-    def __init__(self, *, cpu: bool) -> None:
-        """Raises ConfigError where the launcher's file asks for something that is not done here."""
+    def __init__(self, *, cpu: bool, timeout_s: float = TIMEOUT_S) -> None:
+        """A rank that waits for another for more than `timeout_s` seconds ends.
+
+        Raises ConfigError where the launcher's file asks for something that is not done here.
+        """
         self.sharding: Sharding | None = _sharding()
         """How weights are kept over ranks; None: whole on each."""
         self.deepspeed: Mapping[str, Any] = DeepSpeedPlugin().deepspeed_config if _uses_deepspeed() else {}
         """What the launcher's file tells DeepSpeed, where it does."""
         self.reshard_after_forward: bool = _is_set("FSDP_RESHARD_AFTER_FORWARD")
         """Whether FSDP2 takes a block apart between its forward and its backward pass."""
-        self._accelerator = Accelerator(cpu=cpu)
-        self.device: torch.device = self._accelerator.device
+        self.timeout = timedelta(seconds=timeout_s)
+        """For what makes groups of its own."""
+        self.shares_gpu: bool = not cpu and torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        """Whether there are more ranks on this machine than GPUs: NCCL takes one a GPU, so gloo carries messages then,
+        through the host. Slow; to try out on one GPU what is meant for many.
+        """
+        if int(os.environ.get("LOCAL_RANK", -1)) >= 0 and not dist.is_initialized():
+            # Before accelerate would, whose own settings leave out a timeout of 600 s, and know NCCL alone for GPUs.
+            dist.init_process_group("gloo" if cpu or self.shares_gpu else "nccl", timeout=self.timeout)
+        self.device: torch.device = Accelerator(cpu=cpu).device
         self.rank: int = dist.get_rank() if dist.is_initialized() else 0
         self.size: int = dist.get_world_size() if dist.is_initialized() else 1
         self.may_give_up: bool = self.sharding is None
@@ -68,7 +84,7 @@ class Ranks:
         """
         beside = copy(self)
         if self.size > 1:
-            beside._group = dist.new_group(backend="gloo")
+            beside._group = dist.new_group(backend="gloo", timeout=self.timeout)
         return beside
 
     @contextmanager
@@ -175,9 +191,11 @@ class Ranks:
             dist.all_gather(lengths, torch.tensor([len(own_X)], device=device), group=self._group)
             counts = [int(length) for length in lengths]
             longest = max(counts)
+            if not longest:
+                return [own_X.cpu()] * self.size
             padded = own_X.new_zeros(longest, device=device)
             padded[: len(own_X)] = own_X
-            parts = list(padded.new_empty(self.size * longest).split(longest)) if longest else [padded] * self.size
+            parts = list(padded.new_empty(self.size * longest).split(longest))
             dist.all_gather(parts, padded, group=self._group)
         return [part[:count].cpu() for part, count in zip(parts, counts, strict=True)]
 
@@ -200,8 +218,9 @@ class Ranks:
 
     def wait(self) -> None:
         """Until every rank is here."""
-        with self._peers():
-            self._accelerator.wait_for_everyone()
+        if self.size > 1:
+            with self._peers():
+                dist.barrier(device_ids=None if self.device.type == "cpu" else [self.device.index])
 
     @contextmanager
     def _peers(self) -> Iterator[None]:
@@ -213,6 +232,12 @@ class Ranks:
                 raise RankLostError(
                     f"rank {self.rank} of {self.size} stops: another rank ended (see its own output); "
                     "--resume goes on from the last checkpoint"
+                ) from error
+            if LATE in str(error):
+                raise RankLostError(
+                    f"rank {self.rank} of {self.size} stops: another rank has kept it waiting for "
+                    f"{self.timeout.total_seconds():g} s (ddp_timeout; the run's stacks_rank*.txt say what each was "
+                    "doing); --resume goes on from the last checkpoint"
                 ) from error
             raise
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -70,6 +71,7 @@ class FsdpWeights:
         # FSDP2 may lay pieces out anew when they are first put together; the optimizer needs to see them after that.
         self.publish()
         self.optimizer = make_optimizer(policy, config, self._pieces)
+        self.optimizer.start_moments()  # else the first step's trial would find room that later passes have not
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -112,7 +114,10 @@ class FsdpWeights:
 
     def _take_apart(self, policy: Policy, dtype: torch.dtype) -> None:
         """Pieces of what is trained in `dtype`, of the rest as it is."""
-        mesh = init_device_mesh(self._ranks.device.type, (self._ranks.size,))
+        # Of the ranks' own group: `init_device_mesh` would ask NCCL where gloo serves a GPU.
+        group = dist.group.WORLD
+        assert group is not None
+        mesh = DeviceMesh.from_group(group, self._ranks.device.type)
         is_mixed = self._dtype != torch.float32
         precision = MixedPrecisionPolicy(
             param_dtype=self._dtype if is_mixed else None,

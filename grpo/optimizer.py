@@ -102,6 +102,14 @@ class MasterAdamW:
         """See `Optimizer.trained`."""
         return frozenset(self.masters)
 
+    def start_moments(self) -> None:
+        """Take their memory now: moments of 0, as torch's AdamW (not that of 8 bits) makes them at its first step."""
+        for master in self.masters.values():
+            self.inner.state[master] = {
+                "step": torch.zeros((), dtype=torch.float32, device=master.device),
+                **{key: torch.zeros_like(master) for key in ("exp_avg", "exp_avg_sq")},
+            }
+
     def restart(self) -> None:
         """See `Optimizer.restart`."""
         for weight in self._weights.values():

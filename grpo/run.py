@@ -109,9 +109,12 @@ def _setting(config: Config) -> Iterator[_Setting]:
     torch.set_flush_denormal(True)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    ranks = Ranks(cpu=config.device == "cpu" or not torch.cuda.is_available())
+    is_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    ranks = Ranks(cpu=is_cpu, timeout_s=config.ddp_timeout)
     try:
         with Display(rank=ranks.rank) as display:
+            if ranks.shares_gpu:
+                display.note("more processes than GPUs: they share one, and messages go through the host (slow)")
             yield _Setting(ranks=ranks, display=display)
     finally:
         torch.set_flush_denormal(False)

@@ -18,7 +18,7 @@ from grpo.config import Config, ConfigError, explain
 
 FREE_TO_CHANGE = (
     *("name", "output_dir", "num_threads", "reward_workers", "reward_timeout", "reward_env"),
-    *("max_steps", "max_skipped_steps", "save_steps", "save_total_limit", "stop_timeout"),
+    *("max_steps", "max_skipped_steps", "save_steps", "save_total_limit", "stop_timeout", "ddp_timeout"),
     *("max_tokens_per_micro_batch", "activation_recomputation"),  # for want of memory; a matter of rounding
 )
 """Keys that a resumed run may change; any other change would make it another run."""

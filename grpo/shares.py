@@ -75,6 +75,9 @@ class Share:
     """Of it, the largest block."""
     buffers: int
     """Gradients on their way between ranks, at most; 0 where they travel after the last micro-batch."""
+    beside_trial: int
+    """What a pass over pieces takes that one over the sampler's whole weights does not (grpo/trial.py): of `gathered`,
+    `buffers` and `gradients` all that is not there between steps."""
 
 
 def share_of(config: Config, shape: PolicyConfig, spread: Spread, *, is_gpu: bool) -> Share:
@@ -107,23 +110,29 @@ def share_of(config: Config, shape: PolicyConfig, spread: Spread, *, is_gpu: boo
             gathered=0,
             block=0,
             buffers=0,
+            beside_trial=0,
         )
     _check(config, spread)
     if spread.way == "fsdp2" and is_copied:
         reference = itemsize * sum(_rows_cut(t, spread) for t in tensors)
     pieces = _piece(tensors, spread)
     gathered, block = _gathered(config, tensors, spread, itemsize)
+    gradients, buffers = FULL * _gradients(tensors, spread, itemsize), _buffers(tensors, spread, itemsize)
+    beside = gathered + buffers + gradients
+    if spread.way == "zero3":  # DeepSpeed makes room for gradients at the start; embedding and head stay together
+        beside -= gradients + itemsize * (BUCKET + sum(tensor.numel for tensor in tensors if not tensor.block))
     return Share(
         weights=_weights(tensors, spread, itemsize),
         masters=0 if spread.way == "fsdp2" else FULL * pieces,
         moments=2 * FULL * pieces,
-        gradients=FULL * pieces,
+        gradients=gradients,
         reference=reference,
         sampler=copies - on_host,
         host=on_host,
         gathered=gathered,
         block=block,
-        buffers=_buffers(tensors, spread, itemsize),
+        buffers=buffers,
+        beside_trial=beside,
     )
 
 
@@ -206,6 +215,24 @@ def _piece(tensors: Iterable[ParameterShape], spread: Spread) -> int:
             return _flattened(tensors, spread) // spread.num_processes
         case _:
             return sum(_flat_cut(tensor, spread) for tensor in _trained(tensors))
+
+
+def _gradients(tensors: Iterable[ParameterShape], spread: Spread, itemsize: int) -> int:
+    """Numbers of gradients summed up; in fp32 ZeRO-2 cuts a tensor that two ranks share at the step only."""
+    if spread.way != "zero2" or itemsize < FULL:
+        return _piece(tensors, spread)
+    numbers, groups = 0, Counter[bool]()
+    trained = _trained(tensors)
+    for tensor in trained:
+        groups[len(tensor.shape) > 1] += tensor.numel
+    unit = 2 * spread.num_processes
+    ends = {is_matrix: -(-numel // unit) * 2 for is_matrix, numel in groups.items()}
+    starts = Counter[bool]()
+    for tensor in trained:
+        is_matrix = len(tensor.shape) > 1
+        numbers += tensor.numel if starts[is_matrix] < ends[is_matrix] else 0
+        starts[is_matrix] += tensor.numel
+    return numbers
 
 
 def _weights(tensors: Iterable[ParameterShape], spread: Spread, itemsize: int) -> int:

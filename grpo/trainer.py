@@ -28,6 +28,7 @@ from grpo.pipeline import make_asking, moving
 from grpo.record import RunFolder
 from grpo.reference import Reference
 from grpo.replay import NonFiniteError, save_fault
+from grpo.shares import Spread, share_of
 from grpo.silence import explain_silence
 from grpo.throughput import ASKING, Phases, Spent, Throughput, measure_matmul_rate
 from grpo.trial import Trial
@@ -90,14 +91,24 @@ class Trainer:
             matmul_rate=measure_matmul_rate(self.ranks.device, self.policy.dtype),
         )
         self.weights = keep_weights(self.policy, self.config, self.ranks)
-        self.trial = None if self.ranks.sharding is None else Trial(self.weights)
+        self.trial = self._make_trial()
+
+    def _make_trial(self) -> Trial | None:
+        ranks = self.ranks
+        if ranks.sharding is None:
+            return None
+        spread = Spread(way=ranks.sharding, num_processes=ranks.size, reshard_after_forward=ranks.reshard_after_forward)
+        share = share_of(self.config, self.policy.config, spread, is_gpu=ranks.device.type == "cuda")
+        return Trial(self.weights, set_aside=share.beside_trial)
 
     def train(self) -> int:
         """Evaluate, train, save, evaluate; gives the number of the last step done.
 
         Stops early, saved, once `stop_requested` is set.
         """
-        watchdog = Watchdog(self.folder.path, self.ranks.rank, self.display.note)
+        # Before a rank that waits for this one gives up.
+        most_s = self.config.ddp_timeout if self.ranks.size > 1 else None
+        watchdog = Watchdog(self.folder.path, self.ranks.rank, self.display.note, most_s=most_s)
         engine = make_engine(self.weights.sampler, self.config.engine, self.tokenizer)
         with closing(watchdog), closing(engine):
             collector = make_collector(self.config, self.policy, self.tokenizer, self.grader, engine)

@@ -6,8 +6,8 @@ first, those that sample, forward and backward, without a message; there it can 
 how often.
 
 The trial's backward pass goes down to the first trained weight and leaves no gradient. What the true pass holds beside,
-blocks put together and their gradients, is set aside meanwhile: an estimate, so memory may still run out in the true
-pass. That ends the run on all ranks (`do_in_memory`).
+blocks put together, gradients and buffers (`Share.beside_trial`), is set aside meanwhile: an estimate, so memory may
+still run out in the true pass. That ends the run on all ranks (`do_in_memory`).
 """
 
 from __future__ import annotations
@@ -26,14 +26,13 @@ from grpo.types import Batch
 from grpo.weights import Weights
 from policy import Policy
 
-BYTES_IN_HAND = 8
-"""Of each parameter of what is put together: itself and its gradient in bf16, and the gradient on its way in fp32."""
-
 
 class Trial:
     """Tries micro-batches that are larger than any that fitted."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Weights, *, set_aside: int = 0) -> None:
+        """`set_aside`: bytes of a GPU that the true pass takes beside what the trial does."""
+        self._set_aside = set_aside
         self._policy, self._trained = weights.sampler, weights.optimizer.trained
         self._tokens = self._longest = 0
         """Of what fitted: tokens of a micro-batch, and of a row."""
@@ -68,8 +67,9 @@ class Trial:
         tokens, longest = len(batch.token_ids_N), batch.rows.longest
         if tokens <= self._tokens and longest <= self._longest:
             return
+        is_gpu = self._policy.device.type == "cuda"
         with self._trainable() as first:
-            aside = _set_aside(self._policy)
+            aside = torch.empty(self._set_aside if is_gpu else 0, dtype=torch.uint8, device=self._policy.device)
             torch.autograd.grad(loss_of(self._policy, batch), first, allow_unused=True)
             del aside
         self._tokens, self._longest = max(tokens, self._tokens), max(longest, self._longest)
@@ -94,13 +94,3 @@ def halved(batch: Batch, times: int) -> list[Batch]:
     for _ in range(times):
         batches = [half for whole in batches for half in halve(whole)]
     return batches
-
-
-def _set_aside(policy: Policy) -> Tensor | None:
-    """Memory of a GPU for what a pass over pieces puts together: embedding, norm and head, a block, and the next."""
-    if policy.device.type == "cpu":
-        return None
-    blocks = [sum(weight.numel() for weight in block.parameters()) for block in (*policy.layers, *policy.mtp)]
-    whole = sum(weight.numel() for weight in policy.parameters())
-    numbers = min(whole, whole - sum(blocks) + 2 * max(blocks))
-    return torch.empty(numbers * BYTES_IN_HAND, dtype=torch.uint8, device=policy.device)

@@ -29,12 +29,22 @@ class Watchdog:
     """Watches one rank's steps; close it at the end. A process has one timer: a second watchdog would take it over."""
 
     def __init__(
-        self, folder: Path, rank: int, note: Callable[[str], None], *, factor: float = FACTOR, least_s: float = LEAST_S
+        self,
+        folder: Path,
+        rank: int,
+        note: Callable[[str], None],
+        *,
+        factor: float = FACTOR,
+        least_s: float = LEAST_S,
+        most_s: float | None = None,
     ) -> None:
-        """`folder` is the run's; a disk that refuses the files is said once, and the run goes on unwatched."""
+        """`folder` is the run's; a disk that refuses the files is said once, and the run goes on unwatched.
+
+        Stacks of a step are written after `most_s` seconds at the latest, where that is given.
+        """
         self._heartbeat = folder / f"heartbeat_rank{rank}.json"
         self._stacks = folder / f"stacks_rank{rank}.txt"
-        self._note, self._factor, self._least_s = note, factor, least_s
+        self._note, self._factor, self._least_s, self._most_s = note, factor, least_s, most_s
         self._durations: deque[float] = deque(maxlen=STEPS)
         self._file: IO[str] | None = None
         self._started, self._number = monotonic(), 0
@@ -42,8 +52,11 @@ class Watchdog:
 
     @property
     def limit_s(self) -> float | None:
-        """Seconds after which stacks are written; None while there is nothing to compare with."""
-        return None if len(self._durations) < 3 else max(self._least_s, self._factor * median(self._durations))
+        """Seconds after which stacks are written; None while there is nothing to compare with, and no bound."""
+        if len(self._durations) < 3:
+            return self._most_s
+        limit_s = max(self._least_s, self._factor * median(self._durations))
+        return limit_s if self._most_s is None else min(limit_s, self._most_s)
 
     def begin(self, number: int) -> None:
         """Step `number` (from 1) begins: beat, and set the timer anew."""
@@ -67,10 +80,10 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         elapsed, limit_s = monotonic() - self._started, self.limit_s
         if limit_s is not None and elapsed > limit_s:
-            usual = median(self._durations)
+            usual = f" where {median(self._durations):.1f} s is usual" if len(self._durations) >= 3 else ""
             self._note(
-                f"step {self._number} took {elapsed:.1f} s where {usual:.1f} s is usual; {self._stacks} says what it "
-                f"was doing after {limit_s:.1f} s"
+                f"step {self._number} took {elapsed:.1f} s{usual}; {self._stacks} says what it was doing after "
+                f"{limit_s:.1f} s"
             )
         self._durations.append(elapsed)
 

@@ -19,6 +19,7 @@ from typing import Any
 import deepspeed
 import deepspeed.ops
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -135,6 +136,7 @@ class ZeroOptimizer:
             set_z3_leaf_modules(policy, [MixtureOfExperts])
         biases = [bias.clone() for bias in policy.buffers()]
         engine, *_ = deepspeed.initialize(model=_Parts(policy), optimizer=self._inner, config=settings)
+        dist.distributed_c10d._set_pg_timeout(self._ranks.timeout, engine.data_parallel_group)  # a group of its own
         for bias, before in zip(policy.buffers(), biases, strict=True):
             bias.data = before.to(device)  # which DeepSpeed has rounded to the weights' dtype
         if not self._is_whole:

@@ -1,6 +1,6 @@
-"""An update in which the last rank is killed, or runs out of memory in a pass that the others are in too.
+"""An update in which the last rank is killed, hangs, or runs out of memory in a pass that the others are in too.
 
-accelerate launch --config_file fsdp2.yaml --num_processes 2 -m tests.grpo.rank_lost (killed | memory) FILE
+accelerate launch --config_file fsdp2.yaml --num_processes 2 -m tests.grpo.rank_lost (killed | hung | memory) FILE
 
 FILE appears at that moment.
 """
@@ -8,6 +8,7 @@ FILE appears at that moment.
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from tests.policies import tiny_policy
 
 def main(how: str, file: Path) -> None:
     """Does not come back."""
-    ranks, config, calls = Ranks(cpu=True), tiny_config(), list[int]()
+    ranks, config, calls = Ranks(cpu=True, timeout_s=15.0), tiny_config(), list[int]()
     weights = keep_weights(tiny_policy(num_hidden_layers=2), config, ranks)
     minibatches = minibatches_of(rows_of(make_groups(tiny_policy()), config), 60)
 
@@ -32,6 +33,8 @@ def main(how: str, file: Path) -> None:
         file.touch()
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if how == "hung":
+            time.sleep(3600)
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     weights.policy.norm.register_forward_hook(fail)

@@ -1,5 +1,7 @@
 """A step for which memory runs out is done again in halves, and comes to the same."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +113,17 @@ def test_a_run_goes_on_in_smaller_micro_batches(recipe: Path, tmp_path: Path) ->
     assert trainer.max_tokens < 4000
     assert any(f"of at most {trainer.max_tokens} tokens from now on" in note for note in notes)
     assert metrics_of(tmp_path / "small")[0]["update/halvings"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("kind", "words"), [("update", "done again in smaller micro-batches"), ("sampling", "out of memory while sampling")]
+)
+def test_a_run_goes_on_where_a_gpu_has_too_little(kind: str, words: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.grpo.less_memory", kind, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    output = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode == 0, output
+    assert words in output
+    assert len(metrics_of(tmp_path / "less")) == 2

@@ -17,6 +17,7 @@ from tests.recipes import TINY, write_recipe
 REWARDS = """
 import os
 import signal
+import threading
 from pathlib import Path
 
 
@@ -32,6 +33,14 @@ def dies(problem, completion, calls=[]):
     if os.environ["RANK"] == "1" and len(calls) > 20:
         Path(__file__).with_name("failed").touch()
         os.kill(os.getpid(), signal.SIGKILL)
+    return 0.5
+
+
+def hangs(problem, completion, calls=[]):
+    calls.append(None)
+    if os.environ["RANK"] == "1" and len(calls) > 20:
+        Path(__file__).with_name("failed").touch()
+        threading.Event().wait()
     return 0.5
 """
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CPU), "-m", "grpo", "train"]
@@ -75,6 +84,20 @@ def test_all_ranks_end_within_a_minute_of_one_that_fails(function: str, words: s
     rewards = f"rewards=['{recipe.parent / 'mine.py'}:{function}']"
     assert words in output_of(str(recipe), f"name={function}", rewards, failed=failed)
     assert failed.exists()
+
+
+@pytest.mark.multi
+@pytest.mark.slow
+def test_all_ranks_end_where_one_hangs_and_leave_their_stacks(recipe: Path) -> None:
+    """Within `ddp_timeout` of the moment when the other begins to wait, and what the launcher grants after SIGTERM."""
+    failed, run = recipe.parent / "failed", recipe.parent / "runs" / "hangs"
+    failed.unlink(missing_ok=True)
+    rewards = f"rewards=['{recipe.parent / 'mine.py'}:hangs']"
+    output = output_of(str(recipe), "name=hangs", rewards, "ddp_timeout=8", "stop_timeout=1", failed=failed)
+    assert failed.exists()
+    assert "rank 0 of 2 stops: another rank has kept it waiting for 8 s (ddp_timeout" in output
+    assert "in hangs" in (run / "stacks_rank1.txt").read_text()
+    assert "in gather_groups" in (run / "stacks_rank0.txt").read_text()
 
 
 @pytest.mark.multi

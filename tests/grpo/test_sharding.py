@@ -28,22 +28,23 @@ ACCELERATE = Path(__file__).parents[2] / "recipes" / "accelerate"
 LAST = "checkpoints/step_000003"
 
 
-def start(folder: Path, name: str, *arguments: str) -> subprocess.Popen:
-    """Two processes as recipes/accelerate/NAME.yaml has them, but on the CPU."""
+def start(folder: Path, name: str, *arguments: str, processes: int = 2, is_gpu: bool = False) -> subprocess.Popen:
+    """Processes as recipes/accelerate/NAME.yaml has them, but on the CPU unless `is_gpu`."""
     file = folder / f"{name}.yaml"
     # With `use_cpu`, accelerate starts a single process of DeepSpeed, which finds by itself that there is no GPU.
-    changes = {} if name.startswith("zero") else {"use_cpu": True}
+    changes = {} if is_gpu or name.startswith("zero") else {"use_cpu": True}
     file.write_text(yaml.safe_dump(yaml.safe_load((ACCELERATE / file.name).read_text()) | changes))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
     return subprocess.Popen(
-        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), "-m", *arguments],
+        [*command, "--num_processes", str(processes), "-m", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | ({} if is_gpu else {"DS_ACCELERATOR": "cpu"}),
     )  # fmt: skip
 
 
-def launch(folder: Path, name: str, *arguments: str) -> str:
+def launch(folder: Path, name: str, *arguments: str, processes: int = 2, is_gpu: bool = False) -> str:
     """What `start` printed, once it is done."""
-    with start(folder, name, *arguments) as process:
+    with start(folder, name, *arguments, processes=processes, is_gpu=is_gpu) as process:
         output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     return output
@@ -70,6 +71,37 @@ def test_three_steps_of_two_ranks_are_those_of_one(name: str, one: dict[str, Ten
         assert skipped == [0.0, float(CASES[case].broken_step == 1), 0.0]
     if name != "ddp":
         check_held(json.loads((tmp_path / "held.json").read_text()), Spread(way=name, num_processes=2))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_three_steps_of_two_ranks_on_one_gpu_are_those_of_one(name: str, tmp_path: Path) -> None:
+    """Over gloo, which more ranks than GPUs get."""
+    if name.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    (tmp_path / "one").mkdir()
+    subprocess.run([sys.executable, "-m", "tests.grpo.three_steps", str(tmp_path / "one"), "gpu"], check=True)
+    launch(tmp_path, name, "tests.grpo.three_steps", str(tmp_path), "gpu", is_gpu=True)
+    one, two = (torch.load(folder / "result.pt", weights_only=True) for folder in (tmp_path / "one", tmp_path))
+    assert one.keys() == two.keys()
+    for key, tensor in one.items():
+        close = 2e-2 if "bf16" in key else 1e-4
+        assert torch.allclose(two[key], tensor, rtol=close, atol=close), (key, (two[key] - tensor).abs().max())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["fsdp2", "zero2", "zero3"])
+def test_a_trial_takes_the_memory_of_the_pass_that_it_stands_for(name: str, tmp_path: Path) -> None:
+    """And where there is less, micro-batches are halved beforehand, and the step is the same."""
+    if name.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    launch(tmp_path, name, "tests.grpo.trial_memory", str(tmp_path / "found.json"), processes=1, is_gpu=True)
+    steps = json.loads((tmp_path / "found.json").read_text())["steps"]
+    assert all(step["done"] <= step["tried"] <= 1.3 * step["done"] for step in steps[:2]), steps
+    assert [step["halvings"] > 0 for step in steps] == [False, False, True, True]
+    assert [step["loss"] for step in steps] == pytest.approx([steps[0]["loss"]] * 4, rel=1e-3)
 
 
 @pytest.mark.multi
@@ -151,8 +183,9 @@ def test_a_step_given_up_at_sigterm_loses_none_before_it(
     [
         ("fsdp2", "memory", r"DeviceMemoryError: rank 1: out of memory .* set max_tokens_per_micro_batch: \d+ or"),
         *(
-            pytest.param(way, "killed", r"Signal 9 \(SIGKILL\)", marks=pytest.mark.slow)
+            pytest.param(way, how, words, marks=pytest.mark.slow)
             for way in ("ddp", "fsdp2", "zero2", "zero3")
+            for how, words in (("killed", r"Signal 9 \(SIGKILL\)"), ("hung", "Timed out waiting 15000ms"))
         ),
     ],
 )

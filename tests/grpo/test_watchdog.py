@@ -70,6 +70,30 @@ def test_the_limit_is_ten_times_the_median_once_there_is_one(tmp_path: Path) -> 
     assert limits[3] >= 0.5
 
 
+def test_a_first_step_is_watched_where_others_wait_for_it(tmp_path: Path) -> None:
+    notes: list[str] = []
+    watchdog = Watchdog(tmp_path, 0, notes.append, most_s=0.1)
+    watchdog.begin(1)
+    until, stacks = time.monotonic() + 30, tmp_path / "stacks_rank0.txt"
+    while "test_a_first_step_is_watched" not in stacks.read_text() and time.monotonic() < until:
+        time.sleep(0.02)
+    watchdog.end()
+    watchdog.close()
+    assert "in test_a_first_step_is_watched" in stacks.read_text()
+    [note] = notes
+    assert note.startswith("step 1 took ")
+    assert note.endswith("says what it was doing after 0.1 s")
+
+
+def test_no_step_is_watched_for_longer_than_others_wait(tmp_path: Path) -> None:
+    watchdog = Watchdog(tmp_path, 0, print, most_s=20.0)
+    for number in range(1, 4):
+        watchdog.begin(number)
+        watchdog.end()
+    assert watchdog.limit_s == 20.0, "not 30"
+    watchdog.close()
+
+
 def test_a_full_disk_costs_the_heartbeat_alone_and_is_said_once(tmp_path: Path) -> None:
     notes: list[str] = []
     with files_at_most(10):

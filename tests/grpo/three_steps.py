@@ -1,7 +1,7 @@
 """Three steps of every kind of policy, its weights kept as the launcher's file says, and a checkpoint saved and loaded;
 rank 0 writes what came of them, and what it holds (held_bytes.py).
 
-accelerate launch --config_file fsdp2.yaml --num_processes 2 -m tests.grpo.three_steps FOLDER
+accelerate launch --config_file fsdp2.yaml --num_processes 2 -m tests.grpo.three_steps FOLDER [gpu]
 """
 
 import json
@@ -145,6 +145,8 @@ def three_steps(ranks: Ranks, folder: Path) -> dict[str, Tensor]:
 def start(case: Case, config: Config, ranks: Ranks) -> tuple[Weights, Reference | None]:
     """Before the first step."""
     policy = cast_weights(case.make(), case.dtype)
+    if ranks.sharding is None:
+        policy = policy.to(ranks.device)
     policy.recomputation = config.activation_recomputation
     if config.lora is not None:
         add_adapters(policy, config.lora, seed=0)
@@ -158,16 +160,16 @@ def everything(weights: Weights, reference: Reference | None) -> dict[str, Tenso
     found = {**weights.sampler.state_dict(), **weights.optimizer.state_tensors()}
     if reference is not None and reference.policy is not weights.policy:
         found |= {f"reference {key}": tensor for key, tensor in weights.whole(reference.policy).items()}
-    return {key: tensor.detach().clone() for key, tensor in found.items()}
+    return {key: tensor.detach().cpu().clone() for key, tensor in found.items()}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    here = Ranks(cpu=True)
+    here = Ranks(cpu=sys.argv[2:] != ["gpu"])
     result = three_steps(here, Path(sys.argv[1]))
     if here.is_main:
         torch.save(result, Path(sys.argv[1]) / "result.pt")
-    if here.sharding is not None:
+    if here.sharding is not None and here.device.type == "cpu":
         held = held_bytes(here)
         if here.is_main:
             (Path(sys.argv[1]) / "held.json").write_text(json.dumps(held))
