@@ -1,0 +1,311 @@
+"""Matrix products for a decoding step on the CPU in bf16, and what lies between them.
+
+Numbers lie as in `policy/cpu_products.py`, a row in a lane, but two neighbouring features of a row lie side by side, in one
+word of 32 bits: words [C/2, N]. So do they in a weight's row. AVX-512's VDPBF16PS multiplies both numbers of two words
+and adds the products to a sum in fp32, 16 words at a time: a weight's word is read where it lies and met with the words
+of 16 rows, and no second, packed copy of the weights is needed. Rows are filled up to whole vectors. A row's products
+are added up in one order, whoever shares its batch.
+
+What is rounded to bf16, and where, is as in torch's operations, so that sampler and trainer round alike.
+
+Shapes: N rows (one token of each sequence) filled up to vectors, C model width, O output width, I inner width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from torch import Tensor
+
+from policy.cpu_compiler import ONE, ZERO, exp, floats, kernel
+
+LANES = 16
+"""Rows of a vector."""
+TILE = 8
+"""Features of a product at a time: more would crowd the first cache where the rows of a weight lie 4 KiB apart."""
+
+_BYTE, _HALF, _WORD, _INT64, _FLOAT = (*(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.FloatType())
+
+
+class _BFloat(ir.Type):
+    """LLVM's bf16, which llvmlite does not name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+BFLOAT = _BFloat()
+SUMS, WORDS, PAIRS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_WORD, LANES), ir.VectorType(BFLOAT, 2 * LANES)
+
+
+# --- Single numbers ----------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def words(_: Any, address: Any) -> Any:
+    """The 32-bit words at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.uint32)(types.int64), generate
+
+
+@intrinsic
+def halves(_: Any, address: Any) -> Any:
+    """The bf16 numbers at an address, as 16 bits each."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.uint16)(types.int64), generate
+
+
+@intrinsic
+def narrowed(_: Any, number: Any) -> Any:
+    """The nearest bf16 number, as its 16 bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(arguments[0], BFLOAT), _HALF)
+
+    return types.uint16(types.float32), generate
+
+
+@intrinsic
+def widened(_: Any, half: Any) -> Any:
+    """The number whose bf16 is `half`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.shl(builder.zext(arguments[0], _WORD), _WORD(16)), _FLOAT)
+
+    return types.float32(types.uint16), generate
+
+
+@njit(error_model="numpy")
+def rounded(number):
+    """To bf16 and back."""
+    return widened(narrowed(number))
+
+
+@njit(error_model="numpy")
+def joined(first, second):
+    """Two numbers, rounded, as a word."""
+    return np.uint32(narrowed(first)) | np.uint32(np.uint32(narrowed(second)) << np.uint32(16))
+
+
+# --- Tiles -------------------------------------------------------------------------------------------------------
+
+
+def at(builder: Any, address: Any, index: Any, kind: Any, unit: Any = _WORD) -> Any:
+    """Pointer to a `kind` that begins so many units after an address."""
+    place = builder.gep(builder.inttoptr(address, unit.as_pointer()), [index])
+    return builder.bitcast(place, kind.as_pointer())
+
+
+def load(builder: Any, place: Any) -> Any:
+    """What lies there, at any address."""
+    return builder.load(place, align=2)
+
+
+def multiply_pairs(builder: Any, total: Any, a: Any, b: Any) -> Any:
+    """total + the products of both numbers of each word of a and b, vectors of words."""
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(SUMS, [SUMS, PAIRS, PAIRS]), "llvm.x86.avx512bf16.dpbf16ps.512"
+    )
+    return builder.call(function, [total, builder.bitcast(a, PAIRS), builder.bitcast(b, PAIRS)])
+
+
+def spread(builder: Any, word: Any) -> Any:
+    """A word in all lanes."""
+    nothing = ir.Constant(WORDS, ir.Undefined)
+    return builder.shuffle_vector(builder.insert_element(nothing, word, _WORD(0)), nothing, ir.Constant(WORDS, None))
+
+
+def round_sums(builder: Any, sums: Any) -> Any:
+    """A vector of fp32 as bf16."""
+    return builder.fptrunc(sums, ir.VectorType(BFLOAT, LANES))
+
+
+def prefetch(builder: Any, address: Any) -> None:
+    """Bring what lies there into the second cache."""
+    kinds = [_BYTE.as_pointer(), *[_WORD] * 3]
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(ir.VoidType(), kinds), "llvm.prefetch.p0i8"
+    )
+    builder.call(function, [builder.inttoptr(address, kinds[0]), _WORD(0), _WORD(2), _WORD(1)])
+
+
+def _store_words(builder: Any, sums: list[Any], out: Any, stride: Any, lane: int) -> None:
+    """Rounded, two features in a word."""
+    bits = ir.VectorType(_HALF, LANES)
+    for o, pair in enumerate(zip(sums[::2], sums[1::2], strict=True)):
+        first, second = (builder.zext(builder.bitcast(round_sums(builder, of), bits), WORDS) for of in pair)
+        both = builder.or_(first, builder.shl(second, ir.Constant(WORDS, [16] * LANES)))
+        place = at(builder, out, builder.add(builder.mul(stride, _INT64(o)), _INT64(lane)), WORDS)
+        builder.store(both, place, align=4)
+
+
+def _store_numbers(builder: Any, sums: list[Any], out: Any, stride: Any, lane: int) -> None:
+    """As they are, in fp32."""
+    for o, of in enumerate(sums):
+        place = at(builder, out, builder.add(builder.mul(stride, _INT64(o)), _INT64(lane)), SUMS)
+        builder.store(of, place, align=4)
+
+
+def _add_rounded(builder: Any, sums: list[Any], out: Any, stride: Any, lane: int) -> None:
+    """Rounded, to fp32 numbers that are there."""
+    for o, of in enumerate(sums):
+        place = at(builder, out, builder.add(builder.mul(stride, _INT64(o)), _INT64(lane)), SUMS)
+        summand = builder.fpext(round_sums(builder, of), SUMS)
+        builder.store(builder.fadd(builder.load(place, align=4), summand), place, align=4)
+
+
+def _product_tile(vectors: int, end: Any) -> Any:
+    """sum_c w[o, c] x[c, n] of TILE features o and so many vectors of rows n; `end` stores the sums."""
+
+    @intrinsic
+    def tile(_: Any, x: Any, x_stride: Any, w: Any, out: Any, stride: Any, depth: Any, ahead: Any):
+        """x words [depth, x_stride], w words [TILE, depth]; fetches as many words from `ahead` on."""
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            x, x_stride, w, out, stride, depth, ahead = arguments
+            nothing = ir.Constant(SUMS, [0.0] * LANES)
+            sums = [[cgutils.alloca_once_value(builder, nothing) for _ in range(TILE)] for _ in range(vectors)]
+            starts = [builder.add(w, builder.mul(depth, _INT64(4 * o))) for o in range(TILE)]
+            with cgutils.for_range(builder, depth) as loop:
+                begin = builder.mul(loop.index, x_stride)
+                prefetch(builder, builder.add(ahead, builder.mul(loop.index, _INT64(4 * TILE))))
+                rows = [load(builder, at(builder, x, builder.add(begin, _INT64(LANES * v)), WORDS)) for v in range(vectors)]
+                for o, start in enumerate(starts):
+                    weight = spread(builder, load(builder, at(builder, start, loop.index, _WORD)))
+                    for of_vector, row in zip(sums, rows, strict=True):
+                        total = multiply_pairs(builder, builder.load(of_vector[o]), weight, row)
+                        builder.store(total, of_vector[o])
+            for v, of_vector in enumerate(sums):
+                end(builder, [builder.load(total) for total in of_vector], out, stride, LANES * v)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), generate
+
+    return tile
+
+
+def _product(end: Any) -> Any:
+    wide, narrow = _product_tile(2, end), _product_tile(1, end)
+
+    @njit(error_model="numpy")
+    def multiply_rows(x, w, out, rows, depth, ahead):
+        """TILE features of a product for all rows."""
+        for n in range(0, rows - LANES, 2 * LANES):
+            wide(x + 4 * n, rows, w, out + 4 * n, rows, depth, ahead if n == 0 else w)
+        if rows % (2 * LANES):
+            n = rows - LANES
+            narrow(x + 4 * n, rows, w, out + 4 * n, rows, depth, ahead if n == 0 else w)
+
+    return multiply_rows
+
+
+_rows_to_words, _rows_to_numbers, _rows_added = (_product(end) for end in (_store_words, _store_numbers, _add_rounded))
+
+
+# --- Products: rows a multiple of LANES, widths of TILE, depth (numbers of a row of w) even -------------------------
+
+
+@njit(error_model="numpy")
+def product_words(x, w, out, rows, width, depth):
+    """out[o, n] = sum_c w[o, c] x[c, n], words."""
+    for o in range(0, width, TILE):
+        weight = w + 2 * o * depth
+        _rows_to_words(x, weight, out + 2 * o * rows, rows, depth // 2, weight + 2 * TILE * depth)
+
+
+@njit(error_model="numpy")
+def product_numbers(x, w, out, rows, width, depth):
+    """The same in fp32, not rounded; any width from TILE on."""
+    for first in range(0, width, TILE):
+        o = min(first, width - TILE)
+        weight = w + 2 * o * depth
+        _rows_to_numbers(x, weight, out + 4 * o * rows, rows, depth // 2, weight + 2 * TILE * depth)
+
+
+@njit(error_model="numpy")
+def add_product(x, w, out, rows, width, depth):
+    """The same, rounded, added to fp32 numbers."""
+    for o in range(0, width, TILE):
+        weight = w + 2 * o * depth
+        _rows_added(x, weight, out + 4 * o * rows, rows, depth // 2, weight + 2 * TILE * depth)
+
+
+@kernel
+def _multiply(x, w, out, rows, width, depth):
+    product_numbers(x, w, out, rows, width, depth)
+
+
+def filled_up(rows: int) -> int:
+    """So many rows as whole vectors."""
+    return -(-rows // LANES) * LANES
+
+
+def takes_product(x_NC: Tensor, weight_OC: Tensor) -> bool:
+    """Whether `multiply` does: bf16, contiguous weights, an even depth, at least TILE features."""
+    is_bf16 = x_NC.dtype == weight_OC.dtype == torch.bfloat16
+    return is_bf16 and x_NC.ndim == 2 and weight_OC.is_contiguous() and x_NC.shape[1] % 2 == 0 and len(weight_OC) >= TILE
+
+
+def multiply(x_NC: Tensor, weight_OC: Tensor) -> Tensor:
+    """x @ weight.T of bf16 in fp32, [N, O], feature by feature."""
+    (rows, depth), width = x_NC.shape, len(weight_OC)
+    x_words = torch.zeros(depth // 2, filled_up(rows), dtype=torch.int32)
+    x_words[:, :rows] = x_NC.contiguous().view(torch.int32).t()
+    out_ON = torch.empty(width, filled_up(rows))
+    _multiply(x_words.data_ptr(), weight_OC.data_ptr(), out_ON.data_ptr(), filled_up(rows), width, depth)
+    return out_ON.t()[:rows]
+
+
+# --- Between products --------------------------------------------------------------------------------------------
+
+
+@njit(error_model="numpy", fastmath={"reassoc", "contract"})
+def normalise_words(x, weight, eps, inverse, out, rows, width):
+    """RMSNorm of fp32 numbers [C, N] to words; room for one number a row."""
+    x, weight, inverse, out = floats(x), halves(weight), floats(inverse), words(out)
+    for n in range(rows):
+        inverse[n] = ZERO
+    for c in range(width):
+        for n in range(rows):
+            inverse[n] += x[c * rows + n] * x[c * rows + n]
+    for n in range(rows):
+        inverse[n] = ONE / np.sqrt(inverse[n] / np.float32(width) + np.float32(eps))
+    for c in range(0, width, 2):
+        first, second = widened(weight[c]), widened(weight[c + 1])
+        for n in range(rows):
+            a, b = x[c * rows + n] * inverse[n], x[(c + 1) * rows + n] * inverse[n]
+            out[c // 2 * rows + n] = joined(a * first, b * second)
+
+
+@njit(error_model="numpy", fastmath={"contract"})
+def _gated(gate, up):
+    return rounded(gate / (ONE + exp(-gate))) * up
+
+
+@njit(error_model="numpy")
+def gate_words(gate, up, count):
+    """gate = silu(gate) * up, words, each step rounded."""
+    gate, up = words(gate), words(up)
+    for i in range(count):
+        a, b = gate[i], up[i]
+        first = _gated(widened(np.uint16(a)), widened(np.uint16(b)))
+        second = _gated(widened(np.uint16(a >> np.uint32(16))), widened(np.uint16(b >> np.uint32(16))))
+        gate[i] = joined(first, second)
