@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from policy import bf16_decoding
 from policy.attention import AttentionPlan
 from policy.balance import RouterWatch
 from policy.config import PolicyConfig
@@ -47,9 +48,12 @@ class Block(nn.Module):
         watch: RouterWatch | None = None,
     ) -> tuple[Tensor, Routed | None]:
         """Output [N, C], in the dtype of x, and for a mixture of experts what became known of its router."""
-        if isinstance(plan, Absorbed) and plan.is_by_feature and given_experts_NK is None and watch is None:
-            x_NC = self.self_attn.decode_on_cpu(by_feature(x_NC), self.input_layernorm, rotation, plan)
-            return self.mlp.decode_on_cpu(x_NC, self.post_attention_layernorm)
+        if isinstance(plan, Absorbed) and given_experts_NK is None and watch is None:
+            if plan.is_by_feature:
+                x_NC = self.self_attn.decode_on_cpu(by_feature(x_NC), self.input_layernorm, rotation, plan)
+                return self.mlp.decode_on_cpu(x_NC, self.post_attention_layernorm)
+            if (decoded_NC := bf16_decoding.decode(self, x_NC, rotation, plan)) is not None:
+                return decoded_NC, None
         x_NC = x_NC + self.self_attn(remade(self.input_layernorm, x_NC), rotation, plan)
         inner_NC = remade(self.post_attention_layernorm, x_NC)
         if isinstance(self.mlp, MixtureOfExperts):

@@ -258,12 +258,6 @@ def filled_up(rows: int) -> int:
     return -(-rows // LANES) * LANES
 
 
-def takes_product(x_NC: Tensor, weight_OC: Tensor) -> bool:
-    """Whether `multiply` does: bf16, contiguous weights, an even depth, at least TILE features."""
-    is_bf16 = x_NC.dtype == weight_OC.dtype == torch.bfloat16
-    return is_bf16 and x_NC.ndim == 2 and weight_OC.is_contiguous() and x_NC.shape[1] % 2 == 0 and len(weight_OC) >= TILE
-
-
 def multiply(x_NC: Tensor, weight_OC: Tensor) -> Tensor:
     """x @ weight.T of bf16 in fp32, [N, O], feature by feature."""
     (rows, depth), width = x_NC.shape, len(weight_OC)

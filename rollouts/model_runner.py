@@ -84,8 +84,7 @@ class ModelRunner:
         self._graphs: dict[int, _DecodeGraph] = {}
         # Modules in pieces over ranks gather them as they run: in one order, so on one thread.
         is_alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        has_kernels = self.cache.device.type == "cpu" and self.cache.dtype == torch.float32
-        self._crew = Crew() if has_kernels and is_alone else None
+        self._crew = Crew() if is_alone and decodes_by_kernels(policy, self.cache) else None
         self.captured = _addresses(policy)
         """Where the weights lie that graphs read."""
 

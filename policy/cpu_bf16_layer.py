@@ -1,0 +1,353 @@
+"""A dense layer with grouped-query attention for a decoding step on the CPU in bf16, in one call.
+
+Numbers lie as `policy/cpu_bf16_products.py` says, whose products these kernels are made of; the residual stream is fp32,
+feature by feature. Attention is over a paged cache, which is written first. Tests compare the layer with torch's
+operations.
+
+Shapes: N rows (one token of each sequence), C model width, I inner width, H heads, G key-value heads, D head width, W
+numbers of a cache entry, M blocks of the longest sequence.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from torch import Tensor
+
+from policy.cpu_bf16_products import (
+    BFLOAT,
+    LANES,
+    PAIRS,
+    SUMS,
+    WORDS,
+    add_product,
+    at,
+    filled_up,
+    gate_words,
+    halves,
+    load,
+    multiply_pairs,
+    narrowed,
+    normalise_words,
+    product_numbers,
+    product_words,
+    rounded,
+    spread,
+    widened,
+    words,
+)
+from policy.cpu_compiler import ONE, ZERO, exp, floats, integers, kernel
+
+if TYPE_CHECKING:
+    from policy.paged_attention import Absorbed, CacheLayout
+    from policy.rope import Rotation
+
+QUERIES, KEYS = 4, 4
+"""Heads and positions whose scores are taken at a time."""
+LARGEST = np.finfo(np.float32).max
+
+_HALF, _INT64, _WORD = ir.IntType(16), ir.IntType(64), ir.IntType(32)
+
+
+# --- Tiles -------------------------------------------------------------------------------------------------------
+
+
+def _score_tile() -> Any:
+    """out[q, k] = sum_d query[q, d] key[k, d] of QUERIES queries and KEYS keys; strides in numbers."""
+
+    @intrinsic
+    def tile(_: Any, query: Any, key: Any, key_stride: Any, out: Any, stride: Any, width: Any):
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            query, key, key_stride, out, stride, width = arguments
+            nothing = ir.Constant(SUMS, [0.0] * LANES)
+            totals = [cgutils.alloca_once_value(builder, nothing) for _ in range(QUERIES * KEYS)]
+
+            def rows(address: Any, stride: Any, first: Any, count: int) -> list[Any]:
+                places = [builder.add(first, builder.mul(stride, _INT64(row))) for row in range(count)]
+                return [load(builder, at(builder, address, place, PAIRS, _HALF)) for place in places]
+
+            with cgutils.for_range(builder, builder.udiv(width, _INT64(2 * LANES))) as loop:
+                first = builder.mul(loop.index, _INT64(2 * LANES))
+                queries, keys = rows(query, width, first, QUERIES), rows(key, key_stride, first, KEYS)
+                pairs = [(q, k) for q in queries for k in keys]
+                for (q, k), total in zip(pairs, totals, strict=True):
+                    builder.store(multiply_pairs(builder, builder.load(total), q, k), total)
+            # Vectors are folded in pairs: each time half as many hold twice as many sums in half as many parts.
+            sums, width = [builder.load(total) for total in totals], LANES
+            while width > 1:
+                half = width // 2
+                low = [first + i for first in range(0, LANES, width) for i in range(half)]
+                places = [[*of, *(LANES + place for place in of)] for of in (low, [i + half for i in low])]
+                masks = [ir.Constant(WORDS, of) for of in places]
+                sums = [
+                    builder.fadd(*(builder.shuffle_vector(a, b, mask) for mask in masks))
+                    for a, b in zip(sums[::2], sums[1::2], strict=True)
+                ]
+                width = half
+            for q in range(QUERIES):
+                of_q = ir.Constant(ir.VectorType(_WORD, KEYS), list(range(q * KEYS, q * KEYS + KEYS)))
+                scores = builder.shuffle_vector(sums[0], sums[0], of_q)
+                builder.store(scores, at(builder, out, builder.mul(stride, _INT64(q)), scores.type), align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 6), generate
+
+    return tile
+
+
+def _mixing_tile() -> Any:
+    """out[q, v] += sum_l weight[q, l] value[l, v] of QUERIES queries and 2 * LANES columns v, over pairs of positions.
+
+    `weight` is bf16 [QUERIES, capacity], `out` fp32 [QUERIES, out_stride].
+    """
+    columns, positions = 2 * LANES, ir.VectorType(BFLOAT, 2 * LANES)
+    # The first half of two positions' columns, each column of one beside that of the other; and the second half.
+    masks = [
+        ir.Constant(
+            ir.VectorType(_WORD, columns), [place for v in range(LANES) for place in (begin + v, columns + begin + v)]
+        )
+        for begin in (0, LANES)
+    ]
+
+    @intrinsic
+    def tile(_: Any, value: Any, entry: Any, weight: Any, capacity: Any, out: Any, out_stride: Any, pairs: Any):
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            value, entry, weight, capacity, out, out_stride, pairs = arguments
+            places = [
+                [
+                    at(builder, out, builder.add(builder.mul(out_stride, _INT64(q)), _INT64(LANES * part)), SUMS)
+                    for part in range(2)
+                ]
+                for q in range(QUERIES)
+            ]
+            totals = [
+                [cgutils.alloca_once_value(builder, builder.load(place, align=4)) for place in of] for of in places
+            ]
+            with cgutils.for_range(builder, pairs) as loop:
+                begin = builder.mul(builder.mul(loop.index, _INT64(2)), entry)
+                rows = [
+                    load(builder, at(builder, value, start, positions, _HALF))
+                    for start in (begin, builder.add(begin, entry))
+                ]
+                parts = [builder.shuffle_vector(*rows, mask) for mask in masks]
+                for q, of_q in enumerate(totals):
+                    place = builder.add(builder.mul(capacity, _INT64(q)), builder.mul(loop.index, _INT64(2)))
+                    both = spread(builder, load(builder, at(builder, weight, place, _WORD, _HALF)))
+                    for part, total in zip(parts, of_q, strict=True):
+                        builder.store(multiply_pairs(builder, builder.load(total), both, part), total)
+            for of_places, of_totals in zip(places, totals, strict=True):
+                for place, total in zip(of_places, of_totals, strict=True):
+                    builder.store(builder.load(total), place, align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), generate
+
+    return tile
+
+
+_score, _mix = _score_tile(), _mixing_tile()
+
+
+# --- Attention ---------------------------------------------------------------------------------------------------
+
+
+@njit(error_model="numpy")
+def _cleaned(number):
+    """What is no number is 0 in the cache: see `policy.attention.write_cache`."""
+    return number if abs(number) <= LARGEST else ZERO
+
+
+@njit(error_model="numpy", fastmath={"contract", "reassoc"})
+def _finish_head(x, stride, rows, width, bias, norm, eps, inverse):
+    """A head of a projection as torch gives it, in place: with its bias, rounded; then its norm, if any, rounded."""
+    for d in range(width):
+        offset = widened(halves(bias)[d]) if bias else ZERO
+        for n in range(rows):
+            x[d * stride + n] = rounded(x[d * stride + n] + offset)
+    if norm:
+        for n in range(rows):
+            inverse[n] = ZERO
+        for d in range(width):
+            for n in range(rows):
+                inverse[n] += x[d * stride + n] * x[d * stride + n]
+        for n in range(rows):
+            inverse[n] = ONE / np.sqrt(inverse[n] / np.float32(width) + np.float32(eps))
+        for d in range(width):
+            weight = widened(halves(norm)[d])
+            for n in range(rows):
+                x[d * stride + n] = rounded(x[d * stride + n] * inverse[n] * weight)
+
+
+@njit(error_model="numpy", fastmath={"contract"})
+def _turn(x, stride, rows, width, cos, sin, out, starts, offset, cleans):
+    """A head's pairs (i, i + width / 2) turned; row n's numbers go to starts[n] + offset, side by side."""
+    half = width // 2
+    for i in range(half):
+        for n in range(rows):
+            a, b, c, s = x[i * stride + n], x[(i + half) * stride + n], cos[n * half + i], sin[n * half + i]
+            first, second = a * c - b * s, a * s + b * c
+            if cleans:
+                first, second = _cleaned(first), _cleaned(second)
+            out[starts[n] + offset + i] = narrowed(first)
+            out[starts[n] + offset + half + i] = narrowed(second)
+
+
+@njit(error_model="numpy", fastmath={"contract", "reassoc"})
+def _weigh(scores, length, scale, weights):
+    """Softmax of scale * score, as bf16; 0 for positions up to whole KEYS."""
+    highest, total = scores[0], ZERO
+    for l in range(1, length):
+        highest = max(highest, scores[l])
+    for l in range(length):
+        scores[l] = exp((scores[l] - highest) * np.float32(scale))
+        total += scores[l]
+    share = ONE / total
+    for l in range(length):
+        weights[l] = narrowed(scores[l] * share)
+    for l in range(length, (length + KEYS - 1) // KEYS * KEYS):
+        weights[l] = np.uint16(0)
+
+
+@njit(error_model="numpy")
+def _attend(query, width, keys, values, entry, size, table, length, scale, scores, weights, capacity, mixed, count):
+    """Attention of the first `count` of QUERIES queries of one row, over its blocks of `size` positions."""
+    for block in range((length + size - 1) // size):
+        begin = block * size
+        for first in range(0, min(size, length - begin), KEYS):
+            place = keys + 2 * entry * (size * table[block] + first)
+            _score(query, place, entry, scores + 4 * (begin + first), capacity, width)
+    for q in range(count):
+        _weigh(floats(scores + 4 * q * capacity), length, scale, halves(weights + 2 * q * capacity))
+    numbers = floats(mixed)
+    for i in range(QUERIES * width):
+        numbers[i] = ZERO
+    for block in range((length + size - 1) // size):
+        begin = block * size
+        pairs = (min(size, length - begin) + 1) // 2
+        place = values + 2 * entry * size * table[block]
+        for v in range(0, width, 2 * LANES):
+            _mix(place + 2 * v, entry, weights + 2 * begin, capacity, mixed + 4 * v, width, pairs)
+
+
+@njit(error_model="numpy")
+def _attend_grouped(
+    query, key, value, stride, biases, norms, eps, cos, sin, blocks, entry, size, slots, tables, table_width, lengths,
+    scale, room, out, rows, heads, groups, width,
+):  # fmt: skip
+    """Words of what heads attend to, [H * D / 2, stride], from projections in fp32 [features, stride]."""
+    of_group, capacity = heads // groups, table_width * size
+    filled = (of_group + QUERIES - 1) // QUERIES * QUERIES
+    starts, slots, lengths = integers(room), integers(slots), integers(lengths)
+    inverse = floats(room + 8 * rows)
+    queries = room + 8 * rows + 4 * (rows + rows % 2)
+    scores = queries + 2 * rows * groups * filled * width
+    weights = scores + 4 * QUERIES * capacity
+    mixed = weights + 2 * QUERIES * capacity
+    cos, sin, cache = floats(cos), floats(sin), halves(blocks)
+    for n in range(rows):
+        starts[n] = slots[n] * entry
+    for group in range(groups):
+        x, bias = floats(key + 4 * group * width * stride), integers(biases)[1]
+        _finish_head(x, stride, rows, width, bias + 2 * group * width if bias else 0, integers(norms)[1], eps, inverse)
+        _turn(x, stride, rows, width, cos, sin, cache, starts, group * width, True)
+        x, bias = floats(value + 4 * group * width * stride), integers(biases)[2]
+        _finish_head(x, stride, rows, width, bias + 2 * group * width if bias else 0, 0, eps, inverse)
+        for d in range(width):
+            for n in range(rows):
+                cache[starts[n] + (groups + group) * width + d] = narrowed(_cleaned(x[d * stride + n]))
+    for n in range(rows):
+        starts[n] = n * groups * filled * width
+    for head in range(heads):
+        x, bias = floats(query + 4 * head * width * stride), integers(biases)[0]
+        _finish_head(x, stride, rows, width, bias + 2 * head * width if bias else 0, integers(norms)[0], eps, inverse)
+        place = (head // of_group * filled + head % of_group) * width
+        _turn(x, stride, rows, width, cos, sin, halves(queries), starts, place, False)
+    mixed_numbers, out_words = floats(mixed), words(out)
+    for n in range(rows):
+        table, length = integers(tables + 8 * n * table_width), lengths[n]
+        for group in range(groups):
+            keys, values = blocks + 2 * group * width, blocks + 2 * (groups + group) * width
+            for first in range(0, of_group, QUERIES):
+                place, count = queries + 2 * (starts[n] + (group * filled + first) * width), min(QUERIES, of_group - first)
+                _attend(
+                    place, width, keys, values, entry, size, table, length, scale, scores, weights, capacity, mixed, count
+                )
+                for i in range(count * width // 2):
+                    feature = ((group * of_group + first) * width) // 2 + i
+                    a, b = narrowed(mixed_numbers[2 * i]), narrowed(mixed_numbers[2 * i + 1])
+                    out_words[feature * stride + n] = np.uint32(a) | np.uint32(np.uint32(b) << np.uint32(16))
+
+
+# --- The layer ---------------------------------------------------------------------------------------------------
+
+
+@kernel
+def _decode(
+    x, stride, feature_stride, weights, eps, cos, sin, blocks, entry, size, slots, tables, table_width, lengths, scale,
+    room, out, rows, filled_rows, width, inner, heads, groups, head_width,
+):  # fmt: skip
+    weights_of = integers(weights)
+    stream, source = floats(out), floats(x)
+    for c in range(width):
+        for n in range(rows):
+            stream[c * filled_rows + n] = source[c * feature_stride + n * stride]
+        for n in range(rows, filled_rows):
+            stream[c * filled_rows + n] = ZERO
+    inverse = room
+    normed = room + 4 * filled_rows
+    # The attention's numbers and then the feed-forward's lie in the same place.
+    query = normed + 2 * width * filled_rows
+    key = query + 4 * heads * head_width * filled_rows
+    value = key + 4 * groups * head_width * filled_rows
+    attended = value + 4 * groups * head_width * filled_rows
+    rest = attended + 2 * heads * head_width * filled_rows
+    attended_numbers = words(attended)
+    for i in range(heads * head_width // 2 * filled_rows):
+        attended_numbers[i] = np.uint32(0)
+    normalise_words(out, weights_of[0], eps, inverse, normed, filled_rows, width)
+    product_numbers(normed, weights_of[1], query, filled_rows, heads * head_width, width)
+    product_numbers(normed, weights_of[2], key, filled_rows, groups * head_width, width)
+    product_numbers(normed, weights_of[3], value, filled_rows, groups * head_width, width)
+    _attend_grouped(
+        query, key, value, filled_rows, weights + 8 * 9, weights + 8 * 12, eps, cos, sin, blocks, entry, size, slots,
+        tables, table_width, lengths, scale, rest, attended, rows, heads, groups, head_width,
+    )  # fmt: skip
+    add_product(attended, weights_of[4], out, filled_rows, width, heads * head_width)
+    gate = normed + 2 * width * filled_rows
+    up = gate + 2 * inner * filled_rows
+    normalise_words(out, weights_of[5], eps, inverse, normed, filled_rows, width)
+    product_words(normed, weights_of[6], gate, filled_rows, inner, width)
+    product_words(normed, weights_of[7], up, filled_rows, inner, width)
+    gate_words(gate, up, inner // 2 * filled_rows)
+    add_product(gate, weights_of[8], out, filled_rows, width, inner)
+
+
+def decode(
+    x_NC: Tensor, weights: np.ndarray, eps: float, inner: int, rotation: Rotation, plan: Absorbed, layer: int,
+    layout: CacheLayout, heads: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """The layer's output [N, C] from its input, both fp32; writes the cache first.
+
+    `weights` are the addresses, int64, of: input norm, query, key, value and output matrix, post-attention norm, gate,
+    up and down; biases of queries, keys and values; norms of queries and keys; 0 for what there is not.
+    """
+    (rows, width), head_width, groups = x_NC.shape, layout.key_width, layout.groups
+    filled, (_, _, size, entry), table_BM = filled_up(rows), plan.cache.shape, plan.block_table_BM
+    capacity, of_group = table_BM.shape[1] * size, -(-heads // groups // QUERIES) * QUERIES
+    of_attention = (6 * heads + 8 * groups) * head_width * filled + (16 + 2 * groups * of_group * head_width) * rows
+    of_attention += QUERIES * (6 * capacity + 4 * head_width) + 8
+    num_bytes = (4 + 2 * width) * filled + max(of_attention, 4 * inner * filled)
+    room, out_CN = torch.empty(num_bytes, dtype=torch.uint8), torch.empty(width, filled)
+    _decode(
+        x_NC.data_ptr(), x_NC.stride(0), x_NC.stride(1), weights.ctypes.data, eps, rotation.cos.data_ptr(),
+        rotation.sin.data_ptr(), plan.cache[layer].data_ptr(), entry, size, plan.slot_B.data_ptr(), table_BM.data_ptr(),
+        table_BM.shape[1], plan.length_B.data_ptr(), scale, room.data_ptr(), out_CN.data_ptr(), rows, filled, width,
+        inner, heads, groups, head_width,
+    )  # fmt: skip
+    return out_CN.t()[:rows]
