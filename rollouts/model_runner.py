@@ -10,9 +10,9 @@ K experts per token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from policy import PackedRows, Policy, PolicyConfig
 from policy.attention import Expanded
+from policy.bf16_decoding import reason_for_torch
+from policy.block import Block
 from policy.continued_attention import Continued
 from policy.model import PolicyOutput
 from policy.paged_attention import Absorbed
@@ -84,9 +86,16 @@ class ModelRunner:
         self._graphs: dict[int, _DecodeGraph] = {}
         # Modules in pieces over ranks gather them as they run: in one order, so on one thread.
         is_alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        self._crew = Crew() if is_alone and decodes_by_kernels(policy, self.cache) else None
+        self._crew = Crew() if is_alone and self._has_cpu_kernels() else None
         self.captured = _addresses(policy)
         """Where the weights lie that graphs read."""
+
+    def _has_cpu_kernels(self) -> bool:
+        """Whether kernels decode whole layers on the CPU, outside of the interpreter's lock."""
+        if self.cache.is_cpu and self.cache.dtype == torch.bfloat16:
+            layers = cast(Iterable[Block], self.policy.layers)
+            return self.policy.residual_in_fp32 and all(reason_for_torch(layer, self.cache) is None for layer in layers)
+        return self.cache.is_cpu and self.cache.dtype == torch.float32
 
     def suits(self, num_blocks: int, max_blocks: int) -> bool:
         """Whether it can serve a batch that wants so many blocks, in tables of so many."""

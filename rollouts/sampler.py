@@ -53,6 +53,11 @@ def sample(
         return _sample_on_gpu(logits_RV, seeds_B, counters_B, params, row_of_B)
     if params.temperature > 0 and logits_RV.dtype == torch.float32 and logits_RV.shape[1] <= WIDE:
         return _sample_by_rows(logits_RV, seeds_B, counters_B, params, row_of_B)
+    if row_of_B is None and _lies_by_token(logits_RV) and params.temperature > 0 and not _truncates(params, logits_RV.shape[1]):
+        from rollouts import cpu_wide_sampling
+
+        token_ids_B, logprobs_B, finite_B = cpu_wide_sampling.sample(logits_RV, seeds_B, counters_B, params.temperature)
+        return Sampled(token_ids_B=token_ids_B, logprobs_B=logprobs_B, finite_B=finite_B)
     logits_BV = logits_RV if row_of_B is None else logits_RV.index_select(0, row_of_B)
     # 0 times a number is 0, times anything else it is not: a fifth of the time of `isfinite().all()`.
     finite_B = (logits_BV * 0).sum(dim=-1) == 0
@@ -67,6 +72,11 @@ def sample(
     token_ids_B = draw(log_all_BV, uniform_B)
     logprobs_B = log_all_BV.gather(1, token_ids_B[:, None]).squeeze(1)
     return Sampled(token_ids_B=token_ids_B, logprobs_B=logprobs_B, finite_B=finite_B)
+
+
+def _lies_by_token(logits_RV: Tensor) -> bool:
+    """Whether the logits of a token lie side by side, as decoding on a CPU leaves them."""
+    return logits_RV.dtype == torch.float32 and logits_RV.stride(0) == 1
 
 
 def _sample_by_rows(
