@@ -21,13 +21,13 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from policy.cpu_bf16_products import (
-    BFLOAT,
     LANES,
     PAIRS,
     SUMS,
     WORDS,
     add_product,
     at,
+    fetch,
     filled_up,
     gate_words,
     halves,
@@ -106,7 +106,7 @@ def _mixing_tile() -> Any:
 
     `weight` is bf16 [QUERIES, capacity], `out` fp32 [QUERIES, out_stride].
     """
-    columns, positions = 2 * LANES, ir.VectorType(BFLOAT, 2 * LANES)
+    columns, positions = 2 * LANES, ir.VectorType(_HALF, 2 * LANES)
     # The first half of two positions' columns, each column of one beside that of the other; and the second half.
     masks = [
         ir.Constant(
@@ -215,10 +215,30 @@ def _weigh(scores, length, scale, weights):
 
 
 @njit(error_model="numpy")
-def _attend(query, width, keys, values, entry, size, table, length, scale, scores, weights, capacity, mixed, count):
-    """Attention of the first `count` of QUERIES queries of one row, over its blocks of `size` positions."""
+def _fetch(columns, width, entry, size, block):
+    """Some columns of a block's entries."""
+    for position in range(size * block, size * block + size):
+        for v in range(0, width, 2 * LANES):
+            fetch(columns + 2 * (entry * position + v))
+
+
+@njit(error_model="numpy")
+def _attend(
+    query, width, keys, values, entry, size, table, next_table, length, next_length, scale, scores, weights, capacity,
+    mixed, count,
+):  # fmt: skip
+    """Attention of the first `count` of QUERIES queries of one row, over its blocks of `size` positions.
+
+    The next row's blocks are fetched meanwhile, which lie anywhere.
+    """
+    next_blocks = (next_length + size - 1) // size
+    for block in range(next_blocks - (length + size - 1) // size):
+        _fetch(keys, width, entry, size, next_table[next_blocks - 1 - block])
+        _fetch(values, width, entry, size, next_table[next_blocks - 1 - block])
     for block in range((length + size - 1) // size):
         begin = block * size
+        if block < next_blocks:
+            _fetch(keys, width, entry, size, next_table[block])
         for first in range(0, min(size, length - begin), KEYS):
             place = keys + 2 * entry * (size * table[block] + first)
             _score(query, place, entry, scores + 4 * (begin + first), capacity, width)
@@ -229,6 +249,8 @@ def _attend(query, width, keys, values, entry, size, table, length, scale, score
         numbers[i] = ZERO
     for block in range((length + size - 1) // size):
         begin = block * size
+        if block < next_blocks:
+            _fetch(values, width, entry, size, next_table[block])
         pairs = (min(size, length - begin) + 1) // 2
         place = values + 2 * entry * size * table[block]
         for v in range(0, width, 2 * LANES):
@@ -271,13 +293,16 @@ def _attend_grouped(
     mixed_numbers, out_words = floats(mixed), words(out)
     for n in range(rows):
         table, length = integers(tables + 8 * n * table_width), lengths[n]
+        following = min(n + 1, rows - 1)
+        next_table, next_length = integers(tables + 8 * following * table_width), lengths[following]
         for group in range(groups):
             keys, values = blocks + 2 * group * width, blocks + 2 * (groups + group) * width
             for first in range(0, of_group, QUERIES):
                 place, count = queries + 2 * (starts[n] + (group * filled + first) * width), min(QUERIES, of_group - first)
                 _attend(
-                    place, width, keys, values, entry, size, table, length, scale, scores, weights, capacity, mixed, count
-                )
+                    place, width, keys, values, entry, size, table, next_table, length, next_length if first == 0 else 0,
+                    scale, scores, weights, capacity, mixed, count,
+                )  # fmt: skip
                 for i in range(count * width // 2):
                     feature = ((group * of_group + first) * width) // 2 + i
                     a, b = narrowed(mixed_numbers[2 * i]), narrowed(mixed_numbers[2 * i + 1])
@@ -311,21 +336,21 @@ def _decode(
     for i in range(heads * head_width // 2 * filled_rows):
         attended_numbers[i] = np.uint32(0)
     normalise_words(out, weights_of[0], eps, inverse, normed, filled_rows, width)
-    product_numbers(normed, weights_of[1], query, filled_rows, heads * head_width, width)
-    product_numbers(normed, weights_of[2], key, filled_rows, groups * head_width, width)
-    product_numbers(normed, weights_of[3], value, filled_rows, groups * head_width, width)
+    product_numbers(normed, weights_of[1], query, filled_rows, heads * head_width, width, weights_of[2])
+    product_numbers(normed, weights_of[2], key, filled_rows, groups * head_width, width, weights_of[3])
+    product_numbers(normed, weights_of[3], value, filled_rows, groups * head_width, width, weights_of[4])
     _attend_grouped(
         query, key, value, filled_rows, weights + 8 * 9, weights + 8 * 12, eps, cos, sin, blocks, entry, size, slots,
         tables, table_width, lengths, scale, rest, attended, rows, heads, groups, head_width,
     )  # fmt: skip
-    add_product(attended, weights_of[4], out, filled_rows, width, heads * head_width)
+    add_product(attended, weights_of[4], out, filled_rows, width, heads * head_width, weights_of[6])
     gate = normed + 2 * width * filled_rows
     up = gate + 2 * inner * filled_rows
     normalise_words(out, weights_of[5], eps, inverse, normed, filled_rows, width)
-    product_words(normed, weights_of[6], gate, filled_rows, inner, width)
-    product_words(normed, weights_of[7], up, filled_rows, inner, width)
+    product_words(normed, weights_of[6], gate, filled_rows, inner, width, weights_of[7])
+    product_words(normed, weights_of[7], up, filled_rows, inner, width, weights_of[8])
     gate_words(gate, up, inner // 2 * filled_rows)
-    add_product(gate, weights_of[8], out, filled_rows, width, inner)
+    add_product(gate, weights_of[8], out, filled_rows, width, inner, weights_of[8])
 
 
 def decode(

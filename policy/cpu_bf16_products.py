@@ -105,6 +105,17 @@ def joined(first, second):
     return np.uint32(narrowed(first)) | np.uint32(np.uint32(narrowed(second)) << np.uint32(16))
 
 
+@intrinsic
+def fetch(_: Any, address: Any) -> Any:
+    """Bring what lies at an address into the second cache."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        prefetch(builder, arguments[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
 # --- Tiles -------------------------------------------------------------------------------------------------------
 
 
@@ -224,33 +235,36 @@ _rows_to_words, _rows_to_numbers, _rows_added = (_product(end) for end in (_stor
 
 
 @njit(error_model="numpy")
-def product_words(x, w, out, rows, width, depth):
-    """out[o, n] = sum_c w[o, c] x[c, n], words."""
+def product_words(x, w, out, rows, width, depth, following):
+    """out[o, n] = sum_c w[o, c] x[c, n], words; `following` is the matrix whose beginning is fetched at the end."""
     for o in range(0, width, TILE):
         weight = w + 2 * o * depth
-        _rows_to_words(x, weight, out + 2 * o * rows, rows, depth // 2, weight + 2 * TILE * depth)
+        ahead = weight + 2 * TILE * depth if o + TILE < width else following
+        _rows_to_words(x, weight, out + 2 * o * rows, rows, depth // 2, ahead)
 
 
 @njit(error_model="numpy")
-def product_numbers(x, w, out, rows, width, depth):
+def product_numbers(x, w, out, rows, width, depth, following):
     """The same in fp32, not rounded; any width from TILE on."""
     for first in range(0, width, TILE):
         o = min(first, width - TILE)
         weight = w + 2 * o * depth
-        _rows_to_numbers(x, weight, out + 4 * o * rows, rows, depth // 2, weight + 2 * TILE * depth)
+        ahead = weight + 2 * TILE * depth if o + TILE < width else following
+        _rows_to_numbers(x, weight, out + 4 * o * rows, rows, depth // 2, ahead)
 
 
 @njit(error_model="numpy")
-def add_product(x, w, out, rows, width, depth):
+def add_product(x, w, out, rows, width, depth, following):
     """The same, rounded, added to fp32 numbers."""
     for o in range(0, width, TILE):
         weight = w + 2 * o * depth
-        _rows_added(x, weight, out + 4 * o * rows, rows, depth // 2, weight + 2 * TILE * depth)
+        ahead = weight + 2 * TILE * depth if o + TILE < width else following
+        _rows_added(x, weight, out + 4 * o * rows, rows, depth // 2, ahead)
 
 
 @kernel
 def _multiply(x, w, out, rows, width, depth):
-    product_numbers(x, w, out, rows, width, depth)
+    product_numbers(x, w, out, rows, width, depth, w)
 
 
 def filled_up(rows: int) -> int:
