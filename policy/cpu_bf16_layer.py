@@ -33,9 +33,10 @@ from policy.cpu_bf16_products import (
     halves,
     load,
     multiply_pairs,
+    joined,
     narrowed,
     normalise_words,
-    product_numbers,
+    product_rows,
     product_words,
     rounded,
     spread,
@@ -43,6 +44,7 @@ from policy.cpu_bf16_products import (
     words,
 )
 from policy.cpu_compiler import ONE, ZERO, exp, floats, integers, kernel
+from policy.decode_layout import by_feature
 
 if TYPE_CHECKING:
     from policy.paged_attention import Absorbed, CacheLayout
@@ -51,6 +53,12 @@ if TYPE_CHECKING:
 QUERIES, KEYS = 4, 4
 """Heads and positions whose scores are taken at a time."""
 LARGEST = np.finfo(np.float32).max
+
+(
+    INPUT_NORM, QUERY, KEY, VALUE, OUTPUT, INNER_NORM, GATE, UP, DOWN, QUERY_BIAS, KEY_BIAS, VALUE_BIAS, QUERY_NORM,
+    KEY_NORM,
+) = range(14)  # fmt: skip
+"""Places of a layer's weights in the list of their addresses."""
 
 _HALF, _INT64, _WORD = ir.IntType(16), ir.IntType(64), ir.IntType(32)
 
@@ -164,38 +172,33 @@ def _cleaned(number):
 
 
 @njit(error_model="numpy", fastmath={"contract", "reassoc"})
-def _finish_head(x, stride, rows, width, bias, norm, eps, inverse):
-    """A head of a projection as torch gives it, in place: with its bias, rounded; then its norm, if any, rounded."""
+def _finish_head(x, width, bias, norm, eps):
+    """A head of a projection as torch gives it, in place: with its bias, if any, rounded; then normalised, rounded."""
+    if bias:
+        offsets = halves(bias)
+        for d in range(width):
+            x[d] += widened(offsets[d])
     for d in range(width):
-        offset = widened(halves(bias)[d]) if bias else ZERO
-        for n in range(rows):
-            x[d * stride + n] = rounded(x[d * stride + n] + offset)
+        x[d] = rounded(x[d])
     if norm:
-        for n in range(rows):
-            inverse[n] = ZERO
+        weights, total = halves(norm), ZERO
         for d in range(width):
-            for n in range(rows):
-                inverse[n] += x[d * stride + n] * x[d * stride + n]
-        for n in range(rows):
-            inverse[n] = ONE / np.sqrt(inverse[n] / np.float32(width) + np.float32(eps))
+            total += x[d] * x[d]
+        inverse = ONE / np.sqrt(total / np.float32(width) + np.float32(eps))
         for d in range(width):
-            weight = widened(halves(norm)[d])
-            for n in range(rows):
-                x[d * stride + n] = rounded(x[d * stride + n] * inverse[n] * weight)
+            x[d] = rounded(x[d] * inverse * widened(weights[d]))
 
 
 @njit(error_model="numpy", fastmath={"contract"})
-def _turn(x, stride, rows, width, cos, sin, out, starts, offset, cleans):
-    """A head's pairs (i, i + width / 2) turned; row n's numbers go to starts[n] + offset, side by side."""
+def _turn(x, width, cos, sin, out, cleans):
+    """A head's pairs (i, i + width / 2) turned."""
     half = width // 2
     for i in range(half):
-        for n in range(rows):
-            a, b, c, s = x[i * stride + n], x[(i + half) * stride + n], cos[n * half + i], sin[n * half + i]
-            first, second = a * c - b * s, a * s + b * c
-            if cleans:
-                first, second = _cleaned(first), _cleaned(second)
-            out[starts[n] + offset + i] = narrowed(first)
-            out[starts[n] + offset + half + i] = narrowed(second)
+        a, b = x[i], x[i + half]
+        first, second = a * cos[i] - b * sin[i], a * sin[i] + b * cos[i]
+        if cleans:
+            first, second = _cleaned(first), _cleaned(second)
+        out[i], out[half + i] = narrowed(first), narrowed(second)
 
 
 @njit(error_model="numpy", fastmath={"contract", "reassoc"})
@@ -258,55 +261,58 @@ def _attend(
 
 
 @njit(error_model="numpy")
+def _write_entry(key, value, width, groups, weights_of, eps, cos, sin, entry):
+    """A row's keys, turned, and values, from their projections, to its place in the cache."""
+    cache = halves(entry)
+    for group in range(groups):
+        x, bias = floats(key + 4 * group * width), weights_of[KEY_BIAS]
+        _finish_head(x, width, bias + 2 * group * width if bias else 0, weights_of[KEY_NORM], eps)
+        _turn(x, width, cos, sin, halves(entry + 2 * group * width), True)
+        x, bias = floats(value + 4 * group * width), weights_of[VALUE_BIAS]
+        _finish_head(x, width, bias + 2 * group * width if bias else 0, 0, eps)
+        for d in range(width):
+            cache[(groups + group) * width + d] = narrowed(_cleaned(x[d]))
+
+
+@njit(error_model="numpy")
 def _attend_grouped(
-    query, key, value, stride, biases, norms, eps, cos, sin, blocks, entry, size, slots, tables, table_width, lengths,
-    scale, room, out, rows, heads, groups, width,
+    projected, weights_of, eps, cos, sin, blocks, entry, size, slots, tables, table_width, lengths, scale, room, out,
+    stride, rows, heads, groups, width,
 ):  # fmt: skip
-    """Words of what heads attend to, [H * D / 2, stride], from projections in fp32 [features, stride]."""
-    of_group, capacity = heads // groups, table_width * size
+    """Words of what heads attend to, [H * D / 2, stride], from projections in fp32, [rows, (H + 2 * G) * D]."""
+    of_group, capacity, features = heads // groups, table_width * size, (heads + 2 * groups) * width
     filled = (of_group + QUERIES - 1) // QUERIES * QUERIES
-    starts, slots, lengths = integers(room), integers(slots), integers(lengths)
-    inverse = floats(room + 8 * rows)
-    queries = room + 8 * rows + 4 * (rows + rows % 2)
-    scores = queries + 2 * rows * groups * filled * width
+    scores = room + 2 * groups * filled * width
     weights = scores + 4 * QUERIES * capacity
     mixed = weights + 2 * QUERIES * capacity
-    cos, sin, cache = floats(cos), floats(sin), halves(blocks)
+    slots, lengths, out_words = integers(slots), integers(lengths), words(out)
+    attended, queries = floats(mixed), words(room)
+    for i in range(groups * filled * width // 2):
+        queries[i] = np.uint32(0)
     for n in range(rows):
-        starts[n] = slots[n] * entry
-    for group in range(groups):
-        x, bias = floats(key + 4 * group * width * stride), integers(biases)[1]
-        _finish_head(x, stride, rows, width, bias + 2 * group * width if bias else 0, integers(norms)[1], eps, inverse)
-        _turn(x, stride, rows, width, cos, sin, cache, starts, group * width, True)
-        x, bias = floats(value + 4 * group * width * stride), integers(biases)[2]
-        _finish_head(x, stride, rows, width, bias + 2 * group * width if bias else 0, 0, eps, inverse)
-        for d in range(width):
-            for n in range(rows):
-                cache[starts[n] + (groups + group) * width + d] = narrowed(_cleaned(x[d * stride + n]))
+        key, angle = projected + 4 * (n * features + heads * width), 2 * n * width
+        value, place = key + 4 * groups * width, blocks + 2 * slots[n] * entry
+        _write_entry(key, value, width, groups, weights_of, eps, floats(cos + angle), floats(sin + angle), place)
     for n in range(rows):
-        starts[n] = n * groups * filled * width
-    for head in range(heads):
-        x, bias = floats(query + 4 * head * width * stride), integers(biases)[0]
-        _finish_head(x, stride, rows, width, bias + 2 * head * width if bias else 0, integers(norms)[0], eps, inverse)
-        place = (head // of_group * filled + head % of_group) * width
-        _turn(x, stride, rows, width, cos, sin, halves(queries), starts, place, False)
-    mixed_numbers, out_words = floats(mixed), words(out)
-    for n in range(rows):
+        for head in range(heads):
+            x, bias = floats(projected + 4 * (n * features + head * width)), weights_of[QUERY_BIAS]
+            _finish_head(x, width, bias + 2 * head * width if bias else 0, weights_of[QUERY_NORM], eps)
+            query = halves(room + 2 * (head // of_group * filled + head % of_group) * width)
+            _turn(x, width, floats(cos + 2 * n * width), floats(sin + 2 * n * width), query, False)
         table, length = integers(tables + 8 * n * table_width), lengths[n]
         following = min(n + 1, rows - 1)
         next_table, next_length = integers(tables + 8 * following * table_width), lengths[following]
         for group in range(groups):
             keys, values = blocks + 2 * group * width, blocks + 2 * (groups + group) * width
             for first in range(0, of_group, QUERIES):
-                place, count = queries + 2 * (starts[n] + (group * filled + first) * width), min(QUERIES, of_group - first)
+                query, count = room + 2 * (group * filled + first) * width, min(QUERIES, of_group - first)
                 _attend(
-                    place, width, keys, values, entry, size, table, next_table, length, next_length if first == 0 else 0,
+                    query, width, keys, values, entry, size, table, next_table, length, next_length if first == 0 else 0,
                     scale, scores, weights, capacity, mixed, count,
                 )  # fmt: skip
+                place = (group * of_group + first) * width // 2
                 for i in range(count * width // 2):
-                    feature = ((group * of_group + first) * width) // 2 + i
-                    a, b = narrowed(mixed_numbers[2 * i]), narrowed(mixed_numbers[2 * i + 1])
-                    out_words[feature * stride + n] = np.uint32(a) | np.uint32(np.uint32(b) << np.uint32(16))
+                    out_words[(place + i) * stride + n] = joined(attended[2 * i], attended[2 * i + 1])
 
 
 # --- The layer ---------------------------------------------------------------------------------------------------
@@ -314,43 +320,43 @@ def _attend_grouped(
 
 @kernel
 def _decode(
-    x, stride, feature_stride, weights, eps, cos, sin, blocks, entry, size, slots, tables, table_width, lengths, scale,
+    x, stride, weights, eps, cos, sin, blocks, entry, size, slots, tables, table_width, lengths, scale,
     room, out, rows, filled_rows, width, inner, heads, groups, head_width,
 ):  # fmt: skip
     weights_of = integers(weights)
     stream, source = floats(out), floats(x)
     for c in range(width):
         for n in range(rows):
-            stream[c * filled_rows + n] = source[c * feature_stride + n * stride]
+            stream[c * filled_rows + n] = source[c * stride + n]
         for n in range(rows, filled_rows):
             stream[c * filled_rows + n] = ZERO
+    inner_width, features = heads * head_width, (heads + 2 * groups) * head_width
     inverse = room
     normed = room + 4 * filled_rows
-    # The attention's numbers and then the feed-forward's lie in the same place.
-    query = normed + 2 * width * filled_rows
-    key = query + 4 * heads * head_width * filled_rows
-    value = key + 4 * groups * head_width * filled_rows
-    attended = value + 4 * groups * head_width * filled_rows
-    rest = attended + 2 * heads * head_width * filled_rows
-    attended_numbers = words(attended)
-    for i in range(heads * head_width // 2 * filled_rows):
-        attended_numbers[i] = np.uint32(0)
-    normalise_words(out, weights_of[0], eps, inverse, normed, filled_rows, width)
-    product_numbers(normed, weights_of[1], query, filled_rows, heads * head_width, width, weights_of[2])
-    product_numbers(normed, weights_of[2], key, filled_rows, groups * head_width, width, weights_of[3])
-    product_numbers(normed, weights_of[3], value, filled_rows, groups * head_width, width, weights_of[4])
+    # The attention's numbers, and after them the feed-forward's.
+    projected = gate = normed + 2 * width * filled_rows
+    attended = projected + 4 * features * filled_rows
+    rest = attended + 2 * inner_width * filled_rows
+    attended_words = words(attended)
+    for i in range(inner_width // 2 * filled_rows):
+        attended_words[i] = np.uint32(0)
+    normalise_words(out, weights_of[INPUT_NORM], eps, inverse, normed, filled_rows, width)
+    product_rows(normed, weights_of[QUERY], projected, features, filled_rows, inner_width, width, weights_of[KEY])
+    key = projected + 4 * inner_width
+    product_rows(normed, weights_of[KEY], key, features, filled_rows, groups * head_width, width, weights_of[VALUE])
+    value = key + 4 * groups * head_width
+    product_rows(normed, weights_of[VALUE], value, features, filled_rows, groups * head_width, width, weights_of[OUTPUT])
     _attend_grouped(
-        query, key, value, filled_rows, weights + 8 * 9, weights + 8 * 12, eps, cos, sin, blocks, entry, size, slots,
-        tables, table_width, lengths, scale, rest, attended, rows, heads, groups, head_width,
+        projected, weights_of, eps, cos, sin, blocks, entry, size, slots, tables, table_width, lengths, scale, rest,
+        attended, filled_rows, rows, heads, groups, head_width,
     )  # fmt: skip
-    add_product(attended, weights_of[4], out, filled_rows, width, heads * head_width, weights_of[6])
-    gate = normed + 2 * width * filled_rows
+    add_product(attended, weights_of[OUTPUT], out, filled_rows, width, inner_width, weights_of[GATE])
     up = gate + 2 * inner * filled_rows
-    normalise_words(out, weights_of[5], eps, inverse, normed, filled_rows, width)
-    product_words(normed, weights_of[6], gate, filled_rows, inner, width, weights_of[7])
-    product_words(normed, weights_of[7], up, filled_rows, inner, width, weights_of[8])
+    normalise_words(out, weights_of[INNER_NORM], eps, inverse, normed, filled_rows, width)
+    product_words(normed, weights_of[GATE], gate, filled_rows, inner, width, weights_of[UP])
+    product_words(normed, weights_of[UP], up, filled_rows, inner, width, weights_of[DOWN])
     gate_words(gate, up, inner // 2 * filled_rows)
-    add_product(gate, weights_of[8], out, filled_rows, width, inner, weights_of[8])
+    add_product(gate, weights_of[DOWN], out, filled_rows, width, inner, weights_of[DOWN])
 
 
 def decode(
@@ -359,18 +365,18 @@ def decode(
 ) -> Tensor:  # fmt: skip
     """The layer's output [N, C] from its input, both fp32; writes the cache first.
 
-    `weights` are the addresses, int64, of: input norm, query, key, value and output matrix, post-attention norm, gate,
-    up and down; biases of queries, keys and values; norms of queries and keys; 0 for what there is not.
+    `weights` are the addresses of the layer's weights, int64, in the order of this file's names; 0 for what there is not.
     """
+    x_NC = by_feature(x_NC)
     (rows, width), head_width, groups = x_NC.shape, layout.key_width, layout.groups
     filled, (_, _, size, entry), table_BM = filled_up(rows), plan.cache.shape, plan.block_table_BM
     capacity, of_group = table_BM.shape[1] * size, -(-heads // groups // QUERIES) * QUERIES
-    of_attention = (6 * heads + 8 * groups) * head_width * filled + (16 + 2 * groups * of_group * head_width) * rows
-    of_attention += QUERIES * (6 * capacity + 4 * head_width) + 8
+    of_attention = (6 * heads + 8 * groups) * head_width * filled
+    of_attention += 2 * groups * of_group * head_width + QUERIES * (6 * capacity + 4 * head_width)
     num_bytes = (4 + 2 * width) * filled + max(of_attention, 4 * inner * filled)
     room, out_CN = torch.empty(num_bytes, dtype=torch.uint8), torch.empty(width, filled)
     _decode(
-        x_NC.data_ptr(), x_NC.stride(0), x_NC.stride(1), weights.ctypes.data, eps, rotation.cos.data_ptr(),
+        x_NC.data_ptr(), x_NC.stride(1), weights.ctypes.data, eps, rotation.cos.data_ptr(),
         rotation.sin.data_ptr(), plan.cache[layer].data_ptr(), entry, size, plan.slot_B.data_ptr(), table_BM.data_ptr(),
         table_BM.shape[1], plan.length_B.data_ptr(), scale, room.data_ptr(), out_CN.data_ptr(), rows, filled, width,
         inner, heads, groups, head_width,

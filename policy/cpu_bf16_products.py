@@ -175,6 +175,21 @@ def _store_numbers(builder: Any, sums: list[Any], out: Any, stride: Any, lane: i
         builder.store(of, place, align=4)
 
 
+def _store_rows(builder: Any, sums: list[Any], out: Any, stride: Any, lane: int) -> None:
+    """As they are, in fp32, a row's features side by side."""
+    # As one list of numbers, halves that alternate send the highest bit of a place to its end: TILE is three such bits.
+    masks = [[place for i in range(LANES // 2) for place in (begin + i, LANES + begin + i)] for begin in (0, LANES // 2)]
+    for _ in range(TILE.bit_length() - 1):
+        halves = zip(sums[: TILE // 2], sums[TILE // 2 :], strict=True)
+        sums = [builder.shuffle_vector(a, b, ir.Constant(WORDS, mask)) for a, b in halves for mask in masks]
+    for pair, both in enumerate(sums):
+        for second in range(2):
+            features = ir.Constant(ir.VectorType(_WORD, TILE), [TILE * second + o for o in range(TILE)])
+            row = _INT64(lane + 2 * pair + second)
+            place = at(builder, out, builder.mul(stride, row), ir.VectorType(_FLOAT, TILE))
+            builder.store(builder.shuffle_vector(both, both, features), place, align=4)
+
+
 def _add_rounded(builder: Any, sums: list[Any], out: Any, stride: Any, lane: int) -> None:
     """Rounded, to fp32 numbers that are there."""
     for o, of in enumerate(sums):
@@ -217,18 +232,20 @@ def _product(end: Any) -> Any:
     wide, narrow = _product_tile(2, end), _product_tile(1, end)
 
     @njit(error_model="numpy")
-    def multiply_rows(x, w, out, rows, depth, ahead):
-        """TILE features of a product for all rows."""
+    def multiply_rows(x, w, out, stride, step, rows, depth, ahead):
+        """TILE features of a product for all rows, whose results lie `step` bytes apart."""
         for n in range(0, rows - LANES, 2 * LANES):
-            wide(x + 4 * n, rows, w, out + 4 * n, rows, depth, ahead if n == 0 else w)
+            wide(x + 4 * n, rows, w, out + step * n, stride, depth, ahead if n == 0 else w)
         if rows % (2 * LANES):
             n = rows - LANES
-            narrow(x + 4 * n, rows, w, out + 4 * n, rows, depth, ahead if n == 0 else w)
+            narrow(x + 4 * n, rows, w, out + step * n, stride, depth, ahead if n == 0 else w)
 
     return multiply_rows
 
 
-_rows_to_words, _rows_to_numbers, _rows_added = (_product(end) for end in (_store_words, _store_numbers, _add_rounded))
+_to_words, _to_numbers, _to_rows, _added = (
+    _product(end) for end in (_store_words, _store_numbers, _store_rows, _add_rounded)
+)
 
 
 # --- Products: rows a multiple of LANES, widths of TILE, depth (numbers of a row of w) even -------------------------
@@ -240,7 +257,7 @@ def product_words(x, w, out, rows, width, depth, following):
     for o in range(0, width, TILE):
         weight = w + 2 * o * depth
         ahead = weight + 2 * TILE * depth if o + TILE < width else following
-        _rows_to_words(x, weight, out + 2 * o * rows, rows, depth // 2, ahead)
+        _to_words(x, weight, out + 2 * o * rows, rows, 4, rows, depth // 2, ahead)
 
 
 @njit(error_model="numpy")
@@ -250,7 +267,16 @@ def product_numbers(x, w, out, rows, width, depth, following):
         o = min(first, width - TILE)
         weight = w + 2 * o * depth
         ahead = weight + 2 * TILE * depth if o + TILE < width else following
-        _rows_to_numbers(x, weight, out + 4 * o * rows, rows, depth // 2, ahead)
+        _to_numbers(x, weight, out + 4 * o * rows, rows, 4, rows, depth // 2, ahead)
+
+
+@njit(error_model="numpy")
+def product_rows(x, w, out, stride, rows, width, depth, following):
+    """out[n, o] of the same, in fp32, not rounded; rows of out lie `stride` numbers apart."""
+    for o in range(0, width, TILE):
+        weight = w + 2 * o * depth
+        ahead = weight + 2 * TILE * depth if o + TILE < width else following
+        _to_rows(x, weight, out + 4 * o, stride, 4 * stride, rows, depth // 2, ahead)
 
 
 @njit(error_model="numpy")
@@ -259,7 +285,7 @@ def add_product(x, w, out, rows, width, depth, following):
     for o in range(0, width, TILE):
         weight = w + 2 * o * depth
         ahead = weight + 2 * TILE * depth if o + TILE < width else following
-        _rows_added(x, weight, out + 4 * o * rows, rows, depth // 2, ahead)
+        _added(x, weight, out + 4 * o * rows, rows, 4, rows, depth // 2, ahead)
 
 
 @kernel
