@@ -61,7 +61,7 @@ def _is_plain(weight: Tensor, shape: tuple[int, int]) -> bool:
 
 
 def decode(layer: Block, x_NC: Tensor, rotation: Rotation, plan: Absorbed) -> Tensor | None:
-    """The layer's output [N, C], feature by feature, from the residual stream in fp32; None where torch has to do it."""
+    """The layer's output [N, C], feature by feature, from the stream in fp32; None where torch has to do it."""
     if x_NC.dtype != torch.float32 or torch.is_grad_enabled() or reason_for_torch(layer, plan.cache) is not None:
         return None
     from policy import cpu_bf16_layer

@@ -1,7 +1,7 @@
 """A dense layer with grouped-query attention for a decoding step on the CPU in bf16, in one call.
 
-Numbers lie as `policy/cpu_bf16_products.py` says, whose products these kernels are made of; the residual stream is fp32,
-feature by feature. Attention is over a paged cache, which is written first. Tests compare the layer with torch's
+Numbers lie as `policy/cpu_bf16_products.py` says, whose products these kernels are made of; the residual stream is
+fp32, feature by feature. Attention is over a paged cache, which is written first. Tests compare the layer with torch's
 operations.
 
 Shapes: N rows (one token of each sequence), C model width, I inner width, H heads, G key-value heads, D head width, W
@@ -31,14 +31,13 @@ from policy.cpu_bf16_products import (
     filled_up,
     gate_words,
     halves,
+    joined,
     load,
     multiply_pairs,
-    joined,
     narrowed,
     normalise_words,
+    product_numbers,
     product_rows,
-    product_words,
-    rounded,
     spread,
     widened,
     words,
@@ -173,20 +172,18 @@ def _cleaned(number):
 
 @njit(error_model="numpy", fastmath={"contract", "reassoc"})
 def _finish_head(x, width, bias, norm, eps):
-    """A head of a projection as torch gives it, in place: with its bias, if any, rounded; then normalised, rounded."""
+    """A head of a projection, in place: with its bias, if any, then normalised, if it is to be."""
     if bias:
         offsets = halves(bias)
         for d in range(width):
             x[d] += widened(offsets[d])
-    for d in range(width):
-        x[d] = rounded(x[d])
     if norm:
         weights, total = halves(norm), ZERO
         for d in range(width):
             total += x[d] * x[d]
         inverse = ONE / np.sqrt(total / np.float32(width) + np.float32(eps))
         for d in range(width):
-            x[d] = rounded(x[d] * inverse * widened(weights[d]))
+            x[d] = x[d] * inverse * widened(weights[d])
 
 
 @njit(error_model="numpy", fastmath={"contract"})
@@ -205,16 +202,16 @@ def _turn(x, width, cos, sin, out, cleans):
 def _weigh(scores, length, scale, weights):
     """Softmax of scale * score, as bf16; 0 for positions up to whole KEYS."""
     highest, total = scores[0], ZERO
-    for l in range(1, length):
-        highest = max(highest, scores[l])
-    for l in range(length):
-        scores[l] = exp((scores[l] - highest) * np.float32(scale))
-        total += scores[l]
+    for place in range(1, length):
+        highest = max(highest, scores[place])
+    for place in range(length):
+        scores[place] = exp((scores[place] - highest) * np.float32(scale))
+        total += scores[place]
     share = ONE / total
-    for l in range(length):
-        weights[l] = narrowed(scores[l] * share)
-    for l in range(length, (length + KEYS - 1) // KEYS * KEYS):
-        weights[l] = np.uint16(0)
+    for place in range(length):
+        weights[place] = narrowed(scores[place] * share)
+    for place in range(length, (length + KEYS - 1) // KEYS * KEYS):
+        weights[place] = np.uint16(0)
 
 
 @njit(error_model="numpy")
@@ -307,8 +304,8 @@ def _attend_grouped(
             for first in range(0, of_group, QUERIES):
                 query, count = room + 2 * (group * filled + first) * width, min(QUERIES, of_group - first)
                 _attend(
-                    query, width, keys, values, entry, size, table, next_table, length, next_length if first == 0 else 0,
-                    scale, scores, weights, capacity, mixed, count,
+                    query, width, keys, values, entry, size, table, next_table, length,
+                    next_length if first == 0 else 0, scale, scores, weights, capacity, mixed, count,
                 )  # fmt: skip
                 place = (group * of_group + first) * width // 2
                 for i in range(count * width // 2):
@@ -330,7 +327,8 @@ def _decode(
             stream[c * filled_rows + n] = source[c * stride + n]
         for n in range(rows, filled_rows):
             stream[c * filled_rows + n] = ZERO
-    inner_width, features = heads * head_width, (heads + 2 * groups) * head_width
+    inner_width, group_width = heads * head_width, groups * head_width
+    features = inner_width + 2 * group_width
     inverse = room
     normed = room + 4 * filled_rows
     # The attention's numbers, and after them the feed-forward's.
@@ -343,19 +341,19 @@ def _decode(
     normalise_words(out, weights_of[INPUT_NORM], eps, inverse, normed, filled_rows, width)
     product_rows(normed, weights_of[QUERY], projected, features, filled_rows, inner_width, width, weights_of[KEY])
     key = projected + 4 * inner_width
-    product_rows(normed, weights_of[KEY], key, features, filled_rows, groups * head_width, width, weights_of[VALUE])
-    value = key + 4 * groups * head_width
-    product_rows(normed, weights_of[VALUE], value, features, filled_rows, groups * head_width, width, weights_of[OUTPUT])
+    product_rows(normed, weights_of[KEY], key, features, filled_rows, group_width, width, weights_of[VALUE])
+    value = key + 4 * group_width
+    product_rows(normed, weights_of[VALUE], value, features, filled_rows, group_width, width, weights_of[OUTPUT])
     _attend_grouped(
         projected, weights_of, eps, cos, sin, blocks, entry, size, slots, tables, table_width, lengths, scale, rest,
         attended, filled_rows, rows, heads, groups, head_width,
     )  # fmt: skip
     add_product(attended, weights_of[OUTPUT], out, filled_rows, width, inner_width, weights_of[GATE])
-    up = gate + 2 * inner * filled_rows
+    up = gate + 4 * inner * filled_rows
     normalise_words(out, weights_of[INNER_NORM], eps, inverse, normed, filled_rows, width)
-    product_words(normed, weights_of[GATE], gate, filled_rows, inner, width, weights_of[UP])
-    product_words(normed, weights_of[UP], up, filled_rows, inner, width, weights_of[DOWN])
-    gate_words(gate, up, inner // 2 * filled_rows)
+    product_numbers(normed, weights_of[GATE], gate, filled_rows, inner, width, weights_of[UP])
+    product_numbers(normed, weights_of[UP], up, filled_rows, inner, width, weights_of[DOWN])
+    gate_words(gate, up, filled_rows, inner)
     add_product(gate, weights_of[DOWN], out, filled_rows, width, inner, weights_of[DOWN])
 
 
@@ -365,7 +363,8 @@ def decode(
 ) -> Tensor:  # fmt: skip
     """The layer's output [N, C] from its input, both fp32; writes the cache first.
 
-    `weights` are the addresses of the layer's weights, int64, in the order of this file's names; 0 for what there is not.
+    `weights` are the addresses of the layer's weights, int64, in the order of this file's names; 0 for what is not
+    there.
     """
     x_NC = by_feature(x_NC)
     (rows, width), head_width, groups = x_NC.shape, layout.key_width, layout.groups
@@ -373,7 +372,7 @@ def decode(
     capacity, of_group = table_BM.shape[1] * size, -(-heads // groups // QUERIES) * QUERIES
     of_attention = (6 * heads + 8 * groups) * head_width * filled
     of_attention += 2 * groups * of_group * head_width + QUERIES * (6 * capacity + 4 * head_width)
-    num_bytes = (4 + 2 * width) * filled + max(of_attention, 4 * inner * filled)
+    num_bytes = (4 + 2 * width) * filled + max(of_attention, 8 * inner * filled)
     room, out_CN = torch.empty(num_bytes, dtype=torch.uint8), torch.empty(width, filled)
     _decode(
         x_NC.data_ptr(), x_NC.stride(1), weights.ctypes.data, eps, rotation.cos.data_ptr(),

@@ -6,7 +6,7 @@ and adds the products to a sum in fp32, 16 words at a time: a weight's word is r
 of 16 rows, and no second, packed copy of the weights is needed. Rows are filled up to whole vectors. A row's products
 are added up in one order, whoever shares its batch.
 
-What is rounded to bf16, and where, is as in torch's operations, so that sampler and trainer round alike.
+Only what a product or the cache takes is rounded to bf16: torch's operations round what a product gives, too.
 
 Shapes: N rows (one token of each sequence) filled up to vectors, C model width, O output width, I inner width.
 """
@@ -94,12 +94,6 @@ def widened(_: Any, half: Any) -> Any:
 
 
 @njit(error_model="numpy")
-def rounded(number):
-    """To bf16 and back."""
-    return widened(narrowed(number))
-
-
-@njit(error_model="numpy")
 def joined(first, second):
     """Two numbers, rounded, as a word."""
     return np.uint32(narrowed(first)) | np.uint32(np.uint32(narrowed(second)) << np.uint32(16))
@@ -144,11 +138,6 @@ def spread(builder: Any, word: Any) -> Any:
     return builder.shuffle_vector(builder.insert_element(nothing, word, _WORD(0)), nothing, ir.Constant(WORDS, None))
 
 
-def round_sums(builder: Any, sums: Any) -> Any:
-    """A vector of fp32 as bf16."""
-    return builder.fptrunc(sums, ir.VectorType(BFLOAT, LANES))
-
-
 def prefetch(builder: Any, address: Any) -> None:
     """Bring what lies there into the second cache."""
     kinds = [_BYTE.as_pointer(), *[_WORD] * 3]
@@ -156,16 +145,6 @@ def prefetch(builder: Any, address: Any) -> None:
         builder.module, ir.FunctionType(ir.VoidType(), kinds), "llvm.prefetch.p0i8"
     )
     builder.call(function, [builder.inttoptr(address, kinds[0]), _WORD(0), _WORD(2), _WORD(1)])
-
-
-def _store_words(builder: Any, sums: list[Any], out: Any, stride: Any, lane: int) -> None:
-    """Rounded, two features in a word."""
-    bits = ir.VectorType(_HALF, LANES)
-    for o, pair in enumerate(zip(sums[::2], sums[1::2], strict=True)):
-        first, second = (builder.zext(builder.bitcast(round_sums(builder, of), bits), WORDS) for of in pair)
-        both = builder.or_(first, builder.shl(second, ir.Constant(WORDS, [16] * LANES)))
-        place = at(builder, out, builder.add(builder.mul(stride, _INT64(o)), _INT64(lane)), WORDS)
-        builder.store(both, place, align=4)
 
 
 def _store_numbers(builder: Any, sums: list[Any], out: Any, stride: Any, lane: int) -> None:
@@ -178,7 +157,9 @@ def _store_numbers(builder: Any, sums: list[Any], out: Any, stride: Any, lane: i
 def _store_rows(builder: Any, sums: list[Any], out: Any, stride: Any, lane: int) -> None:
     """As they are, in fp32, a row's features side by side."""
     # As one list of numbers, halves that alternate send the highest bit of a place to its end: TILE is three such bits.
-    masks = [[place for i in range(LANES // 2) for place in (begin + i, LANES + begin + i)] for begin in (0, LANES // 2)]
+    masks = [
+        [place for i in range(LANES // 2) for place in (begin + i, LANES + begin + i)] for begin in (0, LANES // 2)
+    ]
     for _ in range(TILE.bit_length() - 1):
         halves = zip(sums[: TILE // 2], sums[TILE // 2 :], strict=True)
         sums = [builder.shuffle_vector(a, b, ir.Constant(WORDS, mask)) for a, b in halves for mask in masks]
@@ -190,12 +171,11 @@ def _store_rows(builder: Any, sums: list[Any], out: Any, stride: Any, lane: int)
             builder.store(builder.shuffle_vector(both, both, features), place, align=4)
 
 
-def _add_rounded(builder: Any, sums: list[Any], out: Any, stride: Any, lane: int) -> None:
-    """Rounded, to fp32 numbers that are there."""
+def _add(builder: Any, sums: list[Any], out: Any, stride: Any, lane: int) -> None:
+    """To what is there."""
     for o, of in enumerate(sums):
         place = at(builder, out, builder.add(builder.mul(stride, _INT64(o)), _INT64(lane)), SUMS)
-        summand = builder.fpext(round_sums(builder, of), SUMS)
-        builder.store(builder.fadd(builder.load(place, align=4), summand), place, align=4)
+        builder.store(builder.fadd(builder.load(place, align=4), of), place, align=4)
 
 
 def _product_tile(vectors: int, end: Any) -> Any:
@@ -213,7 +193,9 @@ def _product_tile(vectors: int, end: Any) -> Any:
             with cgutils.for_range(builder, depth) as loop:
                 begin = builder.mul(loop.index, x_stride)
                 prefetch(builder, builder.add(ahead, builder.mul(loop.index, _INT64(4 * TILE))))
-                rows = [load(builder, at(builder, x, builder.add(begin, _INT64(LANES * v)), WORDS)) for v in range(vectors)]
+                rows = [
+                    load(builder, at(builder, x, builder.add(begin, _INT64(LANES * v)), WORDS)) for v in range(vectors)
+                ]
                 for o, start in enumerate(starts):
                     weight = spread(builder, load(builder, at(builder, start, loop.index, _WORD)))
                     for of_vector, row in zip(sums, rows, strict=True):
@@ -243,26 +225,16 @@ def _product(end: Any) -> Any:
     return multiply_rows
 
 
-_to_words, _to_numbers, _to_rows, _added = (
-    _product(end) for end in (_store_words, _store_numbers, _store_rows, _add_rounded)
-)
+_to_numbers, _to_rows, _added = (_product(end) for end in (_store_numbers, _store_rows, _add))
 
 
 # --- Products: rows a multiple of LANES, widths of TILE, depth (numbers of a row of w) even -------------------------
 
 
 @njit(error_model="numpy")
-def product_words(x, w, out, rows, width, depth, following):
-    """out[o, n] = sum_c w[o, c] x[c, n], words; `following` is the matrix whose beginning is fetched at the end."""
-    for o in range(0, width, TILE):
-        weight = w + 2 * o * depth
-        ahead = weight + 2 * TILE * depth if o + TILE < width else following
-        _to_words(x, weight, out + 2 * o * rows, rows, 4, rows, depth // 2, ahead)
-
-
-@njit(error_model="numpy")
 def product_numbers(x, w, out, rows, width, depth, following):
-    """The same in fp32, not rounded; any width from TILE on."""
+    """out[o, n] = sum_c w[o, c] x[c, n] in fp32; any width from TILE on. `following` is fetched at the end: the matrix
+    of the next product."""
     for first in range(0, width, TILE):
         o = min(first, width - TILE)
         weight = w + 2 * o * depth
@@ -272,7 +244,7 @@ def product_numbers(x, w, out, rows, width, depth, following):
 
 @njit(error_model="numpy")
 def product_rows(x, w, out, stride, rows, width, depth, following):
-    """out[n, o] of the same, in fp32, not rounded; rows of out lie `stride` numbers apart."""
+    """out[n, o] of the same; rows of out lie `stride` numbers apart."""
     for o in range(0, width, TILE):
         weight = w + 2 * o * depth
         ahead = weight + 2 * TILE * depth if o + TILE < width else following
@@ -281,7 +253,7 @@ def product_rows(x, w, out, stride, rows, width, depth, following):
 
 @njit(error_model="numpy")
 def add_product(x, w, out, rows, width, depth, following):
-    """The same, rounded, added to fp32 numbers."""
+    """out[o, n] of the same, added to what is there."""
     for o in range(0, width, TILE):
         weight = w + 2 * o * depth
         ahead = weight + 2 * TILE * depth if o + TILE < width else following
@@ -331,15 +303,13 @@ def normalise_words(x, weight, eps, inverse, out, rows, width):
 
 @njit(error_model="numpy", fastmath={"contract"})
 def _gated(gate, up):
-    return rounded(gate / (ONE + exp(-gate))) * up
+    return gate / (ONE + exp(-gate)) * up
 
 
 @njit(error_model="numpy")
-def gate_words(gate, up, count):
-    """gate = silu(gate) * up, words, each step rounded."""
-    gate, up = words(gate), words(up)
-    for i in range(count):
-        a, b = gate[i], up[i]
-        first = _gated(widened(np.uint16(a)), widened(np.uint16(b)))
-        second = _gated(widened(np.uint16(a >> np.uint32(16))), widened(np.uint16(b >> np.uint32(16))))
-        gate[i] = joined(first, second)
+def gate_words(gate, up, rows, width):
+    """silu(gate) * up of fp32 numbers [I, N] as words, in the place of gate."""
+    out, gate, up = words(gate), floats(gate), floats(up)
+    for i in range(0, width * rows, 2 * rows):
+        for n in range(i, i + rows):
+            out[i // 2 + n - i] = joined(_gated(gate[n], up[n]), _gated(gate[n + rows], up[n + rows]))

@@ -67,9 +67,7 @@ def _draw(logits, stride, vocabulary, scale, peaks, masses, seeds, counters, out
         logprobs[n] = np.float32((logits[token * stride + n] - peaks[n]) * np.float32(scale) - np.log(total))
 
 
-def sample(
-    logits_BV: Tensor, seeds_B: Tensor, counters_B: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def sample(logits_BV: Tensor, seeds_B: Tensor, counters_B: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """A token of each sequence, int64 [B], its log-probability at this temperature, nats [B], and whether its logits
     were all finite, bool [B]. The logits are fp32, those of a token side by side."""
     (rows, vocabulary), stride, scale = logits_BV.shape, logits_BV.stride(1), 1.0 / temperature

@@ -53,7 +53,12 @@ def sample(
         return _sample_on_gpu(logits_RV, seeds_B, counters_B, params, row_of_B)
     if params.temperature > 0 and logits_RV.dtype == torch.float32 and logits_RV.shape[1] <= WIDE:
         return _sample_by_rows(logits_RV, seeds_B, counters_B, params, row_of_B)
-    if row_of_B is None and _lies_by_token(logits_RV) and params.temperature > 0 and not _truncates(params, logits_RV.shape[1]):
+    if (
+        row_of_B is None
+        and _lies_by_token(logits_RV)
+        and params.temperature > 0
+        and not _truncates(params, logits_RV.shape[1])
+    ):
         from rollouts import cpu_wide_sampling
 
         token_ids_B, logprobs_B, finite_B = cpu_wide_sampling.sample(logits_RV, seeds_B, counters_B, params.temperature)
