@@ -1,10 +1,10 @@
 """Matrix products for a decoding step on the CPU in bf16, and what lies between them.
 
-Numbers lie as in `policy/cpu_products.py`, a row in a lane, but two neighbouring features of a row lie side by side, in one
-word of 32 bits: words [C/2, N]. So do they in a weight's row. AVX-512's VDPBF16PS multiplies both numbers of two words
-and adds the products to a sum in fp32, 16 words at a time: a weight's word is read where it lies and met with the words
-of 16 rows, and no second, packed copy of the weights is needed. Rows are filled up to whole vectors. A row's products
-are added up in one order, whoever shares its batch.
+Numbers lie as in `policy/cpu_products.py`, a row in a lane, but two neighbouring features of a row lie side by side, in
+one word of 32 bits: words [C/2, N]. So do they in a weight's row. AVX-512's VDPBF16PS multiplies both numbers of two
+words and adds the products to a sum in fp32, 16 words at a time: a weight's word is read where it lies and met with the
+words of 16 rows, and no second, packed copy of the weights is needed. Rows are filled up to whole vectors. A row's
+products are added up in one order, whoever shares its batch.
 
 Only what a product or the cache takes is rounded to bf16: torch's operations round what a product gives, too.
 
@@ -156,13 +156,12 @@ def _store_numbers(builder: Any, sums: list[Any], out: Any, stride: Any, lane: i
 
 def _store_rows(builder: Any, sums: list[Any], out: Any, stride: Any, lane: int) -> None:
     """As they are, in fp32, a row's features side by side."""
-    # As one list of numbers, halves that alternate send the highest bit of a place to its end: TILE is three such bits.
-    masks = [
-        [place for i in range(LANES // 2) for place in (begin + i, LANES + begin + i)] for begin in (0, LANES // 2)
-    ]
+    # In one list of numbers, halves that alternate move the highest bit of a number's place to its end; TILE has three.
+    half = LANES // 2
+    masks = [[place for i in range(half) for place in (begin + i, LANES + begin + i)] for begin in (0, half)]
     for _ in range(TILE.bit_length() - 1):
-        halves = zip(sums[: TILE // 2], sums[TILE // 2 :], strict=True)
-        sums = [builder.shuffle_vector(a, b, ir.Constant(WORDS, mask)) for a, b in halves for mask in masks]
+        pairs = zip(sums[: TILE // 2], sums[TILE // 2 :], strict=True)
+        sums = [builder.shuffle_vector(a, b, ir.Constant(WORDS, mask)) for a, b in pairs for mask in masks]
     for pair, both in enumerate(sums):
         for second in range(2):
             features = ir.Constant(ir.VectorType(_WORD, TILE), [TILE * second + o for o in range(TILE)])

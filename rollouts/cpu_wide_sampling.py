@@ -1,7 +1,7 @@
 """From logits over a large vocabulary to tokens on the CPU, where they lie token by token and a row in a lane.
 
-The plain form is `rollouts/sampler.py`, which draws by runs of tokens too, but makes a copy of all logits for every step
-on the way; here they are read twice.
+The plain form is `rollouts/sampler.py`, which draws by runs of tokens too, but makes a copy of all logits for every
+step on the way; here they are read twice.
 
 Shapes: B sequences, V vocabulary, U runs of tokens.
 """

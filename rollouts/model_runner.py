@@ -10,6 +10,7 @@ K experts per token.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -30,6 +31,8 @@ from rollouts.sampler import sample
 from rollouts.scheduler import RunningBatch
 from rollouts.sequence import Chunk
 from rollouts.types import SamplingParams
+
+_LOGGER = logging.getLogger(__name__)
 
 CAPTURED_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Batch sizes that graphs are captured for, as they come up; between them a batch is filled up with idle rows."""
@@ -92,10 +95,15 @@ class ModelRunner:
 
     def _has_cpu_kernels(self) -> bool:
         """Whether kernels decode whole layers on the CPU, outside of the interpreter's lock."""
-        if self.cache.is_cpu and self.cache.dtype == torch.bfloat16:
-            layers = cast(Iterable[Block], self.policy.layers)
-            return self.policy.residual_in_fp32 and all(reason_for_torch(layer, self.cache) is None for layer in layers)
-        return self.cache.is_cpu and self.cache.dtype == torch.float32
+        if not self.cache.is_cpu or self.cache.dtype != torch.bfloat16:
+            return self.cache.is_cpu and self.cache.dtype == torch.float32
+        reasons = [reason_for_torch(layer, self.cache) for layer in cast(Iterable[Block], self.policy.layers)]
+        reason = next(filter(None, reasons), None)
+        if not self.policy.residual_in_fp32:
+            reason = "residual_in_fp32 is false"
+        if reason is not None:
+            _LOGGER.info("decoding in bf16 is left to torch: %s", reason)
+        return reason is None
 
     def suits(self, num_blocks: int, max_blocks: int) -> bool:
         """Whether it can serve a batch that wants so many blocks, in tables of so many."""

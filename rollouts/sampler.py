@@ -53,12 +53,7 @@ def sample(
         return _sample_on_gpu(logits_RV, seeds_B, counters_B, params, row_of_B)
     if params.temperature > 0 and logits_RV.dtype == torch.float32 and logits_RV.shape[1] <= WIDE:
         return _sample_by_rows(logits_RV, seeds_B, counters_B, params, row_of_B)
-    if (
-        row_of_B is None
-        and _lies_by_token(logits_RV)
-        and params.temperature > 0
-        and not _truncates(params, logits_RV.shape[1])
-    ):
+    if row_of_B is None and _takes_wide_kernel(logits_RV, params):
         from rollouts import cpu_wide_sampling
 
         token_ids_B, logprobs_B, finite_B = cpu_wide_sampling.sample(logits_RV, seeds_B, counters_B, params.temperature)
@@ -79,9 +74,10 @@ def sample(
     return Sampled(token_ids_B=token_ids_B, logprobs_B=logprobs_B, finite_B=finite_B)
 
 
-def _lies_by_token(logits_RV: Tensor) -> bool:
-    """Whether the logits of a token lie side by side, as decoding on a CPU leaves them."""
-    return logits_RV.dtype == torch.float32 and logits_RV.stride(0) == 1
+def _takes_wide_kernel(logits_RV: Tensor, params: SamplingParams) -> bool:
+    """Whether the logits of a token lie side by side, as decoding on a CPU leaves them, and all tokens may be drawn."""
+    is_by_token = logits_RV.dtype == torch.float32 and logits_RV.stride(0) == 1
+    return is_by_token and params.temperature > 0 and not _truncates(params, logits_RV.shape[1])
 
 
 def _sample_by_rows(
