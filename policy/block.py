@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from policy import bf16_decoding
 from policy.attention import AttentionPlan
 from policy.balance import RouterWatch
 from policy.config import PolicyConfig
@@ -54,6 +55,8 @@ class Block(nn.Module):
                 return self.mlp.decode_on_cpu(x_NC, self.post_attention_layernorm)
             if x_NC.is_cuda and not torch.is_grad_enabled():
                 return self._decode_on_gpu(x_NC, rotation, plan)
+            if (decoded_NC := bf16_decoding.decode(self, x_NC, rotation, plan)) is not None:
+                return decoded_NC, None
         x_NC = x_NC + self.self_attn(remade(self.input_layernorm, x_NC), rotation, plan)
         inner_NC = remade(self.post_attention_layernorm, x_NC)
         if isinstance(self.mlp, MixtureOfExperts):

@@ -8,6 +8,8 @@ Shapes: N rows (one token of each sequence), C width.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -32,3 +34,11 @@ def by_feature(x_NC: Tensor) -> Tensor:
     if x_NC.stride(0) == 1 or x_NC.shape[0] == 1:
         return x_NC
     return x_NC.t().contiguous().t()
+
+
+@functools.cache
+def has_bf16_products() -> bool:
+    """Whether this processor multiplies pairs of bf16 numbers (AVX-512's extension for it), as kernels in bf16 do."""
+    import llvmlite.binding
+
+    return bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16", False))

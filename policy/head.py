@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from policy.decode_layout import lies_by_feature
+from policy.decode_layout import has_bf16_products, lies_by_feature
 from policy.linear import takes_on_cpu
 
 MAX_ELEMENTS = 1 << 26
@@ -31,6 +31,9 @@ MIN_SLICE = 256
 
 WIDENED_ROWS = 2048
 """Rows of a half-precision head that are widened to fp32 at once, where no gradient is wanted."""
+
+STEP_ROWS = 512
+"""Rows of a decoding step on a CPU; for more, products on all of torch's threads are as fast."""
 
 
 def project(hidden_NC: Tensor, weight_VC: Tensor) -> Tensor:
@@ -53,6 +56,10 @@ def project(hidden_NC: Tensor, weight_VC: Tensor) -> Tensor:
         return cpu_training_products.linear(hidden_NC, weight_VC)
     if weight_VC.dtype == wide or torch.is_grad_enabled() or len(weight_VC) <= WIDENED_ROWS:
         return F.linear(hidden_NC.to(wide), weight_VC.to(wide))
+    if _takes_bf16_kernel(hidden_NC, weight_VC):
+        from policy import cpu_bf16_products
+
+        return cpu_bf16_products.multiply(hidden_NC, weight_VC)
     # Slice by slice the wide copy of a large head stays in the processor's cache, off main memory.
     hidden_NC, logits_NV = hidden_NC.to(wide), hidden_NC.new_empty(len(hidden_NC), len(weight_VC), dtype=wide)
     buffer_SC = weight_VC.new_empty(WIDENED_ROWS, weight_VC.shape[1], dtype=wide)
@@ -208,6 +215,13 @@ def _add_product(total_NC: Tensor, a_NS: Tensor, b_SC: Tensor) -> None:
         torch.addmm(total_NC, a_NS, b_SC, out_dtype=total_NC.dtype, out=total_NC)
     else:
         total_NC.addmm_(a_NS.to(total_NC.dtype), b_SC.to(total_NC.dtype))
+
+
+def _takes_bf16_kernel(hidden_NC: Tensor, weight_VC: Tensor) -> bool:
+    """Whether the CPU's own product in bf16 does: its sums are fp32, and the head is read as it lies, on one thread."""
+    is_whole = hidden_NC.dtype == weight_VC.dtype == torch.bfloat16 and weight_VC.is_contiguous()
+    is_step = hidden_NC.is_cpu and len(hidden_NC) <= STEP_ROWS and hidden_NC.shape[1] % 2 == 0
+    return is_whole and is_step and has_bf16_products()
 
 
 def _uses_matrix_units(a: Tensor, b: Tensor) -> bool:

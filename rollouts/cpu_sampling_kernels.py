@@ -19,7 +19,7 @@ LARGEST = np.finfo(np.float32).max
 
 
 @njit(error_model="numpy")
-def _uniform(seed, counter):
+def uniform(seed, counter):
     """`rollouts.sampler.uniforms` of one seed and counter."""
     z = np.uint64(seed) + (np.uint64(counter) + np.uint64(1)) * GOLDEN
     z = (z ^ (z >> np.uint64(30))) * FIRST
@@ -46,7 +46,7 @@ def _sample(logits, row_stride, stride, rows, has_rows, seeds, counters, tempera
         for v in range(vocabulary):
             total += math.exp(np.float64(scaled[v] - highest))
             cumulative[v] = total
-        aim, token = _uniform(seeds[b], counters[b]) * total, 0
+        aim, token = uniform(seeds[b], counters[b]) * total, 0
         while token < vocabulary - 1 and not cumulative[token] > aim:
             token += 1
         out[b], out[count + b] = token, is_sound

@@ -12,9 +12,10 @@ K experts per token, D MTP modules in use, F = 2 + D numbers of a prompt token: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from policy import PackedRows, Policy, PolicyConfig
 from policy.attention import AttentionPlan, Expanded
+from policy.bf16_decoding import reason_for_torch
+from policy.block import Block
 from policy.continued_attention import Continued
 from policy.model import PolicyOutput
 from policy.paged_attention import Absorbed
@@ -31,6 +34,8 @@ from rollouts.sampler import sample
 from rollouts.scheduler import RunningBatch
 from rollouts.sequence import Chunk
 from rollouts.types import SamplingParams
+
+_LOGGER = logging.getLogger(__name__)
 
 PROMPT_ROWS = (16, 32, 64, 128, 256, 512, 1024)
 """Numbers of prompt tokens that graphs are captured for, as they come up; a pass over more is started kernel by kernel.
@@ -94,10 +99,21 @@ class ModelRunner:
         self._prompt_graphs: Graphs[_PromptGraph] = Graphs()
         # Modules in pieces over ranks gather them as they run: in one order, so on one thread.
         is_alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        has_kernels = self.cache.device.type == "cpu" and self.cache.dtype == torch.float32
-        self._crew = Crew() if has_kernels and is_alone else None
+        self._crew = Crew() if is_alone and self._has_cpu_kernels() else None
         self.captured = _addresses(policy)
         """Where the weights lie that graphs read."""
+
+    def _has_cpu_kernels(self) -> bool:
+        """Whether kernels decode whole layers on the CPU, outside of the interpreter's lock."""
+        if not self.cache.is_cpu or self.cache.dtype != torch.bfloat16:
+            return self.cache.is_cpu and self.cache.dtype == torch.float32
+        reasons = [reason_for_torch(layer, self.cache) for layer in cast(Iterable[Block], self.policy.layers)]
+        reason = next(filter(None, reasons), None)
+        if not self.policy.residual_in_fp32:
+            reason = "residual_in_fp32 is false"
+        if reason is not None:
+            _LOGGER.info("decoding in bf16 is left to torch: %s", reason)
+        return reason is None
 
     def suits(self, num_blocks: int, max_blocks: int) -> bool:
         """Whether it can serve a batch that wants so many blocks, in tables of so many."""

@@ -75,6 +75,11 @@ def _sample_on_cpu(
 ) -> Sampled:
     if params.temperature > 0 and logits_RV.dtype == torch.float32 and logits_RV.shape[1] <= WIDE:
         return _sample_by_rows(logits_RV, seeds_B, counters_B, params, row_of_B)
+    if row_of_B is None and _takes_wide_kernel(logits_RV, params):
+        from rollouts import cpu_wide_sampling
+
+        token_ids_B, logprobs_B, finite_B = cpu_wide_sampling.sample(logits_RV, seeds_B, counters_B, params.temperature)
+        return Sampled(token_ids_B=token_ids_B, logprobs_B=logprobs_B, finite_B=finite_B)
     logits_BV = logits_RV if row_of_B is None else logits_RV.index_select(0, row_of_B)
     # 0 times a number is 0, times anything else it is not: a fifth of the time of `isfinite().all()`.
     finite_B = (logits_BV * 0).sum(dim=-1) == 0
@@ -89,6 +94,12 @@ def _sample_on_cpu(
     token_ids_B = draw(log_all_BV, uniform_B)
     logprobs_B = log_all_BV.gather(1, token_ids_B[:, None]).squeeze(1)
     return Sampled(token_ids_B=token_ids_B, logprobs_B=logprobs_B, finite_B=finite_B)
+
+
+def _takes_wide_kernel(logits_RV: Tensor, params: SamplingParams) -> bool:
+    """Whether the logits of a token lie side by side, as decoding on a CPU leaves them, and all tokens may be drawn."""
+    is_by_token = logits_RV.dtype == torch.float32 and logits_RV.stride(0) == 1
+    return is_by_token and params.temperature > 0 and not _truncates(params, logits_RV.shape[1])
 
 
 def _sample_by_rows(

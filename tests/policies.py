@@ -49,6 +49,7 @@ def hidden_over_cache(policy: Policy, token_ids_BS: Tensor, num_prefilled: int, 
     table = torch.randperm(batch * per_row, generator=torch.Generator().manual_seed(0)).view(batch, per_row)
     # What was there before is large, so that reading beyond a row would show.
     cache = 100 * torch.randn(config.num_hidden_layers, batch * per_row, block_size, config.cache_width)
+    cache = cache.to(policy.dtype)
     position = torch.arange(length)
     slot_BS = table[:, position // block_size] * block_size + position % block_size
     rows = PackedRows.of([num_prefilled] * batch)

@@ -262,3 +262,22 @@ def test_the_kernel_draws_as_the_plain_form(changes: dict[str, float]) -> None:
         assert drawn.finite_B.all()
     logits_BV[3, 7] = float("nan")
     assert sample(logits_BV, seeds, counters, params_of(**changes)).finite_B.tolist() == [b != 3 for b in range(32)]
+
+
+@pytest.mark.parametrize("rows", [1, 19])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logits_that_lie_token_by_token_give_the_same_draws(rows: int, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits_BV = 3 * torch.randn(WIDE + 77, 32, generator=generator).t()[:rows]
+    seeds, counters = np.arange(rows, dtype=np.uint64), np.arange(rows)
+    params = params_of(temperature=temperature)
+    mine = sample(logits_BV, seeds, counters, params)
+    theirs = sample(torch.cat((logits_BV, logits_BV))[:rows], seeds, counters, params)
+    assert torch.equal(mine.token_ids_B, theirs.token_ids_B)
+    torch.testing.assert_close(mine.logprobs_B, theirs.logprobs_B, atol=1e-5, rtol=0)
+    assert mine.finite_B.all()
+    for fault in (float("nan"), float("inf"), float("-inf")):
+        spoiled_BV = logits_BV.clone()
+        spoiled_BV[rows - 1, 5] = fault
+        finite_B = sample(spoiled_BV, seeds, counters, params).finite_B
+        assert finite_B.tolist() == [True] * (rows - 1) + [False]
