@@ -17,7 +17,7 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import njit, types
+from numba import cfunc, njit, types
 from numba.extending import intrinsic
 
 LOG2_E, ROUNDER = np.float32(1.4426950408889634), np.float32(1.5 * 2**23)
@@ -25,6 +25,7 @@ LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 E0, E1, E2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
 E3, E4, E5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
 ZERO, ONE = np.float32(0), np.float32(1)
+OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"reassoc", "contract"}}
 
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -32,13 +33,23 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Sums may be taken in another order, the same for the same numbers; what is not a number stays so.
     """
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract"}}
+    return _kept(lambda cache: njit(function, cache=cache, nogil=True, **OPTIONS))
+
+
+@functools.cache
+def operation(function: Callable[[Any, Any], None]) -> Any:
+    """`function` of two addresses, compiled now for whoever has its `address`: see `policy/cpu_operations.py`."""
+    return _kept(lambda cache: cfunc(types.void(types.int64, types.int64), cache=cache, **OPTIONS)(function))
+
+
+def _kept(compiled: Callable[[bool], Any]) -> Any:
+    """What `compiled` gives, told whether to keep it on disk."""
     folder, given = _folder_of_compiled(), numba.config.CACHE_DIR
     if folder is None:
-        return njit(function, **options)  # type: ignore[no-any-return]
+        return compiled(False)
     numba.config.CACHE_DIR = str(folder)
     try:
-        return njit(function, cache=True, **options)  # type: ignore[no-any-return]
+        return compiled(True)
     finally:
         numba.config.CACHE_DIR = given
 
@@ -80,6 +91,16 @@ def integers(_: Any, address: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(types.int64)(types.int64), generate
+
+
+@intrinsic
+def small_integers(_: Any, address: Any) -> Any:
+    """The bytes at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.uint8)(types.int64), generate
 
 
 @intrinsic

@@ -316,26 +316,3 @@ def add_rows(x, stride, out, rows, width):
     for c in range(width):
         for n in range(rows):
             out[c * rows + n] += x[c * stride + n]
-
-
-@kernel
-def _feed_forward_layer(x, stride, norm, eps, gate, up, down, room, out, rows, width, inner_width):
-    normalise_rows(x, stride, norm, room, rows, width, eps)
-    out_numbers, x_numbers = floats(out), floats(x)
-    for c in range(width):
-        for n in range(rows):
-            out_numbers[c * rows + n] = x_numbers[c * stride + n]
-    feed_forward_rows(room, rows, gate, up, down, room + 4 * width * rows, out, rows, width, inner_width)
-
-
-def feed_forward_layer(
-    x_NC: Tensor, norm_C: Tensor, eps: float, gate_IC: Tensor, up_IC: Tensor, down_CI: Tensor
-) -> Tensor:
-    """x + down(silu(gate(h)) * up(h)) of h = RMSNorm(x), [N, C]; at least LEAST_ROWS rows."""
-    (rows, width), inner = x_NC.shape, gate_IC.shape[0]
-    room, out_CN = torch.empty(2 * width + 2 * inner, rows), torch.empty(width, rows)
-    _feed_forward_layer(
-        x_NC.data_ptr(), x_NC.stride(1), norm_C.data_ptr(), eps, gate_IC.data_ptr(), up_IC.data_ptr(),
-        down_CI.data_ptr(), room.data_ptr(), out_CN.data_ptr(), rows, width, inner,
-    )  # fmt: skip
-    return out_CN.t()
