@@ -208,7 +208,8 @@ class BuiltinEngine:
             )
         rows = min(self.max_num_seqs, len(groups) * num_generations)
         wanted = min(allowed, max(least, (rows + len(groups)) * (per_sequence + 1)))
-        max_blocks = -(-(longest + self._steps * (self._num_drafts + 1) - 1) // config.block_size)
+        ahead = max(config.run_ahead, self._steps * (self._num_drafts + 1))
+        max_blocks = -(-(longest + ahead - 1) // config.block_size)
         runner = self._runner
         if runner is None or not runner.suits(wanted, max_blocks):
             if self._is_gpu:  # some room to spare: another cache would mean other addresses, and graphs captured again
@@ -248,7 +249,7 @@ class BuiltinEngine:
 
     @property
     def _steps(self) -> int:
-        """Tokens, or rounds of drafts, before the host looks at them; a CPU gains nothing by more than one."""
+        """Rounds of drafts before the host looks at them; a CPU gains nothing by more than one."""
         return self.config.run_ahead if self._is_gpu else 1
 
     def _cache_gib(self) -> float:
@@ -325,11 +326,13 @@ class BuiltinEngine:
 
     def _decode(self, scheduler: Scheduler, runner: ModelRunner, params: SamplingParams) -> None:
         """Some more tokens for every running sequence."""
-        scheduler.make_room(self._steps, params.max_completion_length)
+        steps = runner.steps_at_once(self.config.run_ahead, params)
+        scheduler.make_room(steps, params.max_completion_length)
         running, size = scheduler.running, len(scheduler.running)
-        token_ids_SB, logprobs_SB = runner.decode(running, params, self._steps)
+        token_ids_SB, logprobs_SB, valid_B = runner.decode(running, params, steps)
+        most = params.max_completion_length
         kept_B = running.push_tokens(
-            np.arange(size), token_ids_SB, logprobs_SB, params.stop_token_ids, params.max_completion_length
+            np.arange(size), token_ids_SB, logprobs_SB, params.stop_token_ids, most, valid_B
         )
         self._end_at_strings(running, np.arange(size), token_ids_SB, kept_B)
         running.length[:size] += kept_B
