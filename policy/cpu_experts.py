@@ -18,7 +18,6 @@ from torch import Tensor
 from policy.cpu_compiler import ONE, ZERO, exp, floats, integers, kernel, operation, small_integers
 from policy.cpu_operations import ROOM, ROWS, SLOTS, Operation, X, arguments_of
 from policy.cpu_products import feed_forward_rows, gated, normalise_rows, product
-from policy.decode_layout import LEAST_ROWS
 
 if TYPE_CHECKING:
     from policy.config import PolicyConfig
@@ -151,7 +150,7 @@ def _mix_experts(
         count = ends[e + 1] - begin
         if count == 0:
             continue
-        filled = max(count, LEAST_ROWS)
+        filled = (count + 7) // 8 * 8  # whole vectors: those of few rows are slow where they overlap
         for c in range(width):
             for i in range(count):
                 gathered_numbers[c * filled + i] = x[c * stride + row_of[begin + i]]
@@ -171,7 +170,7 @@ def _mix_experts(
 def mix_experts(x_NC: Tensor, chosen_NK: Tensor, weights_NK: Tensor, gate_up_EIC: Tensor, down_ECI: Tensor) -> Tensor:
     """Weighted sum of each row's experts, [N, C], added up in the order of the experts."""
     (rows, width), (experts, _, inner), per_token = x_NC.shape, down_ECI.shape, chosen_NK.shape[1]
-    most = max(rows, LEAST_ROWS)
+    most = -(-rows // 8) * 8
     room = torch.empty(2 * width + 3 * inner, most)
     out_CN = torch.zeros(width, rows)
     _mix_experts(
@@ -200,7 +199,8 @@ def _mixture(arguments, state):
     )  # fmt: skip
     if record_bytes > 0:
         _record(chosen, integers(s[SLOTS]), record, record_bytes, rows, per_token)
-    _mix_experts(room, rows, chosen, weights, gate_up, down, rest, x, rows, rows, experts, per_token, width, inner_width)
+    most = (rows + 7) // 8 * 8
+    _mix_experts(room, rows, chosen, weights, gate_up, down, rest, x, rows, most, experts, per_token, width, inner_width)
     if shared_width > 0:
         feed_forward_rows(room, rows, shared_gate, shared_up, shared_down, rest, x, rows, width, shared_width)
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from policy.cpu_compiler import floats, integers, kernel, operation
 from policy.cpu_products import feed_forward_rows, normalise_rows, product
+from policy.decode_layout import LEAST_ROWS
 
 if TYPE_CHECKING:
     from policy.paged_attention import Absorbed
@@ -52,7 +53,8 @@ class Operation:
 
     def room(self, rows: int, positions: int) -> int:
         """Numbers of room that it wants."""
-        return self.room_of_row * rows + self.room_of_position * positions
+        whole_vectors = -(-rows // LEAST_ROWS) * LEAST_ROWS
+        return self.room_of_row * whole_vectors + self.room_of_position * positions
 
 
 def arguments_of(*values: float) -> np.ndarray:

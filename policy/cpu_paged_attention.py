@@ -69,16 +69,18 @@ def _copy(x, stride, rows, width, out, starts, offset, cleans):
 
 
 @njit(error_model="numpy")
-def _score_all(query, width, keys, entry, size, table, length, scores, capacity):
-    """scores[q, l] of QUERIES queries at all positions, and at some beyond, within their block."""
-    whole = width // LANES
+def _score_all(query, width, keys, entry, size, table, length, scores, capacity, following):
+    """scores[q, l] of QUERIES queries at all positions, and at some beyond, within their block. `following` is the block
+    that will be wanted after these."""
+    whole, blocks = width // LANES, (length + size - 1) // size
     query_numbers, score_numbers = floats(query), floats(scores)
-    for block in range((length + size - 1) // size):
+    for block in range(blocks):
         begin = block * size
+        ahead = 4 * entry * size * ((table[block + 1] if block + 1 < blocks else following) - table[block])
         for at in range(0, min(size, length - begin), KEYS):
             first = min(at, size - KEYS)
             key = keys + 4 * entry * (size * table[block] + first)
-            score(query, width, key, entry, scores + 4 * (begin + first), capacity, whole)
+            score(query, width, key, entry, scores + 4 * (begin + first), capacity, whole, ahead)
             numbers = floats(key)
             for q in range(QUERIES):
                 for k in range(KEYS):
@@ -137,11 +139,12 @@ def _attend(
     lengths = integers(lengths)
     for n in range(rows):
         table, length = integers(tables + 8 * n * table_width), lengths[n]
+        following = integers(tables + 8 * min(n + 1, rows - 1) * table_width)[0]
         for group in range(groups):
             for first in range(0, of_group, QUERIES):
                 query = queries + 4 * ((n * groups + group) * filled + first) * key_width
                 keys, values = blocks + 4 * group * key_width, blocks + 4 * (value_start + group * value_width)
-                _score_all(query, key_width, keys, entry, size, table, length, scores, capacity)
+                _score_all(query, key_width, keys, entry, size, table, length, scores, capacity, following)
                 _clear(mixed_numbers, QUERIES * value_width)
                 count = min(QUERIES, of_group - first)
                 for q in range(count):
