@@ -185,7 +185,14 @@ def _mixture(arguments, state):
     norm, eps, router, bias, gate_up, down = a[0], floats(arguments + 8)[0], a[2], a[3], a[4], a[5]
     shared_gate, shared_up, shared_down, chosen, record, record_bytes = a[6], a[7], a[8], a[9], a[10], a[11]
     width, experts, per_token, inner_width, shared_width = a[12], a[13], a[14], a[15], a[16]
-    is_sigmoid, is_biased, groups, kept, num_best, is_normalised = a[17] != 0, a[18] != 0, a[19], a[20], a[21], a[22] != 0
+    is_sigmoid, is_biased, groups, kept, num_best, is_normalised = (
+        a[17] != 0,
+        a[18] != 0,
+        a[19],
+        a[20],
+        a[21],
+        a[22] != 0,
+    )
     factor, rows, x, room = floats(arguments + 184)[0], s[ROWS], s[X], s[ROOM]
     logits = room + 4 * width * rows
     scores = logits + 4 * experts * rows
@@ -200,7 +207,9 @@ def _mixture(arguments, state):
     if record_bytes > 0:
         _record(chosen, integers(s[SLOTS]), record, record_bytes, rows, per_token)
     most = (rows + 7) // 8 * 8
-    _mix_experts(room, rows, chosen, weights, gate_up, down, rest, x, rows, most, experts, per_token, width, inner_width)
+    _mix_experts(
+        room, rows, chosen, weights, gate_up, down, rest, x, rows, most, experts, per_token, width, inner_width
+    )
     if shared_width > 0:
         feed_forward_rows(room, rows, shared_gate, shared_up, shared_down, rest, x, rows, width, shared_width)
 

@@ -116,8 +116,20 @@ def run_alone(
 def _begin(arguments, state):
     a, s = integers(arguments), integers(state)
     embedding, width, cos_table, sin_table, half, size = floats(a[0]), a[1], floats(a[2]), floats(a[3]), a[4], a[5]
-    rows, x, tokens, positions, table_width = s[ROWS], floats(s[X]), integers(s[TOKENS]), integers(s[POSITIONS]), s[TABLE_WIDTH]
-    slots, lengths, tables, cos, sin = integers(s[SLOTS]), integers(s[LENGTHS]), integers(s[TABLES]), floats(s[COS]), floats(s[SIN])
+    rows, x, tokens, positions, table_width = (
+        s[ROWS],
+        floats(s[X]),
+        integers(s[TOKENS]),
+        integers(s[POSITIONS]),
+        s[TABLE_WIDTH],
+    )
+    slots, lengths, tables, cos, sin = (
+        integers(s[SLOTS]),
+        integers(s[LENGTHS]),
+        integers(s[TABLES]),
+        floats(s[COS]),
+        floats(s[SIN]),
+    )
     for n in range(rows):
         position = positions[n]
         slots[n] = tables[n * table_width + position // size] * size + position % size

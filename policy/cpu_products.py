@@ -122,7 +122,10 @@ def _product_tile(lanes: int, vectors: int, features: int, *, adds: bool = False
                 for o in range(features):
                     place = _at(builder, w, builder.add(column, builder.mul(o_stride, _INT64(o))))
                     weight = builder.insert_element(nothing, builder.load(place, align=4), _INT32(0))
-                    spread, of_o = builder.shuffle_vector(weight, nothing, mask), totals[o * vectors : (o + 1) * vectors]
+                    spread, of_o = (
+                        builder.shuffle_vector(weight, nothing, mask),
+                        totals[o * vectors : (o + 1) * vectors],
+                    )
                     after += [_fused_multiply_add(builder, spread, *pair) for pair in zip(rows, of_o, strict=True)]
                 return after
 

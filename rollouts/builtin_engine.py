@@ -331,9 +331,7 @@ class BuiltinEngine:
         running, size = scheduler.running, len(scheduler.running)
         token_ids_SB, logprobs_SB, valid_B = runner.decode(running, params, steps)
         most = params.max_completion_length
-        kept_B = running.push_tokens(
-            np.arange(size), token_ids_SB, logprobs_SB, params.stop_token_ids, most, valid_B
-        )
+        kept_B = running.push_tokens(np.arange(size), token_ids_SB, logprobs_SB, params.stop_token_ids, most, valid_B)
         self._end_at_strings(running, np.arange(size), token_ids_SB, kept_B)
         running.length[:size] += kept_B
 

@@ -90,7 +90,7 @@ def _take_highest(logits, stride, out, logprobs, count, vocabulary):
 
 
 def _draw(arguments, state):
-    a, s = integers(arguments), integers(state)
+    a, s = integers(arguments), integers(state)  # type: ignore[var-annotated]
     seeds, counters, origins, drawn, drawn_logprobs, vocabulary, idle_block = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
     temperature, stops, num_stops, most = floats(arguments + 56)[0], integers(a[8]), a[9], a[10]
     token_ids, logprobs, valid, columns = integers(a[11]), floats(a[12]), integers(a[13]), a[14]

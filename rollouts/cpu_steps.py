@@ -95,9 +95,7 @@ class DecodingSteps:
         self._with_drawing = operations.list_of([*whole, self._drawing.operation])
 
     @staticmethod
-    def layers_of(
-        policy: Policy, cache: Tensor, experts: Tensor | None, chosen_NK: Tensor
-    ) -> list[Operation] | None:
+    def layers_of(policy: Policy, cache: Tensor, experts: Tensor | None, chosen_NK: Tensor) -> list[Operation] | None:
         """The two halves of every layer in turn; None where one is no operation."""
         config, found, num_routed = policy.config, list[Operation | None](), 0
         half, is_interleaved = config.rope_width // 2, config.family.has_interleaved_rope
@@ -129,9 +127,7 @@ class DecodingSteps:
             logprobs_SB=np.zeros((steps, len(token_B)), dtype=np.float32),
             valid_B=np.zeros(len(token_B), dtype=np.int64),
         )
-        self._drawing.take(
-            seed_B, counter_B, params, sampled.token_ids_SB, sampled.logprobs_SB, sampled.valid_B
-        )
+        self._drawing.take(seed_B, counter_B, params, sampled.token_ids_SB, sampled.logprobs_SB, sampled.valid_B)
         operations.run(self._with_drawing, self._state, steps)
         return sampled
 
