@@ -1,10 +1,9 @@
 """A decoding step on the CPU as a list of operations that one call runs, outside of the interpreter's lock.
 
-An operation is a compiled kernel and its arguments: where the weights lie, how wide they are. What all operations of a
-step share is the state: how many rows there are, where their residual stream, tokens, positions and blocks lie. Both are
-arrays of whole numbers at fixed addresses, so that steps can follow each other with nothing between them but the next
-operation, as in a graph on a GPU. Each kernel is compiled by itself and called by its address: a list of them costs no
-compiling.
+An operation is a compiled kernel and its arguments: where the weights lie, how wide they are. What the operations of a
+step share is the state: how many rows there are, where their residual stream, tokens, positions and blocks lie. Both
+are arrays of whole numbers at fixed addresses, so that steps follow each other with nothing between them, as in a graph
+on a GPU. Each kernel is compiled by itself and called by its address: a list of them costs no compiling.
 
 Shapes: N rows, C model width, P rotated width, M blocks of the longest sequence, V vocabulary.
 """

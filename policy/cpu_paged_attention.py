@@ -70,8 +70,8 @@ def _copy(x, stride, rows, width, out, starts, offset, cleans):
 
 @njit(error_model="numpy")
 def _score_all(query, width, keys, entry, size, table, length, scores, capacity, following):
-    """scores[q, l] of QUERIES queries at all positions, and at some beyond, within their block. `following` is the block
-    that will be wanted after these."""
+    """scores[q, l] of QUERIES queries at all positions, and at some beyond, within their block. The block `following`
+    will be wanted after these."""
     whole, blocks = width // LANES, (length + size - 1) // size
     query_numbers, score_numbers = floats(query), floats(scores)
     for block in range(blocks):

@@ -89,8 +89,8 @@ def _fused_multiply_add(builder: Any, a: Any, b: Any, total: Any) -> Any:
 
 
 def _product_tile(lanes: int, vectors: int, features: int, *, adds: bool = False) -> Any:
-    """out[o, n] = sum_c w[o, c] x[c, n] for so many o, and for as many n as so many vectors have lanes, or added to what
-    is there: x and out by feature, w of any strides."""
+    """out[o, n] = sum_c w[o, c] x[c, n] for so many o, and as many n as so many vectors have lanes, or added to what is
+    there: x and out by feature, w of any strides."""
     vector, mask = ir.VectorType(_FLOAT, lanes), ir.Constant(ir.VectorType(_INT32, lanes), [0] * lanes)
 
     @intrinsic
@@ -150,7 +150,8 @@ def _score_tile() -> Any:
 
     @intrinsic
     def tile(
-        _: Any, query: Any, query_stride: Any, key: Any, key_stride: Any, out: Any, stride: Any, vectors: Any, ahead: Any
+        _: Any, query: Any, query_stride: Any, key: Any, key_stride: Any, out: Any, stride: Any, vectors: Any,
+        ahead: Any,
     ):  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             query, query_stride, key, key_stride, out, stride, vectors, ahead = arguments

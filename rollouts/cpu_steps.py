@@ -14,13 +14,15 @@ experts per token, L positions.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from policy import Policy
 from policy import cpu_operations as operations
+from policy.block import Block
 from policy.cpu_operations import Operation
 from policy.decode_layout import LEAST_ROWS
 from policy.linear import is_plain_matrix
@@ -99,7 +101,7 @@ class DecodingSteps:
         """The two halves of every layer in turn; None where one is no operation."""
         config, found, num_routed = policy.config, list[Operation | None](), 0
         half, is_interleaved = config.rope_width // 2, config.family.has_interleaved_rope
-        for layer in policy.layers:
+        for layer in cast(list[Block], policy.layers):
             found.append(layer.self_attn.operation_on_cpu(layer.input_layernorm, cache, half, is_interleaved))
             norm = layer.post_attention_layernorm
             if isinstance(layer.mlp, MixtureOfExperts):

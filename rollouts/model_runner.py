@@ -198,14 +198,14 @@ class ModelRunner:
             mine = idle.pop() if idle else None
             if mine is None or not mine.suits(*tables.shape):
                 mine = DecodingSteps(self.policy, self.cache, self.experts, len(tables), self.max_blocks)
-            fed = (running.last_token[rows], running.length[rows])
-            drawn = running.seed[rows].view(np.int64), running.count[rows]
+            token_B, position_B = running.last_token[rows], running.length[rows]
+            seed_B, counter_B = running.seed[rows].view(np.int64), running.count[rows]
             if draws_here:
-                done = mine.sample(*fed, *drawn, tables, params, steps)
+                done = mine.sample(token_B, position_B, seed_B, counter_B, tables, params, steps)
                 idle.append(mine)
                 return done.token_ids_SB, done.logprobs_SB, done.valid_B
-            logits_BV = mine.logits(*fed, tables)
-            sampled = sample(logits_BV, *(torch.from_numpy(array.copy()) for array in drawn), params)
+            logits_BV = mine.logits(token_B, position_B, tables)
+            sampled = sample(logits_BV, torch.from_numpy(seed_B), torch.from_numpy(counter_B), params)
             idle.append(mine)
             return sampled.said_B.numpy()[None], sampled.logprobs_B.numpy()[None], np.ones(len(tables), dtype=np.int64)
 

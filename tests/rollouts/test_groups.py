@@ -36,8 +36,8 @@ class Told:
 
 
 def said(groups: list[list[Completion]]) -> list[list[list[int]]]:
-    """Tokens alone: log-probabilities change in their last bits with a beginning that lies in the cache already, and with
-    a hook, for which a step is taken module by module."""
+    """Tokens alone: log-probabilities change in their last bits with a beginning that lies in the cache already, and
+    with a hook, for which a step is taken module by module."""
     return [[list(each.token_ids) for each in group] for group in groups]
 
 
