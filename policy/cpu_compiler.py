@@ -19,7 +19,7 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import njit, types
+from numba import cfunc, njit, types
 from numba.extending import intrinsic
 
 LOG2_E, ROUNDER = np.float32(1.4426950408889634), np.float32(1.5 * 2**23)
@@ -29,6 +29,7 @@ E3, E4, E5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float3
 ZERO, ONE = np.float32(0), np.float32(1)
 UNUSED_S = 30 * 24 * 3600
 """Seconds after which kernels compiled from other sources are removed where no process has asked for them."""
+OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"reassoc", "contract"}}
 
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,13 +37,23 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Sums may be taken in another order, the same for the same numbers; what is not a number stays so.
     """
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract"}}
+    return _kept(lambda cache: njit(function, cache=cache, nogil=True, **OPTIONS))
+
+
+@functools.cache
+def operation(function: Callable[[Any, Any], None]) -> Any:
+    """`function` of two addresses, compiled now for whoever has its `address`: see `policy/cpu_operations.py`."""
+    return _kept(lambda cache: cfunc(types.void(types.int64, types.int64), cache=cache, **OPTIONS)(function))
+
+
+def _kept(compiled: Callable[[bool], Any]) -> Any:
+    """What `compiled` gives, told whether to keep it on disk."""
     folder, given = _folder_of_compiled(), numba.config.CACHE_DIR
     if folder is None:
-        return njit(function, **options)  # type: ignore[no-any-return]
+        return compiled(False)
     numba.config.CACHE_DIR = str(folder)
     try:
-        return njit(function, cache=True, **options)  # type: ignore[no-any-return]
+        return compiled(True)
     finally:
         numba.config.CACHE_DIR = given
 
@@ -99,6 +110,16 @@ def integers(_: Any, address: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(types.int64)(types.int64), generate
+
+
+@intrinsic
+def small_integers(_: Any, address: Any) -> Any:
+    """The bytes at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.uint8)(types.int64), generate
 
 
 @intrinsic

@@ -7,6 +7,7 @@ Shapes: N rows, C model width, E experts, K experts per token, I inner width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,9 +15,9 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from policy.cpu_compiler import ONE, ZERO, exp, floats, integers, kernel
+from policy.cpu_compiler import ONE, ZERO, exp, floats, integers, kernel, operation, small_integers
+from policy.cpu_operations import ROOM, ROWS, SLOTS, Operation, X, arguments_of
 from policy.cpu_products import feed_forward_rows, gated, normalise_rows, product
-from policy.decode_layout import LEAST_ROWS
 
 if TYPE_CHECKING:
     from policy.config import PolicyConfig
@@ -110,33 +111,49 @@ def _rules(bias_E: Tensor | None, config: PolicyConfig) -> tuple[bool, bool, int
     )  # fmt: skip
 
 
+@njit(error_model="numpy")
+def _record(chosen, slots, record, record_bytes, rows, per_token):
+    """Each row's experts beside its cache entry, as whole numbers of one or two bytes."""
+    chosen, record = integers(chosen), small_integers(record)
+    for n in range(rows):
+        for k in range(per_token):
+            expert, place = chosen[n * per_token + k], (slots[n] * per_token + k) * record_bytes
+            record[place] = expert & 255
+            if record_bytes == 2:
+                record[place + 1] = expert >> 8
+
+
 @kernel
 def _mix_experts(
     x, stride, chosen, weights, gate_up, down, room, out, rows, most, experts, per_token, width, inner_width,
 ):  # fmt: skip
     x, chosen, weights, out = floats(x), integers(chosen), floats(weights), floats(out)
-    order, ends = np.empty(rows * per_token, dtype=np.int64), np.zeros(experts + 1, dtype=np.int64)
+    ends = np.zeros(experts + 1, dtype=np.int64)
     for pair in range(rows * per_token):
         ends[chosen[pair] + 1] += 1
     for e in range(experts):
         ends[e + 1] += ends[e]
-    places = ends.copy()
-    for pair in range(rows * per_token):
-        order[places[chosen[pair]]] = pair
-        places[chosen[pair]] += 1
+    places, row_of = ends.copy(), np.empty(rows * per_token, dtype=np.int64)
+    shares = np.empty(rows * per_token, dtype=np.float32)
+    for n in range(rows):
+        for k in range(per_token):
+            pair = n * per_token + k
+            place = places[chosen[pair]]
+            row_of[place], shares[place] = n, weights[pair]
+            places[chosen[pair]] += 1
     gathered, hidden = room, room + 4 * width * most
     inner, result = hidden + 8 * inner_width * most, hidden + 12 * inner_width * most
     gathered_numbers, hidden_numbers = floats(gathered), floats(hidden)
     inner_numbers, result_numbers = floats(inner), floats(result)
     for e in range(experts):
-        pairs = order[ends[e] : ends[e + 1]]
-        count = len(pairs)
+        begin = ends[e]
+        count = ends[e + 1] - begin
         if count == 0:
             continue
-        filled = max(count, LEAST_ROWS)
+        filled = (count + 7) // 8 * 8  # whole vectors: those of few rows are slow where they overlap
         for c in range(width):
             for i in range(count):
-                gathered_numbers[c * filled + i] = x[c * stride + pairs[i] // per_token]
+                gathered_numbers[c * filled + i] = x[c * stride + row_of[begin + i]]
             for i in range(count, filled):
                 gathered_numbers[c * filled + i] = ZERO
         matrix = gate_up + 8 * e * inner_width * width
@@ -147,13 +164,13 @@ def _mix_experts(
         product(inner, filled, matrix, inner_width, 1, result, filled, filled, width, inner_width)
         for c in range(width):
             for i in range(count):
-                out[c * rows + pairs[i] // per_token] += weights[pairs[i]] * result_numbers[c * filled + i]
+                out[c * rows + row_of[begin + i]] += shares[begin + i] * result_numbers[c * filled + i]
 
 
 def mix_experts(x_NC: Tensor, chosen_NK: Tensor, weights_NK: Tensor, gate_up_EIC: Tensor, down_ECI: Tensor) -> Tensor:
     """Weighted sum of each row's experts, [N, C], added up in the order of the experts."""
     (rows, width), (experts, _, inner), per_token = x_NC.shape, down_ECI.shape, chosen_NK.shape[1]
-    most = max(rows, LEAST_ROWS)
+    most = -(-rows // 8) * 8
     room = torch.empty(2 * width + 3 * inner, most)
     out_CN = torch.zeros(width, rows)
     _mix_experts(
@@ -163,48 +180,59 @@ def mix_experts(x_NC: Tensor, chosen_NK: Tensor, weights_NK: Tensor, gate_up_EIC
     return out_CN.t()
 
 
-@kernel
-def _mixture_layer(
-    x, stride, norm, eps, router, bias, gate_up, down, shared_gate, shared_up, shared_down, room, chosen, weights, out,
-    rows, width, experts, per_token, inner_width, shared_width,
-    is_sigmoid, is_biased, groups, kept, num_best, is_normalised, factor,
-):  # fmt: skip
+def _mixture(arguments, state):
+    a, s = integers(arguments), integers(state)
+    norm, eps, router, bias, gate_up, down = a[0], floats(arguments + 8)[0], a[2], a[3], a[4], a[5]
+    shared_gate, shared_up, shared_down, chosen, record, record_bytes = a[6], a[7], a[8], a[9], a[10], a[11]
+    width, experts, per_token, inner_width, shared_width = a[12], a[13], a[14], a[15], a[16]
+    is_sigmoid, is_biased, groups, kept, num_best, is_normalised = (
+        a[17] != 0,
+        a[18] != 0,
+        a[19],
+        a[20],
+        a[21],
+        a[22] != 0,
+    )
+    factor, rows, x, room = floats(arguments + 184)[0], s[ROWS], s[X], s[ROOM]
     logits = room + 4 * width * rows
     scores = logits + 4 * experts * rows
-    rest = scores + 4 * experts * rows
-    normalise_rows(x, stride, norm, room, rows, width, eps)
+    weights = scores + 4 * experts * rows
+    rest = weights + 4 * per_token * rows
+    normalise_rows(x, rows, norm, room, rows, width, eps)
     product(room, rows, router, width, 1, logits, rows, rows, experts, width)
     _route(
         logits, rows, bias, scores, chosen, weights, rows, experts, per_token,
         is_sigmoid, is_biased, groups, kept, num_best, is_normalised, factor,
     )  # fmt: skip
-    out_numbers, x_numbers = floats(out), floats(x)
-    for c in range(width):
-        for n in range(rows):
-            out_numbers[c * rows + n] = x_numbers[c * stride + n]
+    if record_bytes > 0:
+        _record(chosen, integers(s[SLOTS]), record, record_bytes, rows, per_token)
+    most = (rows + 7) // 8 * 8
     _mix_experts(
-        room, rows, chosen, weights, gate_up, down, rest, out, rows, rows, experts, per_token, width, inner_width
+        room, rows, chosen, weights, gate_up, down, rest, x, rows, most, experts, per_token, width, inner_width
     )
     if shared_width > 0:
-        feed_forward_rows(room, rows, shared_gate, shared_up, shared_down, rest, out, rows, width, shared_width)
+        feed_forward_rows(room, rows, shared_gate, shared_up, shared_down, rest, x, rows, width, shared_width)
 
 
-def mixture_layer(
-    x_NC: Tensor, norm_C: Tensor, eps: float, router_EC: Tensor, bias_E: Tensor | None, gate_up_EIC: Tensor,
-    down_ECI: Tensor, shared: tuple[Tensor, Tensor, Tensor] | None, config: PolicyConfig,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """x + a mixture of experts of RMSNorm(x), [N, C], and the experts chosen, [N, K]; `shared` is the gate, up and down
-    of the shared experts. At least LEAST_ROWS rows."""
-    (rows, width), (experts, _, inner), per_token = x_NC.shape, down_ECI.shape, config.num_experts_per_tok
+def mixture(
+    norm_C: Tensor, eps: float, router_EC: Tensor, bias_E: Tensor | None, gate_up_EIC: Tensor, down_ECI: Tensor,
+    shared: Sequence[Tensor] | None, config: PolicyConfig, chosen_NK: Tensor, record: Tensor | None = None,
+) -> Operation:  # fmt: skip
+    """X + a mixture of experts of RMSNorm(X); `shared` is the gate, up and down of the shared experts. The experts
+    chosen go to `chosen_NK` (int64, room for as many rows as there may be), and where a record [blocks, block_size, K]
+    beside the cache is given, there too."""
+    (experts, width, inner), per_token = down_ECI.shape, config.num_experts_per_tok
     shared_width = 0 if shared is None else shared[0].shape[0]
-    of_row = 2 * experts + max(3 * width + 3 * inner, 2 * width + 2 * shared_width)
-    room, out_CN = torch.empty(of_row, rows), torch.empty(width, rows)
-    chosen_NK, weights_NK = torch.empty(rows, per_token, dtype=torch.int64), torch.empty(rows, per_token)
-    _mixture_layer(
-        x_NC.data_ptr(), x_NC.stride(1), norm_C.data_ptr(), eps, router_EC.data_ptr(),
-        0 if bias_E is None else bias_E.data_ptr(), gate_up_EIC.data_ptr(), down_ECI.data_ptr(),
-        *((0, 0, 0) if shared is None else (matrix.data_ptr() for matrix in shared)), room.data_ptr(),
-        chosen_NK.data_ptr(), weights_NK.data_ptr(), out_CN.data_ptr(), rows, width, experts, per_token, inner,
-        shared_width, *_rules(bias_E, config),
+    given = tuple(each for each in (bias_E, record, *(shared or ())) if each is not None)
+    return Operation(
+        kernel=operation(_mixture),
+        arguments=arguments_of(
+            norm_C.data_ptr(), float(eps), router_EC.data_ptr(), 0 if bias_E is None else bias_E.data_ptr(),
+            gate_up_EIC.data_ptr(), down_ECI.data_ptr(),
+            *((0, 0, 0) if shared is None else (matrix.data_ptr() for matrix in shared)), chosen_NK.data_ptr(),
+            *((0, 0) if record is None else (record.data_ptr(), record.element_size())),
+            width, experts, per_token, inner, shared_width, *_rules(bias_E, config),
+        ),
+        room_of_row=width + 2 * experts + per_token + max(2 * width + 3 * inner, width + 2 * shared_width),
+        weights=(norm_C, router_EC, gate_up_EIC, down_ECI, chosen_NK, *given),
     )  # fmt: skip
-    return out_CN.t(), chosen_NK

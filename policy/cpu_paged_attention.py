@@ -15,7 +15,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from policy.cpu_compiler import ONE, ZERO, exp, floats, integers, kernel
+from policy.cpu_compiler import ONE, ZERO, exp, floats, integers, kernel, operation
+from policy.cpu_operations import COS, LENGTHS, ROOM, ROWS, SIN, SLOTS, TABLE_WIDTH, TABLES, Operation, X, arguments_of
 from policy.cpu_products import (
     KEYS,
     LANES,
@@ -68,16 +69,18 @@ def _copy(x, stride, rows, width, out, starts, offset, cleans):
 
 
 @njit(error_model="numpy")
-def _score_all(query, width, keys, entry, size, table, length, scores, capacity):
-    """scores[q, l] of QUERIES queries at all positions, and at some beyond, within their block."""
-    whole = width // LANES
+def _score_all(query, width, keys, entry, size, table, length, scores, capacity, following):
+    """scores[q, l] of QUERIES queries at all positions, and at some beyond, within their block. The block `following`
+    will be wanted after these."""
+    whole, blocks = width // LANES, (length + size - 1) // size
     query_numbers, score_numbers = floats(query), floats(scores)
-    for block in range((length + size - 1) // size):
+    for block in range(blocks):
         begin = block * size
+        ahead = 4 * entry * size * ((table[block + 1] if block + 1 < blocks else following) - table[block])
         for at in range(0, min(size, length - begin), KEYS):
             first = min(at, size - KEYS)
             key = keys + 4 * entry * (size * table[block] + first)
-            score(query, width, key, entry, scores + 4 * (begin + first), capacity, whole)
+            score(query, width, key, entry, scores + 4 * (begin + first), capacity, whole, ahead)
             numbers = floats(key)
             for q in range(QUERIES):
                 for k in range(KEYS):
@@ -136,11 +139,12 @@ def _attend(
     lengths = integers(lengths)
     for n in range(rows):
         table, length = integers(tables + 8 * n * table_width), lengths[n]
+        following = integers(tables + 8 * min(n + 1, rows - 1) * table_width)[0]
         for group in range(groups):
             for first in range(0, of_group, QUERIES):
                 query = queries + 4 * ((n * groups + group) * filled + first) * key_width
                 keys, values = blocks + 4 * group * key_width, blocks + 4 * (value_start + group * value_width)
-                _score_all(query, key_width, keys, entry, size, table, length, scores, capacity)
+                _score_all(query, key_width, keys, entry, size, table, length, scores, capacity, following)
                 _clear(mixed_numbers, QUERIES * value_width)
                 count = min(QUERIES, of_group - first)
                 for q in range(count):
@@ -290,12 +294,13 @@ def _cached(plan: Absorbed, layer: int) -> tuple[int, ...]:
     return blocks, entry, size, *rows
 
 
-@kernel
-def _latent_layer(
-    x, stride, norm, norm_eps, query_matrix, latent_matrix, out_matrix, latent_norm, eps, up, cos, sin, half,
-    is_interleaved, blocks, entry, size, slots, tables, table_width, lengths, scale, room, out, rows, width, heads,
-    own, rank, value_width,
-):  # fmt: skip
+def _latent_half(arguments, state):
+    a, s = integers(arguments), integers(state)
+    norm, norm_eps, query_matrix, latent_matrix, out_matrix = a[0], floats(arguments + 8)[0], a[2], a[3], a[4]
+    latent_norm, eps, up, blocks, scale = a[5], floats(arguments + 48)[0], a[7], a[8], floats(arguments + 72)[0]
+    width, heads, own, half, rank, value_width = a[10], a[11], a[12], a[13], a[14], a[15]
+    is_interleaved, entry, size = a[16] != 0, a[17], a[18]
+    rows, x, room = s[ROWS], s[X], s[ROOM]
     filled, head_width, key_width = (heads + QUERIES - 1) // QUERIES * QUERIES, own + 2 * half, rank + 2 * half
     query = room + 4 * width * rows
     latent = query + 4 * heads * head_width * rows
@@ -304,44 +309,45 @@ def _latent_layer(
     attended = absorbed + 4 * heads * rank * rows
     mixed = attended + 4 * heads * value_width * rows
     scores = mixed + 4 * QUERIES * rank
-    normalise_rows(x, stride, norm, room, rows, width, norm_eps)
+    normalise_rows(x, rows, norm, room, rows, width, norm_eps)
     product(room, rows, query_matrix, width, 1, query, rows, rows, heads * head_width, width)
     product(room, rows, latent_matrix, width, 1, latent, rows, rows, key_width, width)
     _attend_latent(
-        query, rows, latent, rows, latent_norm, eps, up, cos, sin, half, is_interleaved, blocks, entry, size, slots,
-        tables, table_width, lengths, scale, queries, scores, mixed, absorbed, attended, rows, rows, heads, own, rank,
-        value_width,
+        query, rows, latent, rows, latent_norm, eps, up, s[COS], s[SIN], half, is_interleaved, blocks, entry, size,
+        s[SLOTS], s[TABLES], s[TABLE_WIDTH], s[LENGTHS], scale, queries, scores, mixed, absorbed, attended, rows, rows,
+        heads, own, rank, value_width,
     )  # fmt: skip
     inner = heads * value_width
-    product(attended, rows, out_matrix, inner, 1, out, rows, rows, width, inner)
-    add_rows(x, stride, out, rows, width)
+    product(attended, rows, out_matrix, inner, 1, room, rows, rows, width, inner)
+    add_rows(room, rows, x, rows, width)
 
 
-def latent_layer(
-    x_NC: Tensor, norm_C: Tensor, norm_eps: float, query_XC: Tensor, latent_WC: Tensor, out_CX: Tensor,
-    latent_norm_R: Tensor, eps: float, up_XR: Tensor, rotation: Rotation, plan: Absorbed, layer: int, heads: int,
-    scale: float,
-) -> Tensor:  # fmt: skip
-    """x + MLA of RMSNorm(x), [N, C], by the matrices of its projections; at least LEAST_ROWS rows."""
-    (rows, width), rank, half = x_NC.shape, up_XR.shape[1], rotation.cos.shape[1]
-    own = query_XC.shape[0] // heads - 2 * half
+def latent_half(
+    norm_C: Tensor, norm_eps: float, query_XC: Tensor, latent_WC: Tensor, out_CX: Tensor, latent_norm_R: Tensor,
+    eps: float, up_XR: Tensor, cache: Tensor, layer: int, heads: int, half: int, is_interleaved: bool, scale: float,
+) -> Operation:  # fmt: skip
+    """X + MLA of RMSNorm(X), by the matrices of its projections; `half` is P/2."""
+    width, rank, own = query_XC.shape[1], up_XR.shape[1], query_XC.shape[0] // heads - 2 * half
     value_width, filled = up_XR.shape[0] // heads - own, -(-heads // QUERIES) * QUERIES
-    capacity = plan.block_table_BM.shape[1] * plan.cache.shape[2]
-    of_row = width + heads * (own + 2 * half + rank + value_width) + (filled + 1) * (rank + 2 * half)
-    room, out_CN = torch.empty(rows * of_row + QUERIES * (rank + capacity)), torch.empty(width, rows)
-    _latent_layer(
-        x_NC.data_ptr(), x_NC.stride(1), norm_C.data_ptr(), norm_eps, query_XC.data_ptr(), latent_WC.data_ptr(),
-        out_CX.data_ptr(), latent_norm_R.data_ptr(), eps, up_XR.data_ptr(), *_turning(rotation),
-        *_cached(plan, layer), scale, room.data_ptr(), out_CN.data_ptr(), rows, width, heads, own, rank, value_width,
+    return Operation(
+        kernel=operation(_latent_half),
+        arguments=arguments_of(
+            norm_C.data_ptr(), float(norm_eps), query_XC.data_ptr(), latent_WC.data_ptr(), out_CX.data_ptr(),
+            latent_norm_R.data_ptr(), float(eps), up_XR.data_ptr(), cache[layer].data_ptr(), float(scale), width,
+            heads, own, half, rank, value_width, is_interleaved, cache.shape[3], cache.shape[2],
+        ),
+        room_of_row=width + heads * (own + 2 * half + rank + value_width) + (filled + 1) * (rank + 2 * half) + rank,
+        room_of_position=QUERIES,
+        weights=(norm_C, query_XC, latent_WC, out_CX, latent_norm_R, up_XR, cache),
     )  # fmt: skip
-    return out_CN.t()
 
 
-@kernel
-def _grouped_layer(
-    x, stride, norm, norm_eps, query_matrix, key_matrix, value_matrix, out_matrix, cos, sin, half, is_interleaved,
-    blocks, entry, size, slots, tables, table_width, lengths, scale, room, out, rows, width, heads, groups, head_width,
-):  # fmt: skip
+def _grouped_half(arguments, state):
+    a, s = integers(arguments), integers(state)
+    norm, norm_eps, query_matrix, key_matrix, value_matrix = a[0], floats(arguments + 8)[0], a[2], a[3], a[4]
+    out_matrix, blocks, scale, width, heads, groups = a[5], a[6], floats(arguments + 56)[0], a[8], a[9], a[10]
+    head_width, half, is_interleaved, entry, size = a[11], a[12], a[13] != 0, a[14], a[15]
+    rows, x, room = s[ROWS], s[X], s[ROOM]
     filled, inner = (heads // groups + QUERIES - 1) // QUERIES * QUERIES, groups * head_width
     query = room + 4 * width * rows
     key = query + 4 * heads * head_width * rows
@@ -350,33 +356,35 @@ def _grouped_layer(
     attended = queries + 4 * groups * filled * head_width * rows
     mixed = attended + 4 * heads * head_width * rows
     scores = mixed + 4 * QUERIES * head_width
-    normalise_rows(x, stride, norm, room, rows, width, norm_eps)
+    normalise_rows(x, rows, norm, room, rows, width, norm_eps)
     product(room, rows, query_matrix, width, 1, query, rows, rows, heads * head_width, width)
     product(room, rows, key_matrix, width, 1, key, rows, rows, inner, width)
     product(room, rows, value_matrix, width, 1, value, rows, rows, inner, width)
     _attend_grouped(
-        query, rows, key, rows, value, rows, cos, sin, half, is_interleaved, blocks, entry, size, slots, tables,
-        table_width, lengths, scale, queries, scores, mixed, attended, rows, heads, groups, head_width,
+        query, rows, key, rows, value, rows, s[COS], s[SIN], half, is_interleaved, blocks, entry, size, s[SLOTS],
+        s[TABLES], s[TABLE_WIDTH], s[LENGTHS], scale, queries, scores, mixed, attended, rows, heads, groups, head_width,
     )  # fmt: skip
     inner = heads * head_width
-    product(attended, rows, out_matrix, inner, 1, out, rows, rows, width, inner)
-    add_rows(x, stride, out, rows, width)
+    product(attended, rows, out_matrix, inner, 1, room, rows, rows, width, inner)
+    add_rows(room, rows, x, rows, width)
 
 
-def grouped_layer(
-    x_NC: Tensor, norm_C: Tensor, norm_eps: float, query_XC: Tensor, key_XC: Tensor, value_XC: Tensor, out_CX: Tensor,
-    rotation: Rotation, plan: Absorbed, layer: int, layout: CacheLayout, scale: float,
-) -> Tensor:  # fmt: skip
-    """x + grouped-query attention of RMSNorm(x), [N, C], by the matrices of its projections; at least LEAST_ROWS
-    rows."""
-    (rows, width), head_width, groups = x_NC.shape, layout.key_width, layout.groups
+def grouped_half(
+    norm_C: Tensor, norm_eps: float, query_XC: Tensor, key_XC: Tensor, value_XC: Tensor, out_CX: Tensor, cache: Tensor,
+    layer: int, layout: CacheLayout, half: int, is_interleaved: bool, scale: float,
+) -> Operation:  # fmt: skip
+    """X + grouped-query attention of RMSNorm(X), by the matrices of its projections; `half` is P/2."""
+    width, head_width, groups = query_XC.shape[1], layout.key_width, layout.groups
     heads = query_XC.shape[0] // head_width
-    filled, capacity = -(-heads // groups // QUERIES) * QUERIES, plan.block_table_BM.shape[1] * plan.cache.shape[2]
-    of_row = width + (2 * heads + 2 * groups + groups * filled) * head_width
-    room, out_CN = torch.empty(rows * of_row + QUERIES * (head_width + capacity)), torch.empty(width, rows)
-    _grouped_layer(
-        x_NC.data_ptr(), x_NC.stride(1), norm_C.data_ptr(), norm_eps, query_XC.data_ptr(), key_XC.data_ptr(),
-        value_XC.data_ptr(), out_CX.data_ptr(), *_turning(rotation), *_cached(plan, layer), scale, room.data_ptr(),
-        out_CN.data_ptr(), rows, width, heads, groups, head_width,
+    filled = -(-heads // groups // QUERIES) * QUERIES
+    return Operation(
+        kernel=operation(_grouped_half),
+        arguments=arguments_of(
+            norm_C.data_ptr(), float(norm_eps), query_XC.data_ptr(), key_XC.data_ptr(), value_XC.data_ptr(),
+            out_CX.data_ptr(), cache[layer].data_ptr(), float(scale), width, heads, groups, head_width, half,
+            is_interleaved, cache.shape[3], cache.shape[2],
+        ),
+        room_of_row=width + (2 * heads + 2 * groups + groups * filled + 1) * head_width,
+        room_of_position=QUERIES,
+        weights=(norm_C, query_XC, key_XC, value_XC, out_CX, cache),
     )  # fmt: skip
-    return out_CN.t()

@@ -77,13 +77,20 @@ def _at(builder: Any, address: Any, index: Any, kind: Any = _FLOAT) -> Any:
     return builder.bitcast(place, kind.as_pointer())
 
 
+def _fetch(builder: Any, place: Any) -> None:
+    """Have what lies there in the second cache before it is asked for."""
+    kinds = [_BYTE.as_pointer(), *[_INT32] * 3]
+    fetch = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), kinds), "llvm.prefetch.p0i8")
+    builder.call(fetch, [place, _INT32(0), _INT32(2), _INT32(1)])
+
+
 def _fused_multiply_add(builder: Any, a: Any, b: Any, total: Any) -> Any:
     return builder.fadd(total, builder.fmul(a, b, flags=_FUSED), flags=_FUSED)
 
 
-def product_tile(lanes: int, features: int, *, adds: bool = False) -> Any:
-    """out[o, n] = sum_c w[o, c] x[c, n] for so many o and n, or added to what is there: x and out by feature, w of any
-    strides."""
+def product_tile(lanes: int, vectors: int, features: int, *, adds: bool = False) -> Any:
+    """out[o, n] = sum_c w[o, c] x[c, n] for so many o, and as many n as so many vectors have lanes, or added to what is
+    there: x and out by feature, w of any strides."""
     vector, mask = ir.VectorType(_FLOAT, lanes), ir.Constant(ir.VectorType(_INT32, lanes), [0] * lanes)
 
     @intrinsic
@@ -101,30 +108,30 @@ def product_tile(lanes: int, features: int, *, adds: bool = False) -> Any:
     ):
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             x, x_stride, w, o_stride, c_stride, out, stride, depth, ahead = arguments
-            kinds = [_BYTE.as_pointer(), *[_INT32] * 3]
-            fetch = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(ir.VoidType(), kinds), "llvm.prefetch.p0i8"
-            )
-            places = [_at(builder, out, builder.mul(stride, _INT64(o)), vector) for o in range(features)]
+
+            def places(address: Any, first: Any) -> list[Any]:
+                return [_at(builder, address, builder.add(first, _INT64(lanes * i)), vector) for i in range(vectors)]
+
+            outs = [place for o in range(features) for place in places(out, builder.mul(stride, _INT64(o)))]
 
             def add(c: Any, totals: list[Any]) -> list[Any]:
-                rows = builder.load(_at(builder, x, builder.mul(c, x_stride), vector), align=4)
+                rows = [builder.load(place, align=4) for place in places(x, builder.mul(c, x_stride))]
                 following = builder.add(ahead, builder.mul(c, _INT64(4 * features)))
-                builder.call(fetch, [builder.inttoptr(following, kinds[0]), _INT32(0), _INT32(2), _INT32(1)])
-                column, after = builder.mul(c, c_stride), []
-                for o, total in enumerate(totals):
-                    weight = builder.load(
-                        _at(builder, w, builder.add(column, builder.mul(o_stride, _INT64(o)))), align=4
+                _fetch(builder, builder.inttoptr(following, _BYTE.as_pointer()))
+                column, after, nothing = builder.mul(c, c_stride), [], ir.Constant(vector, ir.Undefined)
+                for o in range(features):
+                    place = _at(builder, w, builder.add(column, builder.mul(o_stride, _INT64(o))))
+                    weight = builder.insert_element(nothing, builder.load(place, align=4), _INT32(0))
+                    spread, of_o = (
+                        builder.shuffle_vector(weight, nothing, mask),
+                        totals[o * vectors : (o + 1) * vectors],
                     )
-                    nothing = ir.Constant(vector, ir.Undefined)
-                    spread = builder.shuffle_vector(builder.insert_element(nothing, weight, _INT32(0)), nothing, mask)
-                    after.append(_fused_multiply_add(builder, spread, rows, total))
+                    after += [_fused_multiply_add(builder, spread, *pair) for pair in zip(rows, of_o, strict=True)]
                 return after
 
-            nothing = ir.Constant(vector, [0.0] * lanes)
-            totals = [builder.load(place, align=4) if adds else nothing for place in places]
-            totals = _loop(builder, depth, totals, add)
-            for total, place in zip(totals, places, strict=True):
+            zeros = [ir.Constant(vector, [0.0] * lanes)] * len(outs)
+            totals = [builder.load(place, align=4) for place in outs] if adds else zeros
+            for total, place in zip(_loop(builder, depth, totals, add), outs, strict=True):
                 builder.store(total, place, align=4)
             return context.get_dummy_value()
 
@@ -134,16 +141,21 @@ def product_tile(lanes: int, features: int, *, adds: bool = False) -> Any:
 
 
 def _score_tile() -> Any:
-    """out[q, k] = sum_w query[q, w] key[k, w] of QUERIES queries and KEYS keys, over whole vectors of LANES."""
+    """out[q, k] = sum_w query[q, w] key[k, w] of QUERIES queries and KEYS keys, over whole vectors of LANES; what lies
+    `ahead` bytes beyond the keys is fetched for a later tile."""
     vector, count = ir.VectorType(_FLOAT, LANES), QUERIES * KEYS
 
     def pick(builder: Any, a: Any, b: Any, places: list[int]) -> Any:
         return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT32, len(places)), places))
 
     @intrinsic
-    def tile(_: Any, query: Any, query_stride: Any, key: Any, key_stride: Any, out: Any, stride: Any, vectors: Any):
+    def tile(
+        _: Any, query: Any, query_stride: Any, key: Any, key_stride: Any, out: Any, stride: Any, vectors: Any,
+        ahead: Any,
+    ):  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            query, query_stride, key, key_stride, out, stride, vectors = arguments
+            query, query_stride, key, key_stride, out, stride, vectors, ahead = arguments
+            later = builder.add(key, ahead)
 
             def rows(address: Any, stride: Any, number: int, first: Any) -> list[Any]:
                 offsets = [builder.add(first, builder.mul(stride, _INT64(row))) for row in range(number)]
@@ -152,6 +164,8 @@ def _score_tile() -> Any:
             def add(index: Any, totals: list[Any]) -> list[Any]:
                 first = builder.mul(index, _INT64(LANES))
                 queries, keys = rows(query, query_stride, QUERIES, first), rows(key, key_stride, KEYS, first)
+                for k in range(KEYS):
+                    _fetch(builder, _at(builder, later, builder.add(first, builder.mul(key_stride, _INT64(k))), _BYTE))
                 pairs = [(q, k) for q in queries for k in keys]
                 return [_fused_multiply_add(builder, q, k, total) for (q, k), total in zip(pairs, totals, strict=True)]
 
@@ -173,13 +187,14 @@ def _score_tile() -> Any:
                 builder.store(scores, _at(builder, out, builder.mul(stride, _INT64(q)), scores.type), align=4)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 7), generate
+        return types.void(*[types.int64] * 8), generate
 
     return tile
 
 
-_wide, _middle, _narrow, _single = (product_tile(*shape) for shape in ((32, TILE), (16, TILE), (8, TILE), (8, 1)))
-add_middle, add_narrow = (product_tile(lanes, QUERIES, adds=True) for lanes in (16, 8))
+_wide, _uneven, _middle, _narrow = (product_tile(*shape, TILE) for shape in ((16, 2), (8, 3), (16, 1), (8, 1)))
+_single = product_tile(8, 1, 1)
+add_middle, add_narrow = (product_tile(lanes, 1, QUERIES, adds=True) for lanes in (16, 8))
 score = _score_tile()
 
 
@@ -193,10 +208,14 @@ def _multiply_rows(x, x_stride, w, o_stride, c_stride, out, stride, rows, depth)
     done, ahead = 0, w + 4 * TILE * o_stride
     while done < rows:
         left = rows - done
-        if HAS_WIDE_VECTORS and left > 24 and rows >= 32:
+        if HAS_WIDE_VECTORS and left > 24 and not 32 < left <= 40 and rows >= 32:
             n = min(done, rows - 32)
             _wide(x + 4 * n, x_stride, w, o_stride, c_stride, out + 4 * n, stride, depth, ahead)
             done, ahead = n + 32, w
+        elif HAS_WIDE_VECTORS and left > 16 and rows >= 24:
+            n = min(done, rows - 24)
+            _uneven(x + 4 * n, x_stride, w, o_stride, c_stride, out + 4 * n, stride, depth, ahead)
+            done, ahead = n + 24, w
         elif HAS_WIDE_VECTORS and left > 8 and rows >= 16:
             n = min(done, rows - 16)
             _middle(x + 4 * n, x_stride, w, o_stride, c_stride, out + 4 * n, stride, depth, ahead)
@@ -316,26 +335,3 @@ def add_rows(x, stride, out, rows, width):
     for c in range(width):
         for n in range(rows):
             out[c * rows + n] += x[c * stride + n]
-
-
-@kernel
-def _feed_forward_layer(x, stride, norm, eps, gate, up, down, room, out, rows, width, inner_width):
-    normalise_rows(x, stride, norm, room, rows, width, eps)
-    out_numbers, x_numbers = floats(out), floats(x)
-    for c in range(width):
-        for n in range(rows):
-            out_numbers[c * rows + n] = x_numbers[c * stride + n]
-    feed_forward_rows(room, rows, gate, up, down, room + 4 * width * rows, out, rows, width, inner_width)
-
-
-def feed_forward_layer(
-    x_NC: Tensor, norm_C: Tensor, eps: float, gate_IC: Tensor, up_IC: Tensor, down_CI: Tensor
-) -> Tensor:
-    """x + down(silu(gate(h)) * up(h)) of h = RMSNorm(x), [N, C]; at least LEAST_ROWS rows."""
-    (rows, width), inner = x_NC.shape, gate_IC.shape[0]
-    room, out_CN = torch.empty(2 * width + 2 * inner, rows), torch.empty(width, rows)
-    _feed_forward_layer(
-        x_NC.data_ptr(), x_NC.stride(1), norm_C.data_ptr(), eps, gate_IC.data_ptr(), up_IC.data_ptr(),
-        down_CI.data_ptr(), room.data_ptr(), out_CN.data_ptr(), rows, width, inner,
-    )  # fmt: skip
-    return out_CN.t()

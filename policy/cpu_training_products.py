@@ -31,8 +31,8 @@ ROWS_AT_ONCE = 256
 """Rows that meet all columns before the next ones do, and the depth of a gradient's products: what they read stays in
 the cache of a core."""
 
-_wide, _narrow = (product_tile(lanes, TILE) for lanes in (WIDE, LANES))
-_add_wide, _add_narrow = (product_tile(lanes, TILE, adds=True) for lanes in (WIDE, LANES))
+_wide, _narrow = (product_tile(LANES, vectors, TILE) for vectors in (WIDE // LANES, 1))
+_add_wide, _add_narrow = (product_tile(LANES, vectors, TILE, adds=True) for vectors in (WIDE // LANES, 1))
 
 
 @intrinsic

@@ -8,6 +8,8 @@ heads, D head width.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,10 +17,14 @@ from torch import Tensor, nn
 from policy.attention import AttentionPlan, attend_in_rows, write_cache
 from policy.config import PolicyConfig
 from policy.continued_attention import Continued, attend_to_context
+from policy.decode_layout import LEAST_ROWS
 from policy.linear import Linear, plain_matrices
 from policy.norm import RMSNorm
 from policy.paged_attention import Absorbed, CacheLayout, attend_over_cache
 from policy.rope import Rotation, attention_scale, rotate
+
+if TYPE_CHECKING:
+    from policy.cpu_operations import Operation
 
 
 class GroupedQueryAttention(nn.Module):
@@ -79,14 +85,12 @@ class GroupedQueryAttention(nn.Module):
 
     def decode_on_cpu(self, x_NC: Tensor, norm: RMSNorm, rotation: Rotation, plan: Absorbed) -> Tensor:
         """x + attention of norm(x) under `Absorbed`, in one kernel or in one between the projections."""
-        from policy import cpu_paged_attention
+        from policy import cpu_operations, cpu_paged_attention
 
-        if not self.config.family.has_qk_norm:
-            layers = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
-            if (matrices := plain_matrices(x_NC.shape[0], *layers)) is not None:
-                return cpu_paged_attention.grouped_layer(
-                    x_NC, norm.weight, norm.epsilon, *matrices, rotation, plan, self.layer, self.layout, self.scale
-                )
+        if x_NC.shape[0] >= LEAST_ROWS:
+            operation = self.operation_on_cpu(norm, plan.cache, rotation.cos.shape[1], rotation.is_interleaved)
+            if operation is not None:
+                return cpu_operations.run_alone(operation, x_NC, rotation, plan)
         inner_NC, head = norm(x_NC), (-1, self.config.head_dim)
         query_NX = self.q_norm(self.q_proj(inner_NC).unflatten(-1, head)).flatten(-2)
         key_NX = self.k_norm(self.k_proj(inner_NC).unflatten(-1, head)).flatten(-2)
@@ -94,3 +98,14 @@ class GroupedQueryAttention(nn.Module):
             query_NX, key_NX, self.v_proj(inner_NC), rotation, plan, self.layer, self.layout, self.scale
         )
         return x_NC + self.o_proj(attended_NX)
+
+    def operation_on_cpu(self, norm: RMSNorm, cache: Tensor, half: int, is_interleaved: bool) -> Operation | None:
+        """x + attention of norm(x) as a part of a decoding step on the CPU; None where it takes several."""
+        from policy import cpu_paged_attention
+
+        layers = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        if self.config.family.has_qk_norm or (matrices := plain_matrices(*layers)) is None:
+            return None
+        return cpu_paged_attention.grouped_half(
+            norm.weight, norm.epsilon, *matrices, cache, self.layer, self.layout, half, is_interleaved, self.scale
+        )

@@ -10,18 +10,24 @@ W = R + P cache width, L cached positions (of all rows together, where rows go o
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from policy.attention import AttentionPlan, Expanded, attend_in_rows, write_cache
 from policy.config import PolicyConfig
 from policy.continued_attention import Continued, attend_to_context
+from policy.decode_layout import LEAST_ROWS
 from policy.fused import split_keys_values
 from policy.linear import Linear, plain_matrices
 from policy.norm import RMSNorm
 from policy.paged_attention import Absorbed, CacheLayout, attend_over_cache
 from policy.recompute import remade
 from policy.rope import Rotation, attention_scale, rotate
+
+if TYPE_CHECKING:
+    from policy.cpu_operations import Operation
 
 LATENT_NORM_EPS = 1e-6
 """Of the norms on the two latents, whatever `rms_norm_eps` is: so do DeepSeek's own code and transformers."""
@@ -70,22 +76,30 @@ class LatentAttention(nn.Module):
 
     def decode_on_cpu(self, x_NC: Tensor, norm: RMSNorm, rotation: Rotation, plan: Absorbed) -> Tensor:
         """x + attention of norm(x), absorbed, in one kernel or in one between the projections."""
-        from policy import cpu_paged_attention
+        from policy import cpu_operations, cpu_paged_attention
 
-        heads, latent_norm_R = self.config.num_attention_heads, self.kv_a_layernorm.weight
-        if self.config.q_lora_rank is None:
-            layers = (self.q_proj, self.kv_a_proj_with_mqa, self.o_proj)
-            if (matrices := plain_matrices(x_NC.shape[0], *layers)) is not None:
-                return cpu_paged_attention.latent_layer(
-                    x_NC, norm.weight, norm.epsilon, *matrices, latent_norm_R, LATENT_NORM_EPS, self.kv_b_proj.weight,
-                    rotation, plan, self.layer, heads, self.scale,
-                )  # fmt: skip
+        if x_NC.shape[0] >= LEAST_ROWS:
+            operation = self.operation_on_cpu(norm, plan.cache, rotation.cos.shape[1], rotation.is_interleaved)
+            if operation is not None:
+                return cpu_operations.run_alone(operation, x_NC, rotation, plan)
         inner_NC = norm(x_NC)
         attended_NX = cpu_paged_attention.attend_latent(
-            self._query(inner_NC), self.kv_a_proj_with_mqa(inner_NC), latent_norm_R, LATENT_NORM_EPS,
-            self.kv_b_proj.weight, rotation, plan, self.layer, heads, self.scale,
+            self._query(inner_NC), self.kv_a_proj_with_mqa(inner_NC), self.kv_a_layernorm.weight, LATENT_NORM_EPS,
+            self.kv_b_proj.weight, rotation, plan, self.layer, self.config.num_attention_heads, self.scale,
         )  # fmt: skip
         return x_NC + self.o_proj(attended_NX)
+
+    def operation_on_cpu(self, norm: RMSNorm, cache: Tensor, half: int, is_interleaved: bool) -> Operation | None:
+        """x + attention of norm(x) as a part of a decoding step on the CPU; None where it takes several."""
+        from policy import cpu_paged_attention
+
+        layers = (self.q_proj, self.kv_a_proj_with_mqa, self.o_proj) if self.config.q_lora_rank is None else ()
+        if (matrices := plain_matrices(*layers)) is None:
+            return None
+        return cpu_paged_attention.latent_half(
+            norm.weight, norm.epsilon, *matrices, self.kv_a_layernorm.weight, LATENT_NORM_EPS, self.kv_b_proj.weight,
+            cache, self.layer, self.config.num_attention_heads, half, is_interleaved, self.scale,
+        )  # fmt: skip
 
     def _query(self, x_NC: Tensor) -> Tensor:
         if self.config.q_lora_rank is None:

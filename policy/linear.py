@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from policy.decode_layout import LEAST_ROWS, lies_by_feature
+from policy.decode_layout import lies_by_feature
 
 
 class Linear(nn.Linear):
@@ -51,8 +51,15 @@ LANES = 16
 """Numbers of the vectors that these kernels take."""
 
 
-def plain_matrices(rows: int, *layers: nn.Module) -> list[Tensor] | None:
-    """The layers' matrices, where they and so many rows can be part of one kernel: no adapters, no biases, fp32."""
+def plain_matrices(*layers: nn.Module) -> list[Tensor] | None:
+    """The layers' matrices, where they can be part of one kernel: no adapters, no biases, fp32, whole, and row by
+    row."""
     matrices = [layer.weight for layer in layers if type(layer) is Linear and layer.bias is None]
-    is_plain = len(matrices) == len(layers) and all(matrix.dtype == torch.float32 for matrix in matrices)
-    return [matrix.contiguous() for matrix in matrices] if is_plain and rows >= LEAST_ROWS else None
+    is_plain = len(matrices) == len(layers) > 0 and all(is_plain_matrix(matrix) for matrix in matrices)
+    return matrices if is_plain else None
+
+
+def is_plain_matrix(weight: Tensor) -> bool:
+    """Whether a kernel for the CPU in fp32 finds this weight at its address."""
+    is_own = type(weight) in (Tensor, nn.Parameter)  # not in pieces over ranks
+    return is_own and weight.dtype == torch.float32 and weight.is_cpu and weight.is_contiguous()

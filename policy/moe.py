@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,13 @@ from policy.config import PolicyConfig
 from policy.decode_layout import LEAST_ROWS, lies_by_feature
 from policy.fused import silu_gate
 from policy.grouped import gather_sorted, mix_sorted, sort_by_group, swiglu
-from policy.linear import Linear, plain_matrices
+from policy.linear import Linear, is_plain_matrix, plain_matrices
 from policy.norm import RMSNorm
 from policy.recompute import remade
 from policy.router import Router
+
+if TYPE_CHECKING:
+    from policy.cpu_operations import Operation
 
 FEW_PAIRS = 8192
 """Up to so many token-expert pairs, a GPU that needs no gradient sorts them by counting, in one kernel."""
@@ -46,15 +50,24 @@ class FeedForward(nn.Module):
 
     def decode_on_cpu(self, x_NC: Tensor, norm: RMSNorm) -> tuple[Tensor, None]:
         """x + self(norm(x)), in one kernel where it can be; there is no router."""
-        if (matrices := self.matrices(x_NC.shape[0])) is None:
+        operation = self.operation_on_cpu(norm) if x_NC.shape[0] >= LEAST_ROWS else None
+        if operation is None:
             return x_NC + self(norm(x_NC)), None
-        from policy import cpu_products
+        from policy import cpu_operations
 
-        return cpu_products.feed_forward_layer(x_NC, norm.weight, norm.epsilon, *matrices), None
+        return cpu_operations.run_alone(operation, x_NC), None
 
-    def matrices(self, rows: int) -> list[Tensor] | None:
-        """Gate, up and down, where they and so many rows can be part of one kernel."""
-        return plain_matrices(rows, self.gate_proj, self.up_proj, self.down_proj)
+    def operation_on_cpu(self, norm: RMSNorm) -> Operation | None:
+        """x + self(norm(x)) as a part of a decoding step on the CPU; None where it takes several."""
+        if (matrices := self.matrices()) is None:
+            return None
+        from policy import cpu_operations
+
+        return cpu_operations.feed_forward(norm.weight, norm.epsilon, *matrices)
+
+    def matrices(self) -> list[Tensor] | None:
+        """Gate, up and down, where they can be part of one kernel."""
+        return plain_matrices(self.gate_proj, self.up_proj, self.down_proj)
 
 
 class Experts(nn.Module):
@@ -131,18 +144,28 @@ class MixtureOfExperts(nn.Module):
 
     def decode_on_cpu(self, x_NC: Tensor, norm: RMSNorm) -> tuple[Tensor, Routed]:
         """x + self(norm(x)) and the choice of experts, in one kernel where it can be."""
-        shared = None if self.shared_experts is None else self.shared_experts.matrices(x_NC.shape[0])
-        if x_NC.shape[0] < LEAST_ROWS or (shared is None and self.shared_experts is not None):
+        experts_NK = torch.empty(x_NC.shape[0], self.gate.config.num_experts_per_tok, dtype=torch.int64)
+        operation = self.operation_on_cpu(norm, experts_NK) if x_NC.shape[0] >= LEAST_ROWS else None
+        if operation is None:
             out_NC, routed = self(norm(x_NC))
             return x_NC + out_NC, routed
+        from policy import cpu_operations
+
+        return cpu_operations.run_alone(operation, x_NC), Routed(experts_NK=experts_NK, sums=None)
+
+    def operation_on_cpu(self, norm: RMSNorm, chosen_NK: Tensor, record: Tensor | None = None) -> Operation | None:
+        """x + self(norm(x)) as a part of a decoding step on the CPU; None where it takes several. The choice of experts
+        goes to `chosen_NK` and, where one is given, to the record beside the cache."""
+        shared = None if self.shared_experts is None else self.shared_experts.matrices()
+        stacked = (self.gate.weight, self.experts.gate_up_proj, self.experts.down_proj)
+        if (shared is None and self.shared_experts is not None) or not all(map(is_plain_matrix, stacked)):
+            return None
         from policy import cpu_experts
 
-        router, experts = self.gate, self.experts
-        out_NC, experts_NK = cpu_experts.mixture_layer(
-            x_NC, norm.weight, norm.epsilon, router.weight, router.e_score_correction_bias, experts.gate_up_proj,
-            experts.down_proj, shared, router.config,
+        return cpu_experts.mixture(
+            norm.weight, norm.epsilon, self.gate.weight, self.gate.e_score_correction_bias, *stacked[1:], shared,
+            self.gate.config, chosen_NK, record,
         )  # fmt: skip
-        return out_NC, Routed(experts_NK=experts_NK, sums=None)
 
     def decode_on_gpu(self, x_NC: Tensor, inner_NC: Tensor) -> tuple[Tensor, Routed]:
         """x + self(inner) and the choice of experts, in few kernels."""

@@ -201,7 +201,8 @@ class BuiltinEngine:
         least = per_sequence + 1 + max(self._window + config.block_size - 2, 0) // config.block_size
         rows = min(self.max_num_seqs, len(groups) * num_generations)
         wanted = max(least, (rows + len(groups)) * (per_sequence + 1))
-        max_blocks = -(-(longest + self._steps * (self._num_drafts + 1) - 1) // config.block_size)
+        ahead = max(config.run_ahead, self._steps * (self._num_drafts + 1))
+        max_blocks = -(-(longest + ahead - 1) // config.block_size)
         runner = self._runner
         if runner is None or not runner.suits(wanted, max_blocks):
             allowed = self._allowed_blocks(longest, least, block_bytes)
@@ -255,7 +256,7 @@ class BuiltinEngine:
 
     @property
     def _steps(self) -> int:
-        """Tokens, or rounds of drafts, before the host looks at them; a CPU gains nothing by more than one."""
+        """Rounds of drafts before the host looks at them; a CPU gains nothing by more than one."""
         return self.config.run_ahead if self._is_gpu else 1
 
     def _cache_gib(self) -> float:
@@ -332,14 +333,12 @@ class BuiltinEngine:
 
     def _decode(self, scheduler: Scheduler, runner: ModelRunner, params: SamplingParams) -> None:
         """Some more tokens for every running sequence."""
-        running = scheduler.running
-        steps = min(self._steps, running.most_left(params.max_completion_length))
-        scheduler.make_room(steps, params.max_completion_length)
+        running, most = scheduler.running, params.max_completion_length
+        steps = min(runner.steps_at_once(self.config.run_ahead, params), running.most_left(most))
+        scheduler.make_room(steps, most)
         size = len(running)
-        token_ids_SB, logprobs_SB = runner.decode(running, params, steps)
-        kept_B = running.push_tokens(
-            np.arange(size), token_ids_SB, logprobs_SB, params.stop_token_ids, params.max_completion_length
-        )
+        token_ids_SB, logprobs_SB, valid_B = runner.decode(running, params, steps)
+        kept_B = running.push_tokens(np.arange(size), token_ids_SB, logprobs_SB, params.stop_token_ids, most, valid_B)
         self._end_at_strings(running, np.arange(size), token_ids_SB, kept_B)
         running.length[:size] += kept_B
 

@@ -131,7 +131,7 @@ class EngineConfig(BaseModel):
         gt=0,
         description="most memory of the cache, GiB, taken as needed; default: 1, on a GPU 40% of what is free",
     )
-    run_ahead: int = Field(default=8, ge=1, description="tokens a GPU samples before the host looks at them")
+    run_ahead: int = Field(default=8, ge=1, description="tokens sampled before the host looks at them")
     speculative: SpeculativeConfig = Field(default_factory=SpeculativeConfig)
     vllm_colocate: VllmColocateConfig = Field(default_factory=VllmColocateConfig)
     vllm_server: VllmServerConfig = Field(default_factory=VllmServerConfig)

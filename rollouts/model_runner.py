@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -30,10 +30,13 @@ from policy.model import PolicyOutput
 from policy.paged_attention import Absorbed
 from rollouts.crew import Crew
 from rollouts.graphs import Graphs, capture, rows_for
-from rollouts.sampler import sample
+from rollouts.sampler import draws_plainly, sample
 from rollouts.scheduler import RunningBatch
 from rollouts.sequence import Chunk
 from rollouts.types import SamplingParams
+
+if TYPE_CHECKING:
+    from rollouts.cpu_steps import DecodingSteps
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -100,6 +103,8 @@ class ModelRunner:
         # Modules in pieces over ranks gather them as they run: in one order, so on one thread.
         is_alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
         self._crew = Crew() if is_alone and self._has_cpu_kernels() else None
+        self._cpu_steps: list[DecodingSteps] | None = None
+        """Those that no thread uses; None where the policy's steps are not made of operations."""
         self.captured = _addresses(policy)
         """Where the weights lie that graphs read."""
 
@@ -125,7 +130,15 @@ class ModelRunner:
         if (now := _addresses(self.policy)) != self.captured:
             self._graphs.clear()
             self._prompt_graphs.clear()
+            self._cpu_steps = None
             self.captured = now
+        if self.cache.is_cpu and self.cache.dtype == torch.float32:
+            from rollouts.cpu_steps import is_made_of_operations
+
+            if not is_made_of_operations(self.policy, self.cache):
+                self._cpu_steps = None
+            elif self._cpu_steps is None:
+                self._cpu_steps = []
 
     def weights(self) -> tuple[tuple[int, int], ...]:
         """Where each of the policy's tensors lies and how often it was written in place, so far as torch counts that:
@@ -216,19 +229,24 @@ class ModelRunner:
         last_P = torch.from_numpy(np.cumsum(read.lengths) - 1).to(self.policy.device)
         return self.policy.project(read.hidden_NC.index_select(0, last_P))
 
-    def decode(self, running: RunningBatch, params: SamplingParams, steps: int) -> tuple[np.ndarray, np.ndarray]:
-        """Feed each sequence its last token and sample the next, `steps` times: tokens and log-probabilities [S, B].
+    def decode(
+        self, running: RunningBatch, params: SamplingParams, steps: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Feed each sequence its last token and sample the next, `steps` times: tokens and log-probabilities [S, B],
+        and how many of these are a sequence's own, [B], where one that ended was not sampled any further.
 
         The sequences must hold blocks for as many tokens of these as they may keep. A token of -1 says that the logits
         there were not all numbers; what follows it means nothing.
         """
-        size, device = len(running), self.policy.device
+        size = len(running)
+        table_BM = self.table(running, steps)
+        if self._cpu_steps is not None:
+            return self._decode_on_cpu(self._cpu_steps, running, table_BM.numpy(), params, steps)
         token_B, position_B, counter_B = (
-            torch.from_numpy(array[:size].copy()).to(device)
+            torch.from_numpy(array[:size].copy()).to(self.policy.device)
             for array in (running.last_token, running.length, running.count)
         )
-        seed_B = torch.from_numpy(running.seed[:size].view(np.int64)).to(device)
-        table_BM = self.table(running, steps)
+        seed_B = torch.from_numpy(running.seed[:size].view(np.int64)).to(self.policy.device)
 
         def decode_some(rows: slice) -> tuple[Tensor, Tensor]:
             forward, token = self.forward_of(table_BM[rows]), token_B[rows]
@@ -243,7 +261,42 @@ class ModelRunner:
 
         parts = self._crew.run(decode_some, size) if self._crew is not None else [decode_some(slice(size))]
         tokens_SB, logprobs_SB = (torch.cat(part, dim=1).cpu().numpy() for part in zip(*parts, strict=True))
-        return tokens_SB, logprobs_SB
+        return tokens_SB, logprobs_SB, None
+
+    def steps_at_once(self, run_ahead: int, params: SamplingParams) -> int:
+        """How many tokens `decode` should be asked for: more than one where what lies behind a sequence's end costs
+        nothing, or a GPU need not wait."""
+        draws_ahead = self._cpu_steps is not None and draws_plainly(params, self.policy.config.vocab_size)
+        return run_ahead if draws_ahead or self.policy.device.type == "cuda" else 1
+
+    def _decode_on_cpu(
+        self, idle: list[DecodingSteps], running: RunningBatch, table_BM: np.ndarray, params: SamplingParams, steps: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        from rollouts.cpu_steps import DecodingSteps
+
+        draws_here = draws_plainly(params, self.policy.config.vocab_size)
+        assert steps == 1 or draws_here
+
+        def decode_some(rows: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            tables = table_BM[rows]
+            mine = idle.pop() if idle else None
+            if mine is None or not mine.suits(*tables.shape):
+                mine = DecodingSteps(self.policy, self.cache, self.experts, len(tables), self.max_blocks)
+            token_B, position_B = running.last_token[rows], running.length[rows]
+            seed_B, counter_B = running.seed[rows].view(np.int64), running.count[rows]
+            if draws_here:
+                done = mine.sample(token_B, position_B, seed_B, counter_B, tables, params, steps)
+                idle.append(mine)
+                return done.token_ids_SB, done.logprobs_SB, done.valid_B
+            logits_BV = mine.logits(token_B, position_B, tables)
+            sampled = sample(logits_BV, torch.from_numpy(seed_B), torch.from_numpy(counter_B), params)
+            idle.append(mine)
+            return sampled.said_B.numpy()[None], sampled.logprobs_B.numpy()[None], np.ones(len(tables), dtype=np.int64)
+
+        size = len(running)
+        parts = self._crew.run(decode_some, size) if self._crew is not None else [decode_some(slice(size))]
+        tokens_SB, logprobs_SB, valid_B = (np.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
+        return tokens_SB, logprobs_SB, valid_B
 
     def copy_blocks(self, sources: np.ndarray, targets: np.ndarray) -> None:
         """Copy whole blocks, in every layer."""
@@ -362,4 +415,4 @@ def _expert_dtype(config: PolicyConfig) -> torch.dtype:
 
 
 def _addresses(policy: Policy) -> tuple[int, ...]:
-    return tuple(weight.data_ptr() for weight in policy.parameters())
+    return tuple(weight.data_ptr() for weight in (*policy.parameters(), *policy.buffers()))

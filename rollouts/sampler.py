@@ -183,6 +183,11 @@ def _sample_on_gpu(
     return Sampled(token_ids_B=token_ids_B, logprobs_B=logprobs_B, finite_B=finite_B)
 
 
+def draws_plainly(params: SamplingParams, vocabulary: int) -> bool:
+    """Whether a decoding step on the CPU can draw by itself: from all tokens, of not too many."""
+    return vocabulary <= WIDE and (params.temperature == 0 or not _truncates(params, vocabulary))
+
+
 def _truncates(params: SamplingParams, vocabulary: int) -> bool:
     return 0 < params.top_k < vocabulary or params.min_p > 0 or params.top_p < 1
 
