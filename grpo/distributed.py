@@ -62,10 +62,9 @@ class Ranks:
         """Whether FSDP2 takes a block apart between its forward and its backward pass."""
         self.timeout = timedelta(seconds=timeout_s)
         """For what makes groups of its own."""
-        self.shares_gpu: bool = not cpu and torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        """Whether there are more ranks on this machine than GPUs: NCCL takes one a GPU, so gloo carries messages then,
-        through the host. Slow; to try out on one GPU what is meant for many.
-        """
+        num_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.shares_gpu: bool = not cpu and share_gpus(torch.cuda.device_count(), num_here, self.sharding)
+        """Whether gloo carries messages between GPUs, through the host; see `share_gpus`."""
         if int(os.environ.get("LOCAL_RANK", -1)) >= 0 and not dist.is_initialized():
             # Before accelerate would, whose own settings leave out a timeout of 600 s, and know NCCL alone for GPUs.
             dist.init_process_group("gloo" if cpu or self.shares_gpu else "nccl", timeout=self.timeout)
@@ -245,6 +244,19 @@ class Ranks:
         """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def share_gpus(num_gpus: int, num_ranks: int, sharding: Sharding | None) -> bool:
+    """Whether there are more ranks on a machine than GPUs: NCCL takes one a GPU, gloo more. Slow; to try out on one GPU
+    what is meant for many. Raises ConfigError where DeepSpeed is asked for, which gives each rank the GPU of its number.
+    """
+    is_shared = num_gpus < num_ranks
+    if is_shared and sharding in ("zero2", "zero3"):
+        raise ConfigError(
+            f"DeepSpeed wants a GPU for each process, and {num_ranks} processes have {num_gpus} here; start with "
+            f"--num_processes {num_gpus}, or try recipes/accelerate/fsdp2.yaml, where processes may share a GPU"
+        )
+    return is_shared
 
 
 def _sharding() -> Sharding | None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from grpo.config import ConfigError, load_config
-from grpo.distributed import Ranks
+from grpo.distributed import Ranks, share_gpus
 from grpo.pretrain import base_model
 from tests.grpo.all_choices import all_gradients
 from tests.grpo.test_trainer import STATEFUL, metrics_of, recipe  # noqa: F401
@@ -113,6 +113,14 @@ def test_two_ranks_equal_one(recipe: Path, tmp_path: Path) -> None:  # noqa: F81
     assert evaluations[0][0] == evaluations[1][0]
     before, after = (load_file(run / "checkpoints" / "step_000003" / "model.safetensors") for run in (one, two))
     assert all(torch.allclose(before[name], after[name], atol=1e-4) for name in before)
+
+
+def test_ranks_share_a_gpu_but_under_deepspeed() -> None:
+    assert not share_gpus(2, 2, "zero3")
+    assert not share_gpus(1, 1, None)
+    assert share_gpus(1, 2, "fsdp2")
+    with pytest.raises(ConfigError, match="2 processes have 1 here; start with --num_processes 1"):
+        share_gpus(1, 2, "zero2")
 
 
 @pytest.mark.multi
