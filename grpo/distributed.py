@@ -248,7 +248,9 @@ class Ranks:
 
 def share_gpus(num_gpus: int, num_ranks: int, sharding: Sharding | None) -> bool:
     """Whether there are more ranks on a machine than GPUs: NCCL takes one a GPU, gloo more. Slow; to try out on one GPU
-    what is meant for many. Raises ConfigError where DeepSpeed is asked for, which gives each rank the GPU of its number.
+    what is meant for many.
+
+    Raises ConfigError where DeepSpeed is asked for, which gives each rank the GPU of its number.
     """
     is_shared = num_gpus < num_ranks
     if is_shared and sharding in ("zero2", "zero3"):
