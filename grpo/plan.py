@@ -26,6 +26,7 @@ from grpo.support import is_truncated
 from grpo.types import Origin
 from policy import PolicyConfig
 from policy.footprint import PassPeak, PassSize, inference_bytes, peak_of_pass
+from policy.linear import has_tiles
 from policy.parameter_count import ParameterCount, count_parameters
 from rollouts import Completion
 from rollouts.builtin_engine import FREE_SHARE
@@ -252,6 +253,7 @@ def _pass_size(config: Config, shape: PolicyConfig, device: Device, batches: Mic
         itemsize=4 if config.dtype == "float32" else 2,
         residual_in_fp32=config.residual_in_fp32,
         is_gpu=device.is_gpu,
+        has_tiles=not device.is_gpu and has_tiles(config.num_threads),
         recomputation=config.activation_recomputation,
         lora=config.lora,
         num_ahead=shape.num_nextn_predict_layers if config.mtp_weight else 0,

@@ -245,7 +245,8 @@ def grouped_linear(x_TI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 class _Linear(Function):
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TI, weight_EOI, ends_E)
+        # A frozen weight gets no gradient, which is all that the input is kept for.
+        ctx.save_for_backward(x_TI if ctx.needs_input_grad[1] else None, weight_EOI, ends_E)
         return multiply(x_TI, weight_EOI, ends_E)
 
     @staticmethod

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from policy.attention import SHORT_ROW
 from policy.config import PolicyConfig
 from policy.head import MAX_ELEMENTS, MIN_SLICE
+from policy.linear import LANES
 from policy.lora import LoraConfig
 from policy.parameter_count import ParameterCount, count_parameters
 from policy.recompute import Recomputation
@@ -40,6 +41,8 @@ class PassSize:
     """Whether the trunk's residual stream takes 4 bytes a number whatever `itemsize` is."""
     is_gpu: bool
     """Whether the pass is on a GPU; a CPU keeps more of attention, and in bf16 of all else."""
+    has_tiles: bool = False
+    """Whether a CPU's update takes the kernels of one thread (`policy.linear.has_tiles`)."""
     is_ragged: bool = True
     """Whether rows are of unequal length, as completions mostly are."""
     recomputation: Recomputation = "none"
@@ -272,7 +275,9 @@ def _attended(size: PassSize, heads: int, key: int, value: int) -> list[Piece]:
         width = key + value if size.is_ragged and value < key else value
         return [Piece(name="attended", bytes_per_token=heads * (b * width + 4))]
     pieces = _input("attended", heads * value, size, ("o_proj",))
-    if longest <= SHORT_ROW:
+    if longest <= SHORT_ROW and size.has_tiles and b == 4 and key % LANES == value % LANES == 0:
+        weights = heads * 8  # two numbers of each softmax
+    elif longest <= SHORT_ROW:
         weights = heads * longest * (4 if b == 4 else 6)
     elif key == value:
         return [Piece(name="attended", bytes_per_token=heads * (b * value + 4))]

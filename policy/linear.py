@@ -30,16 +30,19 @@ class Linear(nn.Linear):
         return out_NO if self.bias is None else out_NO + self.bias
 
 
-def has_tiles() -> bool:
-    """Whether the kernels of an update on the CPU are worth taking: one thread, and registers for their tiles."""
-    return torch.get_num_threads() == 1 and torch.backends.cpu.get_cpu_capability() == "AVX512"
+def has_tiles(num_threads: int | None = None) -> bool:
+    """Whether the kernels of an update on the CPU are worth taking: one thread, and registers for their tiles.
+
+    `num_threads` are those that there will be; None: those that there are.
+    """
+    return (num_threads or torch.get_num_threads()) == 1 and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def takes_on_cpu(x: Tensor, weight: Tensor) -> bool:
     """Whether products with a gradient are for `policy/cpu_training_products.py`: fp32, widths of whole vectors."""
     return (
         torch.is_grad_enabled()
-        and x.is_cpu
+        and x.device.type == "cpu"
         and has_tiles()
         and x.dtype == weight.dtype == torch.float32
         and weight.shape[-1] % LANES == weight.shape[-2] % LANES == 0

@@ -1,5 +1,6 @@
 """Formulas of memory against what is really held, byte by byte, on the CPU; and against figures read on a GPU."""
 
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from policy import PackedRows, Policy, PolicyConfig, cast_weights
 from policy.attention import Expanded
 from policy.footprint import PassSize, inference_bytes, kept_bytes, layer_pieces, peak_of_pass
+from policy.linear import has_tiles
 from policy.logprobs import token_logprobs
 from policy.lora import LoraConfig, add_adapters
 from policy.parameter_count import count_parameters
@@ -51,6 +53,7 @@ def size_of(policy: Policy, lengths: tuple[int, ...], kind: Recomputation, lora:
         itemsize=policy.dtype.itemsize,
         residual_in_fp32=policy.residual_in_fp32,
         is_gpu=False,
+        has_tiles=has_tiles(),
         is_ragged=len(set(lengths)) > 1,
         recomputation=kind,
         lora=lora,
@@ -84,7 +87,7 @@ def test_formulas_are_within_a_tenth_of_what_is_held(case: str, kind: Recomputat
 
 def test_a_plain_layer_is_kept_to_the_byte() -> None:
     policy, lengths, _ = CASES["llama"]
-    config, size = policy.config, size_of(policy, lengths, "none", None)
+    config, size = policy.config, replace(size_of(policy, lengths, "none", None), has_tiles=False)
     width, heads, inner = 64, 4 * 16, 160
     norms = 2 * 2 * 4 * width  # each: input, output
     attention = 4 * (2 * heads + 2 * heads // 2) + 4 * 4 * 16  # queries, output, keys, values; weights of 4 heads
