@@ -173,7 +173,8 @@ def test_a_supervisor_that_is_killed_is_replaced(level: str) -> None:
             before = set(find_descendants())
             scored = threads.submit(score_program, slow, problem, sandbox=sandbox)
             time.sleep(0.2)
-            for pid in before & set(find_descendants()):
+            # Parents first: a supervisor that outlived the child forked ahead for it would report that child's death.
+            for pid in sorted(before & set(find_descendants())):
                 os.kill(pid, signal.SIGKILL)
             assert scored.result().reward == 1.0
     assert wait_for_no_descendants() == []
