@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,14 +144,17 @@ def test_a_step_given_up_while_it_is_sampled_ahead_is_asked_again(
         wait_until(lambda: len(server.prompts) > before + 6, 60)  # two steps, or three
         wait.touch()
         wait_until(waiting.exists, 60)
+        time.sleep(1.5)  # until the update beside it is over: at its end, the run would stop with nothing to give up
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(PreemptedError, match=r"was given up, 0.1 s after SIGTERM"):
-        run(recipe, [*settings, "reward_workers=1", "reward_timeout=60", "stop_timeout=0.1"], resume=False)
-    thread.join()
-    wait.unlink()
+    try:
+        with pytest.raises(PreemptedError, match=r"was given up, 0.1 s after SIGTERM"):
+            run(recipe, [*settings, "reward_workers=1", "reward_timeout=60", "stop_timeout=0.1"], resume=False)
+    finally:
+        thread.join()
+        wait.unlink()  # or the tests after this one would hang
     assert not [thread for thread in threading.enumerate() if thread.name == "grading"]
     done = len(metrics_of(tmp_path / "pieces"))
     assert 0 < done < MAX_STEPS
